@@ -1,0 +1,57 @@
+# Every target creates the environment it needs; a second run starts at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+# TensorFlow's CPU-only build is much smaller, but is made for Linux and Windows alone.
+TF_EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),tf,tf-cpu)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: help demo test lint format conformance golden tiny-model test-core test-torch test-tf test-flax clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+demo: $(READY) ## continue one prompt with PyTorch, TensorFlow and JAX, and compare the logits
+	@$(BIN)/xglm compare examples/tiny_model/checkpoint --new-tokens 12 \
+	  --text "The children" --text "Дети" --text "孩子们" --text "Watoto"
+
+test: $(READY) ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+conformance: $(READY) ## compare the three backends with the float64 oracle and with golden numbers
+	$(BIN)/python -m conformance
+
+tiny-model: $(READY) ## train the bundled checkpoint again
+	$(BIN)/python examples/tiny_model/train.py
+
+golden: ## compute the golden numbers again, in an environment with transformers
+	$(PYTHON) -m venv .venv-golden
+	.venv-golden/bin/pip install --quiet --disable-pip-version-check -r conformance/golden/requirements.txt
+	.venv-golden/bin/python -m conformance.golden.make
+
+# Each backend alone, in an environment that holds nothing else; core without any framework.
+test-core test-torch test-tf test-flax: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[$(if $(filter core,$*),,$(if $(filter tf,$*),$(TF_EXTRA),$*),)dev]'
+	XGLM_TEST_BACKENDS=$(filter-out core,$*) .venv-$*/bin/python -m pytest
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,$(TF_EXTRA),flax,hub,dev]'
+	@touch $@
+
+clean: ## remove the environments and caches
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache

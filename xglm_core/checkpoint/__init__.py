@@ -1,0 +1,16 @@
+"""Reading and writing checkpoint folders, without any framework."""
+
+from xglm_core.checkpoint.dtypes import DTYPES, FloatType, convert
+from xglm_core.checkpoint.folder import Checkpoint, open_checkpoint, save_checkpoint
+from xglm_core.checkpoint.loading import LoadPlan, plan_loading
+
+__all__ = [
+    "DTYPES",
+    "Checkpoint",
+    "FloatType",
+    "LoadPlan",
+    "convert",
+    "open_checkpoint",
+    "plan_loading",
+    "save_checkpoint",
+]

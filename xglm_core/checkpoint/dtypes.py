@@ -1,0 +1,76 @@
+"""The floating-point types of checkpoint files, in numpy.
+
+numpy has no bfloat16. Its numbers are held as their bit patterns, uint16; a backend reinterprets these without a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xglm_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class FloatType:
+    """A floating-point type.
+
+    Attributes:
+        name: the name users give, e.g. "bfloat16".
+        code: the name in a safetensors header, e.g. "BF16".
+        storage: the numpy type that holds it; uint16 bit patterns for bfloat16.
+    """
+
+    name: str
+    code: str
+    storage: np.dtype[Any]
+
+
+FLOAT32 = FloatType("float32", "F32", np.dtype("<f4"))
+FLOAT16 = FloatType("float16", "F16", np.dtype("<f2"))
+BFLOAT16 = FloatType("bfloat16", "BF16", np.dtype("<u2"))
+
+DTYPES = {dtype.name: dtype for dtype in (FLOAT32, FLOAT16, BFLOAT16)}
+BY_CODE = {dtype.code: dtype for dtype in DTYPES.values()}
+
+
+def float_type(dtype: Any) -> FloatType:
+    """The type that a user names by a string or by a framework's own type (`torch.bfloat16`, `jnp.float32`, ...).
+
+    Raises:
+        InputError: it is none of float32, float16, bfloat16.
+    """
+    # "torch.float32", "float32", np.dtype("float32"), <dtype: 'float32'> and <class 'jax.numpy.float32'> share the word.
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))
+    name = name.rpartition(".")[2]
+    if name not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarray:
+    """Converts stored numbers, rounding to nearest, ties to even; returns `array` itself if the types are equal.
+
+    Numbers beyond the range of `target` become infinite, as in every framework.
+    """
+    if source is target:
+        return array
+    values = _bfloat16_to_float32(array) if source is BFLOAT16 else array
+    if target is BFLOAT16:
+        return _float32_to_bfloat16(values.astype(np.float32, copy=False))
+    with np.errstate(over="ignore"):
+        return values.astype(target.storage, copy=False)
+
+
+def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 is the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    # Adding 0x7fff, plus the lowest kept bit, carries into the upper half exactly when rounding goes up.
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), ((bits >> 16) | 0x40).astype(np.uint16), rounded)

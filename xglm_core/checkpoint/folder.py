@@ -1,0 +1,202 @@
+"""Checkpoint folders in the published layout: `config.json` beside one or several safetensors files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xglm_core.checkpoint.dtypes import FloatType, convert
+from xglm_core.checkpoint.safetensors import SafetensorsFile, TensorInfo, write_safetensors
+from xglm_core.config import CONFIG_FILE, XGLMConfig
+from xglm_core.errors import CheckpointError, InputError
+from xglm_core.files import replacing
+from xglm_core.weight_names import HEAD, WeightSpec
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_SHARD_FILE = "model-{:05d}-of-{:05d}.safetensors"
+_ANY_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Checkpoint:
+    """An open checkpoint: its configuration, and its tensors by canonical name, mapped into memory.
+
+    Attributes:
+        folder: where it lies.
+        config: its configuration.
+    """
+
+    def __init__(self, folder: Path, config: XGLMConfig, files: Sequence[SafetensorsFile]) -> None:
+        self.folder = folder
+        self.config = config
+        stored = {name: file for file in files for name in file.tensors}
+        # A checkpoint of the bare decoder (`XGLMModel`) has the same names without "model.".
+        bare = not any(name.startswith("model.") for name in stored)
+        self._where = {
+            name if not bare or name == HEAD else f"model.{name}": (file, name) for name, file in stored.items()
+        }
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The canonical names of the stored tensors."""
+        return frozenset(self._where)
+
+    def info(self, name: str) -> TensorInfo:
+        """Stored type and shape of a tensor."""
+        file, stored = self._where[name]
+        return file.tensors[stored]
+
+    def read(self, name: str, dtype: FloatType | None = None) -> np.ndarray:
+        """A tensor in its canonical shape: a copy-on-write view of the file, or a copy if `dtype` asks for another type.
+
+        Args:
+            name: canonical name.
+            dtype: the type to convert to; None keeps the stored one. See `FloatType.storage` for bfloat16.
+        """
+        file, stored = self._where[name]
+        array = file.read(stored)
+        return array if dtype is None else convert(array, file.tensors[stored].dtype, dtype)
+
+    def release(self, name: str) -> None:
+        """Frees the resident pages of a tensor that was read and copied."""
+        file, stored = self._where[name]
+        file.release(stored)
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a checkpoint folder; no tensor is read yet.
+
+    Raises:
+        CheckpointError: the folder or its weights are missing or damaged.
+        ConfigError: its `config.json` does not describe an XGLM model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no such folder; expected a checkpoint folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
+    present = sorted(entry.name for entry in folder.iterdir())
+    if CONFIG_FILE not in present or not (WEIGHTS_FILE in present or INDEX_FILE in present):
+        raise CheckpointError(
+            f"{folder}: no checkpoint here; expected {CONFIG_FILE} and {WEIGHTS_FILE} (or {INDEX_FILE}), "
+            f"found {_shortened(present)}"
+        )
+    config = XGLMConfig.from_pretrained(folder)
+    if WEIGHTS_FILE in present:
+        return Checkpoint(folder, config, [SafetensorsFile(folder / WEIGHTS_FILE)])
+    return Checkpoint(folder, config, _open_shards(folder))
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    config: XGLMConfig,
+    specs: Sequence[WeightSpec],
+    dtype: FloatType,
+    read: Callable[[str], np.ndarray],
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a checkpoint that transformers can load too, one tensor in memory at a time.
+
+    An older checkpoint in the folder stays whole until the new weights are complete; then it is replaced, and weight files
+    that no longer belong to it are removed.
+
+    Args:
+        folder: created if it is missing.
+        config: written as `config.json`, last.
+        specs: the weights.
+        dtype: the type that `read` gives.
+        read: gives a weight by canonical name, in canonical shape and in `dtype.storage`.
+        max_shard_size: most bytes in one file, as a number or e.g. "500MB"; a larger single tensor has its own file.
+
+    Raises:
+        InputError: `max_shard_size` is no size.
+    """
+    limit = parse_size(max_shard_size)
+    config.to_json_string()  # Raises, before anything is written, if the configuration cannot be saved.
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = list(_split(specs, dtype, limit))
+    names = [WEIGHTS_FILE] if len(shards) == 1 else [_SHARD_FILE.format(i + 1, len(shards)) for i in range(len(shards))]
+    with contextlib.ExitStack() as all_or_nothing:
+        for name, shard in zip(names, shards, strict=True):
+            file = all_or_nothing.enter_context(replacing(folder / name))
+            write_safetensors(file, [(spec.name, dtype, spec.shape) for spec in shard], read)
+        if len(shards) > 1:
+            names.append(INDEX_FILE)
+            index = {
+                "metadata": {"total_size": sum(_bytes(spec, dtype) for spec in specs)},
+                "weight_map": {spec.name: name for name, shard in zip(names, shards, strict=False) for spec in shard},
+            }
+            file = all_or_nothing.enter_context(replacing(folder / INDEX_FILE))
+            file.write(json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
+    config.save_pretrained(folder)
+    for entry in folder.iterdir():
+        ours = entry.name in (WEIGHTS_FILE, INDEX_FILE) or _ANY_SHARD.fullmatch(entry.name)
+        if ours and entry.name not in names:
+            entry.unlink()
+
+
+def parse_size(size: int | str) -> int:
+    """A number of bytes from 5000000000, "5GB" or "5GiB".
+
+    Raises:
+        InputError: it is none of these, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
+    if not match or (count := int(float(match[1]) * _UNITS[match[2] or ""])) < 1:
+        raise InputError(f"max_shard_size is {size!r}, expected a number of bytes or a size such as '500MB' or '5GB'")
+    return count
+
+
+def _open_shards(folder: Path) -> list[SafetensorsFile]:
+    """Opens the files that the index names, and checks that they hold what it says."""
+    path = folder / INDEX_FILE
+    try:
+        weight_map: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: expected a JSON object with a 'weight_map' of tensor to file names") from None
+    for name in shards:
+        # A plain file name cannot lead out of the folder.
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{path}: names the file {name!r}, which is not in the folder; is a download incomplete?")
+    files = [SafetensorsFile(folder / name) for name in shards]
+    stored = [(name, file.path.name) for file in files for name in file.tensors]
+    different = sorted(set(stored) ^ set(weight_map.items()))
+    if different:
+        raise CheckpointError(
+            f"{path}: index and files disagree on {_shortened([f'{name} in {file}' for name, file in different])}"
+        )
+    return files
+
+
+def _split(specs: Sequence[WeightSpec], dtype: FloatType, limit: int) -> Iterator[list[WeightSpec]]:
+    """Cuts the weights, in order, into files of at most `limit` bytes."""
+    shard: list[WeightSpec] = []
+    size = 0
+    for spec in specs:
+        if shard and size + _bytes(spec, dtype) > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(spec)
+        size += _bytes(spec, dtype)
+    yield shard
+
+
+def _bytes(spec: WeightSpec, dtype: FloatType) -> int:
+    return int(np.prod(spec.shape)) * dtype.storage.itemsize
+
+
+def _shortened(items: Sequence[str], most: int = 8) -> str:
+    """The first items of a list in words."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return (", ".join(items[:most]) or "nothing") + rest

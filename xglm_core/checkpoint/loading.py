@@ -1,0 +1,113 @@
+"""What loading a checkpoint into a model means: which weights, of which type, with which head."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xglm_core.checkpoint.dtypes import FloatType, float_type
+from xglm_core.checkpoint.folder import Checkpoint
+from xglm_core.config import XGLMConfig
+from xglm_core.errors import CheckpointError
+from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
+
+_COMPARED_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """A checkpoint that fits a model, ready to be read weight by weight.
+
+    Attributes:
+        config: the checkpoint's configuration, with `tie_word_embeddings` as the stored weights have it.
+        specs: the model's weights, each of them stored in the checkpoint in its shape.
+        dtype: the type in which the model is to hold them.
+    """
+
+    config: XGLMConfig
+    specs: tuple[WeightSpec, ...]
+    dtype: FloatType
+    _checkpoint: Checkpoint
+
+    def read(self, spec: WeightSpec) -> np.ndarray:
+        """A weight in canonical shape and `dtype.storage`: a copy-on-write view of the file where the type allows."""
+        return self._checkpoint.read(spec.name, self.dtype)
+
+    def release(self, spec: WeightSpec) -> None:
+        """Frees the file pages of a weight that the backend has copied."""
+        self._checkpoint.release(spec.name)
+
+
+def plan_loading(checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float32") -> LoadPlan:
+    """Checks that the checkpoint holds exactly the weights of the model that its configuration describes.
+
+    Args:
+        checkpoint: an open checkpoint.
+        with_head: whether the model is a causal LM; the bare decoder ignores a stored head.
+        dtype: name or framework type to hold the weights in; "auto" keeps the type of the stored embedding.
+
+    Returns:
+        The plan. If a head is stored that differs from the embedding, the planned model is not tied, with a warning
+        unless the configuration says so itself.
+
+    Raises:
+        CheckpointError: weights are missing, unexpected or of another shape; all of them are listed.
+        InputError: `dtype` is unknown.
+    """
+    config = XGLMConfig.from_dict(checkpoint.config.to_dict())
+    if with_head and config.tie_word_embeddings and not _is_tied(checkpoint):
+        config.tie_word_embeddings = False
+        warnings.warn(
+            f"{checkpoint.folder}: the stored {HEAD} differs from {EMBEDDING}, so the two stay untied, "
+            "although the configuration ties them",
+            stacklevel=4,
+        )
+    specs = weight_specs(config, with_head=with_head and not config.tie_word_embeddings)
+    _check_weights(checkpoint, specs)
+    stored = checkpoint.info(EMBEDDING).dtype
+    wanted = stored if isinstance(dtype, str) and dtype == "auto" else float_type(dtype)
+    return LoadPlan(config, specs, wanted, checkpoint)
+
+
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint has no head of its own, or one that equals the embedding bit for bit."""
+    if not {HEAD, EMBEDDING} <= checkpoint.names:
+        return True
+    head, embedding = checkpoint.info(HEAD), checkpoint.info(EMBEDDING)
+    return (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and all(
+        np.array_equal(ours, theirs)
+        for ours, theirs in zip(_chunks(checkpoint, HEAD), _chunks(checkpoint, EMBEDDING), strict=True)
+    )
+
+
+def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, a few megabytes at a time."""
+    data = checkpoint.read(name).reshape(-1).view(np.uint8)
+    for begin in range(0, data.size, _COMPARED_BYTES):
+        yield data[begin : begin + _COMPARED_BYTES]
+
+
+def _check_weights(checkpoint: Checkpoint, specs: tuple[WeightSpec, ...]) -> None:
+    expected = {spec.name: spec.shape for spec in specs}
+    # A head is never unexpected: the bare decoder does not use it, and a tied one repeats the embedding.
+    extra = checkpoint.names - expected.keys() - IGNORED - {HEAD}
+    missing = [name for name in expected if name not in checkpoint.names]
+    misshaped = [
+        f"{name} is {list(found)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in checkpoint.names and (found := checkpoint.info(name).shape) != shape
+    ]
+    problems = [
+        f"{title}: {', '.join(names)}"
+        for title, names in (("missing", missing), ("unexpected", sorted(extra)), ("wrong shape", misshaped))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the weights do not fit config.json; {'; '.join(problems)}; "
+            "check that config.json and the weights belong together"
+        )

@@ -1,0 +1,294 @@
+"""`XGLMConfig`: the architecture of one XGLM checkpoint, and the five published sizes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xglm_core.errors import ConfigError
+from xglm_core.files import replacing
+
+CONFIG_FILE = "config.json"
+
+LAYER_NORM_EPS = 1e-5  # Not a key of config.json: fairseq and every published port use PyTorch's default.
+
+ACTIVATIONS = ("gelu", "relu", "silu", "gelu_new")
+
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "attention_heads",
+    "num_hidden_layers": "num_layers",
+    "n_layers": "num_layers",
+}
+
+# What differs from the defaults of `XGLMConfig`, which are those of the 564M model.
+# 4.5B is the odd one out: ReLU and a feed-forward width of 8 x d_model (config.json of facebook/xglm-4.5B).
+PRESETS: dict[str, dict[str, Any]] = {
+    "564M": {},
+    "1.7B": {"d_model": 2048, "ffn_dim": 8192},
+    "2.9B": {"d_model": 2048, "ffn_dim": 8192, "num_layers": 48},
+    "4.5B": {"d_model": 2048, "ffn_dim": 16384, "num_layers": 48, "activation_function": "relu"},
+    "7.5B": {"d_model": 4096, "ffn_dim": 16384, "num_layers": 32, "attention_heads": 32},
+}
+
+_COUNTS = ("vocab_size", "max_position_embeddings", "d_model", "ffn_dim", "num_layers", "attention_heads")
+_PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
+_FLAGS = (
+    "scale_embedding",
+    "use_cache",
+    "tie_word_embeddings",
+    "add_cross_attention",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
+_TOKEN_IDS = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
+
+
+class XGLMConfig:
+    """Sizes and switches of one model; the keys of the published `config.json`.
+
+    Args:
+        vocab_size: rows of the embedding matrix, in tokens.
+        max_position_embeddings: longest sequence, in tokens. The position table is computed, so any value is valid.
+        d_model: width of the residual stream (alias `hidden_size`); at least 4, a multiple of `attention_heads`.
+        ffn_dim: width of the feed-forward layer.
+        num_layers: decoder blocks (aliases `num_hidden_layers`, `n_layers`).
+        attention_heads: heads per block (alias `num_attention_heads`).
+        activation_function: "gelu" (exact, by erf), "relu", "silu", "gelu_new" (tanh), or a callable of the backend.
+        dropout: drop probability of embeddings and of the output of each sub-layer, in [0, 1].
+        attention_dropout: drop probability of the attention probabilities, in [0, 1].
+        activation_dropout: drop probability inside the feed-forward layer, in [0, 1].
+        layerdrop: probability to skip a whole block while training, in [0, 1].
+        init_std: standard deviation of freshly initialised matrices.
+        scale_embedding: multiply token embeddings by sqrt(d_model).
+        use_cache: whether a call returns its key/value cache when the caller does not say.
+        decoder_start_token_id, pad_token_id, bos_token_id: special ids, or None.
+        eos_token_id: the id or the ids that end a text, or None. In this family `</s>` is also the newline.
+        tie_word_embeddings: the head is the embedding matrix; False when the checkpoint stores another one.
+        add_cross_attention: blocks also attend to encoder states.
+        output_attentions, output_hidden_states, return_dict: what a call returns when the caller does not say.
+        kwargs: any other key; it becomes an attribute and survives a round trip through JSON.
+
+    Raises:
+        ConfigError: a value has the wrong type or cannot describe a model; the message names the key and the reason.
+    """
+
+    model_type = "xglm"
+
+    def __init__(
+        self,
+        vocab_size: int = 256008,
+        max_position_embeddings: int = 2048,
+        d_model: int = 1024,
+        ffn_dim: int = 4096,
+        num_layers: int = 24,
+        attention_heads: int = 16,
+        activation_function: str | Callable[[Any], Any] = "gelu",
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        activation_dropout: float = 0.0,
+        layerdrop: float = 0.0,
+        init_std: float = 0.02,
+        scale_embedding: bool = True,
+        use_cache: bool = True,
+        decoder_start_token_id: int | None = 2,
+        pad_token_id: int | None = 1,
+        bos_token_id: int | None = 0,
+        eos_token_id: int | list[int] | None = 2,
+        *,
+        tie_word_embeddings: bool = True,
+        add_cross_attention: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.max_position_embeddings = max_position_embeddings
+        self.d_model = d_model
+        self.ffn_dim = ffn_dim
+        self.num_layers = num_layers
+        self.attention_heads = attention_heads
+        self.activation_function = activation_function
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.activation_dropout = activation_dropout
+        self.layerdrop = layerdrop
+        self.init_std = init_std
+        self.scale_embedding = scale_embedding
+        self.use_cache = use_cache
+        self.decoder_start_token_id = decoder_start_token_id
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        self.add_cross_attention = add_cross_attention
+        self.output_attentions = output_attentions
+        self.output_hidden_states = output_hidden_states
+        self.return_dict = return_dict
+        for key, value in kwargs.items():
+            if key == "model_type":
+                if value != self.model_type:
+                    raise ConfigError(
+                        f"config: model_type is {value!r}, expected 'xglm'; this package runs XGLM checkpoints only"
+                    )
+            elif key in ALIASES:
+                self._set_alias(key, value)
+            else:
+                # Into `__dict__`, so that a key named like one of our methods survives without replacing it.
+                vars(self)[key] = value
+        self._validate()
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.attention_heads
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` as a tuple: empty for None."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    # The aliases read and write the canonical attribute, so that the two can never disagree.
+    def __getattr__(self, name: str) -> Any:
+        if name in ALIASES:
+            return getattr(self, ALIASES[name])
+        raise AttributeError(f"XGLMConfig has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(ALIASES.get(name, name), value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, XGLMConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __repr__(self) -> str:
+        return f"XGLMConfig({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+
+    def _set_alias(self, alias: str, value: Any) -> None:
+        """Applies an alias given to the constructor, unless it contradicts its canonical key."""
+        key = ALIASES[alias]
+        default = _DEFAULTS[key]
+        current = getattr(self, key)
+        if current not in (default, value):
+            raise ConfigError(f"config: {alias}={value!r} contradicts {key}={current!r}; give one of the two")
+        setattr(self, key, value)
+
+    def _validate(self) -> None:
+        for key in _COUNTS:
+            value = getattr(self, key)
+            if not _is_int(value) or value < 1:
+                raise ConfigError(f"config: {key} is {value!r}, expected a positive integer")
+        for key in _PROBABILITIES:
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"config: {key} is {value!r}, expected a probability between 0 and 1")
+            setattr(self, key, float(value))
+        if isinstance(self.init_std, bool) or not isinstance(self.init_std, int | float) or not self.init_std >= 0:
+            raise ConfigError(f"config: init_std is {self.init_std!r}, expected a number that is not negative")
+        self.init_std = float(self.init_std)
+        for key in _FLAGS:
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(f"config: {key} is {getattr(self, key)!r}, expected true or false")
+        for key in _TOKEN_IDS:
+            value = getattr(self, key)
+            if value is not None and (not _is_int(value) or value < 0):
+                raise ConfigError(f"config: {key} is {value!r}, expected a token id or null")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ConfigError(
+                f"config: pad_token_id is {self.pad_token_id}, expected an id below vocab_size={self.vocab_size}"
+            )
+        eos = self.eos_token_id
+        if eos is not None and not all(_is_int(i) and i >= 0 for i in (eos if isinstance(eos, list) else [eos])):
+            raise ConfigError(f"config: eos_token_id is {eos!r}, expected a token id, a list of them, or null")
+        if self.d_model % self.attention_heads:
+            raise ConfigError(
+                f"config: d_model={self.d_model} is not a multiple of attention_heads={self.attention_heads}, "
+                "so the heads cannot share the width equally"
+            )
+        if self.d_model < 4:
+            raise ConfigError(f"config: d_model is {self.d_model}, expected at least 4 (two sine frequencies)")
+        if not callable(self.activation_function) and self.activation_function not in ACTIVATIONS:
+            raise ConfigError(
+                f"config: activation_function is {self.activation_function!r}, "
+                f"expected one of {', '.join(ACTIVATIONS)}, or a callable"
+            )
+
+    @classmethod
+    def from_preset(cls, size: str, **overrides: Any) -> XGLMConfig:
+        """The configuration of a published size: "564M", "1.7B", "2.9B", "4.5B" or "7.5B".
+
+        Raises:
+            ConfigError: `size` is not one of them.
+        """
+        if size not in PRESETS:
+            raise ConfigError(f"config: no preset {size!r}; the published sizes are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[size], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> XGLMConfig:
+        """The configuration that `to_dict` wrote; `values` is not modified."""
+        return cls(**copy.deepcopy(values))
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> XGLMConfig:
+        """Reads a `config.json`.
+
+        Raises:
+            ConfigError: the file cannot be read, is not a JSON object, or describes no XGLM model.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: expected a JSON object, but it cannot be read: {_one_line(error)}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a JSON object, found a {type(values).__name__}")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> XGLMConfig:
+        """Reads `config.json` from a checkpoint folder."""
+        return cls.from_json_file(Path(folder) / CONFIG_FILE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys with their values, as plain Python objects that share nothing with this configuration."""
+        return copy.deepcopy({**vars(self), "model_type": self.model_type})
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON with sorted keys.
+
+        Raises:
+            ConfigError: the activation is a callable, which JSON cannot hold.
+        """
+        if callable(self.activation_function):
+            raise ConfigError("config: activation_function is a callable, which config.json cannot hold; name it")
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `config.json` into `folder`, which is created if it is missing."""
+        text = self.to_json_string()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with replacing(Path(folder) / CONFIG_FILE) as file:
+            file.write(text.encode())
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+_DEFAULTS = vars(XGLMConfig())

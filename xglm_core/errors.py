@@ -1,0 +1,27 @@
+"""The errors that a user's input can cause.
+
+Every message is one line and says what is wrong, what was expected, what was found and what to do. The command line
+prints these without a traceback; any other exception is a defect of this package and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class XGLMError(Exception):
+    """Base of all errors below."""
+
+
+class ConfigError(XGLMError, ValueError):
+    """A configuration value is impossible, or a configuration file cannot be read."""
+
+
+class CheckpointError(XGLMError, ValueError):
+    """A checkpoint is absent, damaged, or does not fit the model."""
+
+
+class InputError(XGLMError, ValueError):
+    """An argument of a call is outside what the model can compute."""
+
+
+class BackendError(XGLMError, ImportError):
+    """A framework or an optional package is not installed or cannot be used."""

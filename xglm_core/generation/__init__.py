@@ -1,0 +1,1 @@
+"""The generation policy: which token next, and when to stop."""

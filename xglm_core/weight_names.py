@@ -1,0 +1,106 @@
+"""The weights of a model: canonical names, shapes, and where each backend keeps them.
+
+Canonical names and shapes are those of the published PyTorch checkpoints. A dense kernel is [out, in] there and [in, out]
+in Keras and Flax, hence `transposed`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from xglm_core.config import XGLMConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# Names that checkpoints may hold and no model needs: the position table is computed from the configuration.
+IGNORED = frozenset({"model.embed_positions.weights"})
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How the backends name the parameters of one kind of layer, and whether they transpose its matrix."""
+
+    parameters: dict[str, tuple[str, str]]  # canonical -> (Keras, Flax)
+    transposed: bool = False
+
+
+_EMBEDDING = _Kind({"weight": ("embeddings", "embedding")})
+_DENSE = _Kind({"weight": ("kernel", "kernel"), "bias": ("bias", "bias")}, transposed=True)
+_HEAD = _Kind({"weight": ("kernel", "kernel")}, transposed=True)
+_NORM = _Kind({"weight": ("gamma", "scale"), "bias": ("beta", "bias")})
+
+# Layer name, kind, and the shape of its weight in terms of the configuration; a bias has the first dimension.
+_LAYERS: tuple[tuple[str, _Kind, tuple[str, ...]], ...] = (
+    ("model.embed_tokens", _EMBEDDING, ("vocab_size", "d_model")),
+    ("model.layers.{}.self_attn.k_proj", _DENSE, ("d_model", "d_model")),
+    ("model.layers.{}.self_attn.v_proj", _DENSE, ("d_model", "d_model")),
+    ("model.layers.{}.self_attn.q_proj", _DENSE, ("d_model", "d_model")),
+    ("model.layers.{}.self_attn.out_proj", _DENSE, ("d_model", "d_model")),
+    ("model.layers.{}.self_attn_layer_norm", _NORM, ("d_model",)),
+    ("model.layers.{}.fc1", _DENSE, ("ffn_dim", "d_model")),
+    ("model.layers.{}.fc2", _DENSE, ("d_model", "ffn_dim")),
+    ("model.layers.{}.final_layer_norm", _NORM, ("d_model",)),
+    ("model.layer_norm", _NORM, ("d_model",)),
+    ("lm_head", _HEAD, ("vocab_size", "d_model")),
+)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One weight.
+
+    Attributes:
+        name: canonical name, e.g. "model.layers.3.fc1.weight"; the torch backend's parameter name.
+        shape: canonical shape.
+        keras: path below the causal-LM model, e.g. "model/layers.3/fc1/kernel".
+        flax: path in the params tree, e.g. ("model", "layers", "3", "fc1", "kernel").
+        transposed: whether Keras and Flax hold the transpose.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    keras: str
+    flax: tuple[str, ...]
+    transposed: bool
+
+
+def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ...]:
+    """All weights of a model in the order in which the computation reads them.
+
+    Args:
+        config: the architecture.
+        with_head: whether the model has a head of its own. A tied head is no weight: it is the embedding.
+    """
+    specs = []
+    for layer, template, kind, shape in _expanded(config):
+        if template == "lm_head" and not with_head:
+            continue
+        sizes = tuple(getattr(config, size) for size in shape)
+        for parameter, (keras, flax) in kind.parameters.items():
+            matrix = parameter == "weight" and len(sizes) == 2
+            specs.append(
+                WeightSpec(
+                    name=f"{layer}.{parameter}",
+                    shape=sizes if parameter == "weight" else sizes[:1],
+                    keras=f"{layer.replace('.', '/').replace('layers/', 'layers.')}/{keras}",
+                    flax=(*layer.split("."), flax),
+                    transposed=kind.transposed and matrix,
+                )
+            )
+    return tuple(specs)
+
+
+def num_parameters(config: XGLMConfig) -> int:
+    """Number of parameters of the causal language model; a tied head counts once."""
+    return sum(math.prod(spec.shape) for spec in weight_specs(config, with_head=not config.tie_word_embeddings))
+
+
+def _expanded(config: XGLMConfig) -> list[tuple[str, str, _Kind, tuple[str, ...]]]:
+    """The rows of `_LAYERS` with the per-layer ones repeated, layer by layer: (name, template, kind, shape)."""
+    per_layer = [row for row in _LAYERS if "{}" in row[0]]
+    before = [row for row in _LAYERS[: _LAYERS.index(per_layer[0])]]
+    after = [row for row in _LAYERS[_LAYERS.index(per_layer[-1]) + 1 :]]
+    blocks = [(name.format(i), name, *rest) for i in range(config.num_layers) for name, *rest in per_layer]
+    return [(r[0], *r) for r in before] + blocks + [(r[0], *r) for r in after]
