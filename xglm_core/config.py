@@ -214,6 +214,8 @@ class XGLMConfig:
                 f"config: d_model={self.d_model} is not a multiple of attention_heads={self.attention_heads}, "
                 "so the heads cannot share the width equally"
             )
+        if self.add_cross_attention:
+            raise ConfigError("config: add_cross_attention is true, which no backend computes yet; expected false")
         if self.d_model < 4:
             raise ConfigError(f"config: d_model is {self.d_model}, expected at least 4 (two sine frequencies)")
         if not callable(self.activation_function) and self.activation_function not in ACTIVATIONS:

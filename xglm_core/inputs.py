@@ -1,7 +1,7 @@
 """Checks of a call's arguments, made before any computation and with one wording for all backends.
 
-The arrays are numpy views of the framework's tensors. A backend that is being traced (jit, export) has no values to look
-at and skips the checks of values.
+The arrays are numpy views of the framework's tensors. A backend that is being traced (jit, export) has no values to
+look at and skips the checks of values.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def check_input_ids(input_ids: np.ndarray, config: XGLMConfig) -> None:
         bad = lowest if lowest < 0 else highest
         row, column = np.argwhere(input_ids == bad)[0]
         raise InputError(
-            f"input_ids[{row}, {column}] is {bad}, expected 0 to {config.vocab_size - 1} (vocab_size={config.vocab_size}); "
-            "does the tokenizer belong to this checkpoint?"
+            f"input_ids[{row}, {column}] is {bad}, expected 0 to {config.vocab_size - 1} "
+            f"(vocab_size={config.vocab_size}); does the tokenizer belong to this checkpoint?"
         )
 
 
@@ -35,12 +35,16 @@ def check_attention_mask(shape: tuple[int, ...], batch: int, past: int, length: 
         raise InputError(f"attention_mask is {list(shape)}, expected [{batch}, {past + length}]{cached}")
 
 
-def check_positions(highest: int, config: XGLMConfig) -> None:
-    """Raises `InputError` if a position lies past the end of the position table."""
+def check_positions(lowest: int, highest: int, config: XGLMConfig) -> None:
+    """Raises `InputError` if the positions leave the position table at either end."""
+    if lowest < 0:
+        raise InputError(
+            f"position_ids hold {lowest}, expected 0 or more; padding may have any position, 0 for example"
+        )
     if highest >= config.max_position_embeddings:
         raise InputError(
-            f"position {highest} is past the limit of {config.max_position_embeddings} tokens; shorten the text, or load "
-            f"the model with max_position_embeddings={highest + 1} or more (the position table is computed)"
+            f"position {highest} is past the limit of {config.max_position_embeddings} tokens; shorten the text or set "
+            f"max_position_embeddings in config.json to {highest + 1} or more (the position table is computed)"
         )
 
 

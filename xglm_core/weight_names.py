@@ -1,12 +1,14 @@
 """The weights of a model: canonical names, shapes, and where each backend keeps them.
 
-Canonical names and shapes are those of the published PyTorch checkpoints. A dense kernel is [out, in] there and [in, out]
-in Keras and Flax, hence `transposed`.
+Canonical names and shapes are those of the published PyTorch checkpoints. A dense kernel is [out, in] there and
+[in, out] in Keras and Flax, hence `transposed`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xglm_core.config import XGLMConfig
@@ -74,8 +76,8 @@ def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ..
         with_head: whether the model has a head of its own. A tied head is no weight: it is the embedding.
     """
     specs = []
-    for layer, template, kind, shape in _expanded(config):
-        if template == "lm_head" and not with_head:
+    for layer, kind, shape in _expanded(config):
+        if layer == "lm_head" and not with_head:
             continue
         sizes = tuple(getattr(config, size) for size in shape)
         for parameter, (keras, flax) in kind.parameters.items():
@@ -97,10 +99,10 @@ def num_parameters(config: XGLMConfig) -> int:
     return sum(math.prod(spec.shape) for spec in weight_specs(config, with_head=not config.tie_word_embeddings))
 
 
-def _expanded(config: XGLMConfig) -> list[tuple[str, str, _Kind, tuple[str, ...]]]:
-    """The rows of `_LAYERS` with the per-layer ones repeated, layer by layer: (name, template, kind, shape)."""
-    per_layer = [row for row in _LAYERS if "{}" in row[0]]
-    before = [row for row in _LAYERS[: _LAYERS.index(per_layer[0])]]
-    after = [row for row in _LAYERS[_LAYERS.index(per_layer[-1]) + 1 :]]
-    blocks = [(name.format(i), name, *rest) for i in range(config.num_layers) for name, *rest in per_layer]
-    return [(r[0], *r) for r in before] + blocks + [(r[0], *r) for r in after]
+def _expanded(config: XGLMConfig) -> Iterator[tuple[str, _Kind, tuple[str, ...]]]:
+    """The rows of `_LAYERS`, those of a block repeated block by block."""
+    for is_block, rows in itertools.groupby(_LAYERS, key=lambda row: "{}" in row[0]):
+        block = list(rows)
+        for index in range(config.num_layers if is_block else 1):
+            for layer, kind, shape in block:
+                yield layer.format(index), kind, shape

@@ -42,9 +42,9 @@ def float_type(dtype: Any) -> FloatType:
     Raises:
         InputError: it is none of float32, float16, bfloat16.
     """
-    # "torch.float32", "float32", np.dtype("float32"), <dtype: 'float32'> and <class 'jax.numpy.float32'> share the word.
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))
-    name = name.rpartition(".")[2]
+    # torch.float32, np.dtype("float32"), tf.float32 and jnp.float32 all share the word, somewhere.
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", getattr(dtype, "__name__", str(dtype)))
+    name = str(name).rpartition(".")[2]
     if name not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     return DTYPES[name]

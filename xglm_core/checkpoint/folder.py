@@ -56,7 +56,7 @@ class Checkpoint:
         return file.tensors[stored]
 
     def read(self, name: str, dtype: FloatType | None = None) -> np.ndarray:
-        """A tensor in its canonical shape: a copy-on-write view of the file, or a copy if `dtype` asks for another type.
+        """A tensor in canonical shape: a copy-on-write view of the file, or a copy if `dtype` asks for another type.
 
         Args:
             name: canonical name.
@@ -106,8 +106,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint that transformers can load too, one tensor in memory at a time.
 
-    An older checkpoint in the folder stays whole until the new weights are complete; then it is replaced, and weight files
-    that no longer belong to it are removed.
+    An older checkpoint in the folder stays whole until the new weights are complete; then it is replaced, and weight
+    files that no longer belong to it are removed.
 
     Args:
         folder: created if it is missing.
@@ -168,7 +168,9 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     for name in shards:
         # A plain file name cannot lead out of the folder.
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise CheckpointError(f"{path}: names the file {name!r}, which is not in the folder; is a download incomplete?")
+            raise CheckpointError(
+                f"{path}: names the file {name!r}, which is not in the folder; is a download incomplete?"
+            )
     files = [SafetensorsFile(folder / name) for name in shards]
     stored = [(name, file.path.name) for file in files for name in file.tensors]
     different = sorted(set(stored) ^ set(weight_map.items()))

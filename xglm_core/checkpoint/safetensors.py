@@ -1,8 +1,8 @@
 """The safetensors format, read and written with numpy alone.
 
-A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes. The header maps each name
-to `dtype`, `shape` and `data_offsets` (begin and end within the bytes after the header). Nothing in a file is trusted: the
-header must describe exactly the bytes that are there, once each, before any tensor is handed out.
+A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes. The header maps each
+name to `dtype`, `shape` and `data_offsets` (begin and end within the bytes after the header). Nothing in a file is
+trusted: the header must describe exactly the bytes that are there, once each, before any tensor is handed out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SafetensorsFile:
     """A validated file, mapped into memory; tensors are views of the mapping.
 
     Views are copy-on-write: writing into one changes this process's memory, never the file. The file must not be
-    truncated while views are in use; replacing it by renaming another one over it, as `write_safetensors` does, is safe.
+    truncated while views are in use; renaming another one over it, as `save_checkpoint` does, is safe.
 
     Args:
         path: the file.
@@ -119,7 +119,9 @@ class SafetensorsFile:
         dtype, (begin, end) = BY_CODE[code], offsets
         expected = math.prod(shape) * dtype.storage.itemsize
         if end - begin != expected:
-            raise self._damaged(f"tensor {name!r}: shape {shape} needs {expected} bytes, data_offsets hold {end - begin}")
+            raise self._damaged(
+                f"tensor {name!r}: shape {shape} needs {expected} bytes, data_offsets hold {end - begin}"
+            )
         if start + end > size:
             raise self._damaged(
                 f"tensor {name!r}: ends at byte {start + end}, but the file has {size}; the file is truncated"
@@ -173,5 +175,3 @@ def write_safetensors(
 def _are_sizes(values: Any) -> bool:
     """Whether `values` is a list of integers that are not negative."""
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-

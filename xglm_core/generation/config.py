@@ -14,7 +14,7 @@ class GenerationConfig:
 
     Attributes:
         max_new_tokens: most tokens to add to each row.
-        eos_token_id: ids that end a row; empty to go on to `max_new_tokens` (in this family `</s>` is also the newline).
+        eos_token_id: ids that end a row; empty to go on to `max_new_tokens`.
         pad_token_id: id that fills a row after its end.
     """
 
@@ -23,9 +23,7 @@ class GenerationConfig:
     pad_token_id: int = 1
 
     @classmethod
-    def from_model(
-        cls, config: XGLMConfig, *, max_new_tokens: int = 20, stop_at_eos: bool = True
-    ) -> GenerationConfig:
+    def from_model(cls, config: XGLMConfig, *, max_new_tokens: int = 20, stop_at_eos: bool = True) -> GenerationConfig:
         """The options for a model: its special ids, and what the caller asks for.
 
         Raises:

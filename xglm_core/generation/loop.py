@@ -72,7 +72,7 @@ def generate(
     mask = np.ones((rows, length), np.int64) if attention_mask is None else np.asarray(attention_mask)
     check_attention_mask(mask.shape, rows, 0, length)
     longest = _longest_prompt(mask)
-    check_positions(longest + generation.max_new_tokens - 1, config)
+    check_positions(0, longest + generation.max_new_tokens - 1, config)
     prompt = _rounded_up(longest, engine.bucket)
     capacity = prompt + _rounded_up(generation.max_new_tokens, engine.bucket)
     tokens = engine.prefill(*_left_padded(input_ids, mask, prompt, generation.pad_token_id), capacity)[:, None]

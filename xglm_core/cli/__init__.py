@@ -1,0 +1,69 @@
+"""The command line: `xglm COMMAND`. Each command is a module of this package, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from xglm_core import __version__
+from xglm_core.errors import InputError, XGLMError
+
+# A command's module offers `configure(parser)`, which sets its arguments and the default `run`: arguments -> exit code.
+_COMMANDS = {
+    "compare": "run a checkpoint in each framework and compare texts, logits and hidden states",
+    "bench": "make the material of benchmarks",
+}
+
+EXIT_FAILED = 1  # A check that the command made did not pass.
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see: {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0, 1 if a check did not pass, 2 if the input was wrong (with one line on stderr), 130 if
+        interrupted. Any other exception is a defect of this package and goes on to the caller.
+    """
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        code = run(arguments)
+        sys.stdout.flush()
+    except XGLMError as error:
+        print("xglm: error:", " ".join(str(error).split()), file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        # The reader, `head` for example, has seen enough. Python flushes once more at exit: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return code
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="xglm", description="XGLM in PyTorch, TensorFlow/Keras 3 and JAX/Flax, and what shows that they agree.")
+    parser.add_argument("--version", action="version", version=f"xglm {__version__}")
+    parser.set_defaults(run=lambda _: parser.print_help() or 0)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if argv[:1] == [name]:
+            importlib.import_module(f"xglm_core.cli.{name}").configure(command)
+    return parser.parse_args(argv)

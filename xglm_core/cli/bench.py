@@ -1,0 +1,109 @@
+"""`xglm bench`: the material of benchmarks, so far checkpoints of the published sizes with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, convert
+from xglm_core.checkpoint.folder import INDEX_FILE, WEIGHTS_FILE, save_checkpoint
+from xglm_core.config import CONFIG_FILE, PRESETS, XGLMConfig
+from xglm_core.errors import InputError
+from xglm_core.weight_names import num_parameters, weight_specs
+
+# A bias or norm weight of exactly 0 or 1 would hide that a backend forgets it; this little changes no activation's scale.
+_VECTOR_STD = 0.02
+_BLOCK_NUMBERS = 2**22  # Drawn at a time, so that converting them needs little memory beside the tensor.
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Sets the arguments of `xglm bench`."""
+    parser.set_defaults(run=lambda _: parser.print_help() or 0)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    make = commands.add_parser(
+        "make-checkpoint",
+        help="write a checkpoint of a published size with random weights",
+        description="Write a checkpoint of a published size, in the published layout, with random weights.",
+    )
+    make.add_argument("folder", metavar="FOLDER", type=Path, help="where to write; created if it is missing")
+    make.add_argument("--size", required=True, help=f"one of {', '.join(PRESETS)}")
+    make.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the stored weights (%(default)s)")
+    make.add_argument("--seed", type=_seed, default=0, help="the same seed gives the same weights (%(default)s)")
+    make.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="most bytes in one file (%(default)s)")
+    make.add_argument("--force", action="store_true", help="replace the checkpoint that the folder holds")
+    make.set_defaults(run=_make_checkpoint)
+
+
+def _make_checkpoint(arguments: argparse.Namespace) -> int:
+    config, dtype = XGLMConfig.from_preset(arguments.size), DTYPES[arguments.dtype]
+    write_random_checkpoint(
+        arguments.folder, config, dtype, arguments.seed, max_shard_size=arguments.max_shard_size, force=arguments.force
+    )
+    print(f"{arguments.folder}: XGLM {arguments.size}, {num_parameters(config):,} random parameters in {dtype.name}")
+    for path in sorted(arguments.folder.iterdir()):
+        if path.name == CONFIG_FILE or path.name.startswith("model"):
+            print(f"  {path.name}  {path.stat().st_size:,} bytes")
+    return 0
+
+
+def write_random_checkpoint(
+    folder: Path,
+    config: XGLMConfig,
+    dtype: FloatType,
+    seed: int,
+    *,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+) -> None:
+    """Writes a checkpoint with the published initialisation, one tensor in memory at a time.
+
+    Matrices are drawn from N(0, init_std), as published; biases from N(0, 0.02) and norm weights from N(1, 0.02), so that
+    none of them is without effect. A weight depends on its name, its shape and the seed alone.
+
+    Args:
+        folder: created if it is missing.
+        config: the architecture.
+        dtype: type of the stored weights.
+        seed: not negative.
+        max_shard_size: see `save_checkpoint`.
+        force: whether a checkpoint that the folder already holds is replaced.
+
+    Raises:
+        InputError: the folder holds a checkpoint and `force` is False, or `max_shard_size` is no size.
+    """
+    found = [name for name in (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE) if (folder / name).exists()]
+    if found and not force:
+        raise InputError(f"{folder}: already holds {found[0]}; choose another folder, or replace it with --force")
+    specs = weight_specs(config, with_head=not config.tie_word_embeddings)
+    shapes = {spec.name: spec.shape for spec in specs}
+    save_checkpoint(
+        folder,
+        config,
+        specs,
+        dtype,
+        lambda name: _random_weight(name, shapes[name], config.init_std, dtype, seed),
+        max_shard_size,
+    )
+
+
+def _random_weight(name: str, shape: tuple[int, ...], init_std: float, dtype: FloatType, seed: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+    is_matrix = len(shape) > 1
+    mean = 1.0 if not is_matrix and name.endswith(".weight") else 0.0
+    weight = np.empty(math.prod(shape), dtype.storage)
+    for begin in range(0, weight.size, _BLOCK_NUMBERS):
+        numbers = generator.standard_normal(min(_BLOCK_NUMBERS, weight.size - begin), np.float32)
+        numbers *= np.float32(init_std if is_matrix else _VECTOR_STD)
+        numbers += np.float32(mean)
+        weight[begin : begin + numbers.size] = convert(numbers, FLOAT32, dtype)
+    return weight.reshape(shape)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of 0 or more")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Comparing the backends with an independent float64 oracle."""
