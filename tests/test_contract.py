@@ -190,7 +190,7 @@ class TestGenerate:
 
     @pytest.mark.parametrize("count", [0, -1, 2.5, True])
     def test_number_of_tokens(self, fw, model, count):
-        with pytest.raises(InputError, match="max_new_tokens is .* expected a positive integer"):
+        with pytest.raises(InputError, match=r"max_new_tokens is .* expected a positive integer"):
             fw.generate(model, IDS, max_new_tokens=count)
 
 
