@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class XGLMConfig:
 
     def __init__(
         self,
+        /,
         vocab_size: int = 256008,
         max_position_embeddings: int = 2048,
         d_model: int = 1024,
@@ -139,9 +141,10 @@ class XGLMConfig:
                     )
             elif key in ALIASES:
                 self._set_alias(key, value)
+            elif callable(getattr(type(self), key, None)):
+                raise ConfigError(f"config: the key {key!r} is the name of a method of XGLMConfig; rename it")
             else:
-                # Into `__dict__`, so that a key named like one of our methods survives without replacing it.
-                vars(self)[key] = value
+                vars(self)[key] = value  # Not by `setattr`, which properties such as `head_dim` refuse.
         self._validate()
 
     @property
@@ -174,12 +177,14 @@ class XGLMConfig:
         return f"XGLMConfig({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
     def _set_alias(self, alias: str, value: Any) -> None:
-        """Applies an alias given to the constructor, unless it contradicts its canonical key."""
+        """Applies an alias given to the constructor, unless it contradicts its canonical key.
+
+        A canonical key at its default counts as not given, since the constructor cannot see the difference.
+        """
         key = ALIASES[alias]
-        default = _DEFAULTS[key]
         current = getattr(self, key)
-        if current not in (default, value):
-            raise ConfigError(f"config: {alias}={value!r} contradicts {key}={current!r}; give one of the two")
+        if current not in (_DEFAULTS[key], value):
+            raise _contradiction(alias, value, key, current)
         setattr(self, key, value)
 
     def _validate(self) -> None:
@@ -189,11 +194,11 @@ class XGLMConfig:
                 raise ConfigError(f"config: {key} is {value!r}, expected a positive integer")
         for key in _PROBABILITIES:
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            if not _is_number(value, 1):
                 raise ConfigError(f"config: {key} is {value!r}, expected a probability between 0 and 1")
             setattr(self, key, float(value))
-        if isinstance(self.init_std, bool) or not isinstance(self.init_std, int | float) or not self.init_std >= 0:
-            raise ConfigError(f"config: init_std is {self.init_std!r}, expected a number that is not negative")
+        if not _is_number(self.init_std, sys.float_info.max):
+            raise ConfigError(f"config: init_std is {self.init_std!r}, expected a finite number that is not negative")
         self.init_std = float(self.init_std)
         for key in _FLAGS:
             if not isinstance(getattr(self, key), bool):
@@ -233,11 +238,18 @@ class XGLMConfig:
         """
         if size not in PRESETS:
             raise ConfigError(f"config: no preset {size!r}; the published sizes are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[size], **overrides})
+        return cls(**{**PRESETS[size], **{ALIASES.get(key, key): value for key, value in overrides.items()}})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> XGLMConfig:
-        """The configuration that `to_dict` wrote; `values` is not modified."""
+        """The configuration that `to_dict` wrote; `values` is not modified.
+
+        Raises:
+            ConfigError: a value is impossible, or an alias contradicts its canonical key.
+        """
+        for alias, key in ALIASES.items():
+            if alias in values and key in values and values[alias] != values[key]:
+                raise _contradiction(alias, values[alias], key, values[key])
         return cls(**copy.deepcopy(values))
 
     @classmethod
@@ -249,13 +261,13 @@ class XGLMConfig:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: expected a JSON object, but it cannot be read: {_one_line(error)}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object, found a {type(values).__name__}")
         try:
-            return cls(**values)
-        except ConfigError as error:
+            return cls.from_dict(values)
+        except (ConfigError, RecursionError) as error:
             raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
@@ -271,11 +283,14 @@ class XGLMConfig:
         """`to_dict` as JSON with sorted keys.
 
         Raises:
-            ConfigError: the activation is a callable, which JSON cannot hold.
+            ConfigError: a value is nothing that JSON can hold, for example a callable activation.
         """
         if callable(self.activation_function):
             raise ConfigError("config: activation_function is a callable, which config.json cannot hold; name it")
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        try:
+            return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config: a value cannot be saved as JSON: {_one_line(error)}") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` into `folder`, which is created if it is missing."""
@@ -289,8 +304,17 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: object, highest: float) -> bool:
+    """Whether `value` is a number from 0 to `highest`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= highest
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _contradiction(alias: str, value: object, key: str, other: object) -> ConfigError:
+    return ConfigError(f"config: {alias}={value!r} contradicts {key}={other!r}; give one of the two")
 
 
 _DEFAULTS = vars(XGLMConfig())

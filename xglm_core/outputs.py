@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +26,22 @@ class ModelOutput:
             raise KeyError(key)
         return getattr(self, key)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()  # Not by comparing with the results, which are arrays.
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple())
 
     def __len__(self) -> int:
         return len(self.to_tuple())
+
+    # TensorFlow's protocol for classes that its functions may return; costs nothing elsewhere.
+    def __tf_flatten__(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        return self.keys(), self.to_tuple()
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple[str, ...], components: tuple[Any, ...]) -> Self:
+        return cls(**dict(zip(metadata, components, strict=True)))
 
     def _values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))

@@ -69,7 +69,7 @@ class WeightSpec:
 
 
 def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ...]:
-    """All weights of a model in the order in which the computation reads them.
+    """All weights of a model in the order of the published checkpoints.
 
     Args:
         config: the architecture.

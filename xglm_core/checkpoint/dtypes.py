@@ -35,6 +35,8 @@ BFLOAT16 = FloatType("bfloat16", "BF16", np.dtype("<u2"))
 DTYPES = {dtype.name: dtype for dtype in (FLOAT32, FLOAT16, BFLOAT16)}
 BY_CODE = {dtype.code: dtype for dtype in DTYPES.values()}
 
+_BLOCK = 2**16  # Numbers to convert at a time: what is temporary stays small, and within the processor's cache.
+
 
 def float_type(dtype: Any) -> FloatType:
     """The type that a user names by a string or by a framework's own type (`torch.bfloat16`, `jnp.float32`, ...).
@@ -57,11 +59,13 @@ def convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarr
     """
     if source is target:
         return array
-    values = _bfloat16_to_float32(array) if source is BFLOAT16 else array
-    if target is BFLOAT16:
-        return _float32_to_bfloat16(values.astype(np.float32, copy=False))
-    with np.errstate(over="ignore"):
-        return values.astype(target.storage, copy=False)
+    numbers, result = array.reshape(-1), np.empty(array.size, target.storage)
+    for begin in range(0, array.size, _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        values = _bfloat16_to_float32(numbers[block]) if source is BFLOAT16 else numbers[block]
+        with np.errstate(over="ignore"):
+            result[block] = _float32_to_bfloat16(values) if target is BFLOAT16 else values
+    return result.reshape(array.shape)
 
 
 def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
@@ -70,7 +74,7 @@ def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def _float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(values).view(np.uint32)
+    bits = values.astype(np.float32, copy=False).view(np.uint32)
     # Adding 0x7fff, plus the lowest kept bit, carries into the upper half exactly when rounding goes up.
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), ((bits >> 16) | 0x40).astype(np.uint16), rounded)

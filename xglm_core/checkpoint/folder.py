@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +108,12 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint that transformers can load too, one tensor in memory at a time.
 
-    An older checkpoint in the folder stays whole until the new weights are complete; then it is replaced, and weight
-    files that no longer belong to it are removed.
+    An older checkpoint in the folder stays whole until the new one is complete; then it is replaced, and weight files
+    that no longer belong to it are removed.
 
     Args:
         folder: created if it is missing.
-        config: written as `config.json`, last.
+        config: written as `config.json`.
         specs: the weights.
         dtype: the type that `read` gives.
         read: gives a weight by canonical name, in canonical shape and in `dtype.storage`.
@@ -119,29 +121,28 @@ def save_checkpoint(
 
     Raises:
         InputError: `max_shard_size` is no size.
+        ConfigError: the configuration cannot be saved.
     """
-    limit = parse_size(max_shard_size)
-    config.to_json_string()  # Raises, before anything is written, if the configuration cannot be saved.
+    shards = list(_split(specs, dtype, parse_size(max_shard_size)))
+    names = [WEIGHTS_FILE] if len(shards) == 1 else [_SHARD_FILE.format(i + 1, len(shards)) for i in range(len(shards))]
+    texts = {CONFIG_FILE: config.to_json_string()}
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(_bytes(spec, dtype) for spec in specs)},
+            "weight_map": {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard},
+        }
+        texts[INDEX_FILE] = json.dumps(index, indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = list(_split(specs, dtype, limit))
-    names = [WEIGHTS_FILE] if len(shards) == 1 else [_SHARD_FILE.format(i + 1, len(shards)) for i in range(len(shards))]
-    with contextlib.ExitStack() as all_or_nothing:
+    with contextlib.ExitStack() as all_or_nothing:  # All files are complete before the first takes its name.
+        for name, text in texts.items():
+            all_or_nothing.enter_context(replacing(folder / name)).write(text.encode())
         for name, shard in zip(names, shards, strict=True):
             file = all_or_nothing.enter_context(replacing(folder / name))
             write_safetensors(file, [(spec.name, dtype, spec.shape) for spec in shard], read)
-        if len(shards) > 1:
-            names.append(INDEX_FILE)
-            index = {
-                "metadata": {"total_size": sum(_bytes(spec, dtype) for spec in specs)},
-                "weight_map": {spec.name: name for name, shard in zip(names, shards, strict=False) for spec in shard},
-            }
-            file = all_or_nothing.enter_context(replacing(folder / INDEX_FILE))
-            file.write(json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
-    config.save_pretrained(folder)
     for entry in folder.iterdir():
         ours = entry.name in (WEIGHTS_FILE, INDEX_FILE) or _ANY_SHARD.fullmatch(entry.name)
-        if ours and entry.name not in names:
+        if ours and entry.name not in (*texts, *names):
             entry.unlink()
 
 
@@ -152,7 +153,7 @@ def parse_size(size: int | str) -> int:
         InputError: it is none of these, or not positive.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
-    if not match or (count := int(float(match[1]) * _UNITS[match[2] or ""])) < 1:
+    if not match or (count := int(Decimal(match[1]) * _UNITS[match[2] or ""])) < 1:
         raise InputError(f"max_shard_size is {size!r}, expected a number of bytes or a size such as '500MB' or '5GB'")
     return count
 
@@ -163,7 +164,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     try:
         weight_map: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: expected a JSON object with a 'weight_map' of tensor to file names") from None
     for name in shards:
         # A plain file name cannot lead out of the folder.
@@ -176,7 +177,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     different = sorted(set(stored) ^ set(weight_map.items()))
     if different:
         raise CheckpointError(
-            f"{path}: index and files disagree on {_shortened([f'{name} in {file}' for name, file in different])}"
+            f"{path}: index and files disagree on {_shortened([f'{name!r} in {file!r}' for name, file in different])}"
         )
     return files
 
@@ -195,7 +196,7 @@ def _split(specs: Sequence[WeightSpec], dtype: FloatType, limit: int) -> Iterato
 
 
 def _bytes(spec: WeightSpec, dtype: FloatType) -> int:
-    return int(np.prod(spec.shape)) * dtype.storage.itemsize
+    return math.prod(spec.shape) * dtype.storage.itemsize
 
 
 def _shortened(items: Sequence[str], most: int = 8) -> str:

@@ -64,7 +64,7 @@ def plan_loading(checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float
         warnings.warn(
             f"{checkpoint.folder}: the stored {HEAD} differs from {EMBEDDING}, so the two stay untied, "
             "although the configuration ties them",
-            stacklevel=4,
+            stacklevel=3,  # The line that called a backend's `from_pretrained`.
         )
     specs = weight_specs(config, with_head=with_head and not config.tie_word_embeddings)
     _check_weights(checkpoint, specs)

@@ -24,6 +24,8 @@ from xglm_core.errors import CheckpointError
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # The limit of the reference implementation.
 _METADATA = "__metadata__"
+_MOST_DIMENSIONS = 32  # numpy has a limit too, which differs between its versions.
+_LARGEST = 2**48  # Of a size, an offset or a number of elements; far from any overflow.
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ class SafetensorsFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        self.metadata: dict[str, str] = header.pop(_METADATA, {})
-        if not isinstance(self.metadata, dict):
-            raise self._damaged(f"{_METADATA} is {self.metadata!r}, expected an object")
+        metadata = header.pop(_METADATA, {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._damaged(f"{_METADATA} is {metadata!r}, expected an object of strings")
         self.tensors = {name: self._tensor_info(name, entry, start, size) for name, entry in header.items()}
         self._check_coverage(start, size)
 
@@ -92,9 +94,11 @@ class SafetensorsFile:
                 "are read); the file is truncated or is no safetensors file"
             )
         try:
-            header = json.loads(file.read(length), object_pairs_hook=self._unique_names)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=self._unique_names)
+        except CheckpointError:  # A name that is there twice.
+            raise
         except (ValueError, RecursionError):
-            raise self._damaged("the header is not JSON; the file is no safetensors file") from None
+            raise self._damaged("the header is not JSON in UTF-8; the file is no safetensors file") from None
         if not isinstance(header, dict):
             raise self._damaged(f"the header is a {type(header).__name__}, expected an object")
         return _LENGTH_BYTES + length, header
@@ -107,15 +111,17 @@ class SafetensorsFile:
         return result
 
     def _tensor_info(self, name: str, entry: Any, start: int, size: int) -> TensorInfo:
+        if not name.isprintable():  # Names are part of other messages, which must stay one line.
+            raise self._damaged(f"the tensor name {name!r} is no printable text")
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise self._damaged(f"tensor {name!r}: expected dtype, shape and data_offsets, found {entry!r}"[:300])
+            raise self._damaged(f"tensor {name!r}: expected dtype, shape and data_offsets, found {entry!r}")
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(code, str) or code not in BY_CODE:
             raise self._damaged(f"tensor {name!r}: dtype is {code!r}, expected one of {', '.join(BY_CODE)}")
-        if not _are_sizes(shape):
-            raise self._damaged(f"tensor {name!r}: shape is {shape!r}, expected a list of sizes"[:300])
+        if not _are_sizes(shape) or math.prod(max(1, length) for length in shape) > _LARGEST:
+            raise self._damaged(f"tensor {name!r}: shape is {shape!r}, expected a list of sizes")
         if not _are_sizes(offsets) or len(offsets) != 2:
-            raise self._damaged(f"tensor {name!r}: data_offsets is {offsets!r}, expected [begin, end]"[:300])
+            raise self._damaged(f"tensor {name!r}: data_offsets is {offsets!r}, expected [begin, end]")
         dtype, (begin, end) = BY_CODE[code], offsets
         expected = math.prod(shape) * dtype.storage.itemsize
         if end - begin != expected:
@@ -140,7 +146,7 @@ class SafetensorsFile:
             raise self._damaged(f"the tensors end at byte {position}, but the file has {size}")
 
     def _damaged(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {reason}")
+        return CheckpointError(f"{self.path}: {reason if len(reason) <= 300 else reason[:300] + '...'}")
 
 
 def write_safetensors(
@@ -170,8 +176,10 @@ def write_safetensors(
         if array.shape != shape or array.dtype != dtype.storage:
             raise ValueError(f"{name}: announced {dtype.storage} {shape}, got {array.dtype} {array.shape}")
         file.write(np.ascontiguousarray(array).data)
+    file.flush()  # A full disk shows here, while nothing has been replaced yet.
 
 
 def _are_sizes(values: Any) -> bool:
-    """Whether `values` is a list of integers that are not negative."""
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    """Whether `values` is a list of a few integers, none of them negative."""
+    few = isinstance(values, list) and len(values) <= _MOST_DIMENSIONS
+    return few and all(type(value) is int and 0 <= value <= _LARGEST for value in values)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from xglm_core import __version__
 from xglm_core.errors import InputError, XGLMError
 
 # A command's module offers `configure(parser)`, which sets its arguments and the default `run`: arguments -> exit code.
 _COMMANDS = {
-    "compare": "run a checkpoint in each framework and compare texts, logits and hidden states",
-    "bench": "make the material of benchmarks",
+    "compare": "run a checkpoint in each framework and compare the results",
+    "bench": "make checkpoints for benchmarks",
 }
 
 EXIT_FAILED = 1  # A check that the command made did not pass.
@@ -40,30 +42,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 if a check did not pass, 2 if the input was wrong (with one line on stderr), 130 if
         interrupted. Any other exception is a defect of this package and goes on to the caller.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal can show every script.
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-        run: Callable[[argparse.Namespace], int] = arguments.run
-        code = run(arguments)
-        sys.stdout.flush()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return _run(sys.argv[1:] if argv is None else list(argv))
+            finally:
+                sys.stdout.flush()  # Not left to the interpreter's exit, where a closed pipe can no longer be caught.
     except XGLMError as error:
         print("xglm: error:", " ".join(str(error).split()), file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:
-        # The reader, `head` for example, has seen enough. Python flushes once more at exit: into nothing.
+        # The reader, `head` for example, has seen enough. What is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return code
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="xglm", description="XGLM in PyTorch, TensorFlow/Keras 3 and JAX/Flax, and what shows that they agree.")
+def show_help(arguments: argparse.Namespace) -> int:
+    """What a command without its sub-command does: prints the help of `arguments.parser`."""
+    arguments.parser.print_help()
+    return 0
+
+
+def _run(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="xglm", description="XGLM in PyTorch, TensorFlow/Keras 3 and JAX/Flax, with the same numbers."
+    )
     parser.add_argument("--version", action="version", version=f"xglm {__version__}")
-    parser.set_defaults(run=lambda _: parser.print_help() or 0)
+    parser.set_defaults(run=show_help, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if argv[:1] == [name]:
             importlib.import_module(f"xglm_core.cli.{name}").configure(command)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    return run(arguments)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Stands in for `warnings.showwarning`: users of a command need no line of our source."""
+    print("xglm: warning:", message, file=sys.stderr)

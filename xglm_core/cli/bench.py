@@ -11,18 +11,19 @@ import numpy as np
 
 from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, convert
 from xglm_core.checkpoint.folder import INDEX_FILE, WEIGHTS_FILE, save_checkpoint
+from xglm_core.cli import show_help
 from xglm_core.config import CONFIG_FILE, PRESETS, XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.weight_names import num_parameters, weight_specs
 
-# A bias or norm weight of exactly 0 or 1 would hide that a backend forgets it; this little changes no activation's scale.
+# With biases of 0 and norm weights of 1 nobody would see that a backend forgets them; this little changes no scale.
 _VECTOR_STD = 0.02
 _BLOCK_NUMBERS = 2**22  # Drawn at a time, so that converting them needs little memory beside the tensor.
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Sets the arguments of `xglm bench`."""
-    parser.set_defaults(run=lambda _: parser.print_help() or 0)
+    parser.set_defaults(run=show_help, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     make = commands.add_parser(
         "make-checkpoint",
@@ -61,8 +62,8 @@ def write_random_checkpoint(
 ) -> None:
     """Writes a checkpoint with the published initialisation, one tensor in memory at a time.
 
-    Matrices are drawn from N(0, init_std), as published; biases from N(0, 0.02) and norm weights from N(1, 0.02), so that
-    none of them is without effect. A weight depends on its name, its shape and the seed alone.
+    Matrices are drawn from N(0, init_std), as published; biases from N(0, 0.02) and norm weights from N(1, 0.02), so
+    that none of them is without effect. A weight depends on its name, its shape and the seed alone.
 
     Args:
         folder: created if it is missing.

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from xglm_core.checkpoint import DTYPES, Checkpoint
 from xglm_core.config import XGLMConfig
 
-# How many rows (of tokens, of the vocabulary) are computed at a time: bounds the memory, changes no number.
-_TOKENS = 256
-_VOCABULARY = 4096
+_VOCABULARY_BLOCK = 4096  # Rows of the head converted to float64 at a time: bounds the memory, changes no number.
 
+Array = np.ndarray[Any, np.dtype[np.float64]]
 Read = Callable[[str], np.ndarray]
 
 
@@ -49,8 +49,8 @@ def forward(
 
     Args:
         config: the architecture; its activation is one of the named ones.
-        read: gives a weight by canonical name, in canonical shape, in any floating-point type. Called once for each
-            weight, in order, and once more for the embedding if it is the head too.
+        read: gives a weight by canonical name, in canonical shape, in any floating-point type of numpy. One
+            matrix is held at a time, and neither embedding nor head is ever converted to float64 as a whole.
         input_ids: [batch, length].
         attention_mask: nonzero for tokens, 0 for padding [batch, length]; None means no padding.
         position_ids: [batch, length]; None counts the tokens of each row from 0.
@@ -64,18 +64,17 @@ def forward(
         position_ids = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
 
     scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-    embedding = read("model.embed_tokens.weight")
-    state = embedding[input_ids].astype(np.float64) * scale + position_embeddings(config, position_ids)
-    del embedding
+    state = read("model.embed_tokens.weight")[input_ids].astype(np.float64) * scale
+    state = state + position_embeddings(config, position_ids)
 
     hidden_states = []
     for i in range(config.num_layers):
         hidden_states.append(state)
         layer = f"model.layers.{i}"
-        state = state + _attention(
-            config, read, f"{layer}.self_attn", _norm(read, f"{layer}.self_attn_layer_norm", state), mask
-        )
-        state = state + _feed_forward(config, read, layer, _norm(read, f"{layer}.final_layer_norm", state))
+        normed = _norm(read, f"{layer}.self_attn_layer_norm", state)
+        state = state + _attention(config, read, f"{layer}.self_attn", normed, mask)
+        normed = _norm(read, f"{layer}.final_layer_norm", state)
+        state = state + _feed_forward(config, read, layer, normed)
     state = _norm(read, "model.layer_norm", state)
     hidden_states.append(state)
 
@@ -114,17 +113,18 @@ def position_embeddings(config: XGLMConfig, position_ids: np.ndarray) -> np.ndar
     return embeddings
 
 
-def _norm(read: Read, name: str, state: np.ndarray) -> np.ndarray:
+def _norm(read: Read, name: str, state: Array) -> Array:
     centred = state - state.mean(axis=-1, keepdims=True)
     variance = (centred**2).mean(axis=-1, keepdims=True)
-    return centred / np.sqrt(variance + 1e-5) * read(f"{name}.weight") + read(f"{name}.bias")
+    scaled: Array = centred / np.sqrt(variance + 1e-5) * read(f"{name}.weight")
+    return scaled + read(f"{name}.bias")
 
 
-def _dense(read: Read, name: str, state: np.ndarray) -> np.ndarray:
+def _dense(read: Read, name: str, state: Array) -> Array:
     return state @ read(f"{name}.weight").astype(np.float64).T + read(f"{name}.bias")
 
 
-def _attention(config: XGLMConfig, read: Read, name: str, state: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _attention(config: XGLMConfig, read: Read, name: str, state: Array, mask: np.ndarray) -> Array:
     """Causal self-attention over the keys that are no padding."""
     batch, length, _ = state.shape
     size = config.d_model // config.attention_heads
@@ -142,7 +142,7 @@ def _attention(config: XGLMConfig, read: Read, name: str, state: np.ndarray, mas
     return _dense(read, f"{name}.out_proj", mixed)
 
 
-def _softmax(scores: np.ndarray, visible: np.ndarray) -> np.ndarray:
+def _softmax(scores: Array, visible: np.ndarray) -> Array:
     """Softmax over the visible keys; all zeros where none is visible."""
     scores = np.where(visible, scores, -np.inf)
     highest = scores.max(axis=-1, keepdims=True)
@@ -151,40 +151,38 @@ def _softmax(scores: np.ndarray, visible: np.ndarray) -> np.ndarray:
     return weights / np.where(total > 0, total, 1)
 
 
-def _feed_forward(config: XGLMConfig, read: Read, layer: str, state: np.ndarray) -> np.ndarray:
+def _feed_forward(config: XGLMConfig, read: Read, layer: str, state: Array) -> Array:
     activation = _ACTIVATIONS[str(config.activation_function)]
-    tokens = state.reshape(-1, config.d_model)
-    result = np.empty_like(tokens)
-    for begin in range(0, len(tokens), _TOKENS):
-        block = slice(begin, begin + _TOKENS)
-        result[block] = _dense(read, f"{layer}.fc2", activation(_dense(read, f"{layer}.fc1", tokens[block])))
-    return result.reshape(state.shape)
+    return _dense(read, f"{layer}.fc2", activation(_dense(read, f"{layer}.fc1", state)))
 
 
-def _logits(state: np.ndarray, head: np.ndarray) -> np.ndarray:
+def _logits(state: Array, head: np.ndarray) -> Array:
     logits = np.empty((*state.shape[:-1], len(head)))
-    for begin in range(0, len(head), _VOCABULARY):
-        block = slice(begin, begin + _VOCABULARY)
+    for begin in range(0, len(head), _VOCABULARY_BLOCK):
+        block = slice(begin, begin + _VOCABULARY_BLOCK)
         logits[..., block] = state @ head[block].astype(np.float64).T
     return logits
 
 
-_erf = np.frompyfunc(math.erf, 1, 1)  # numpy has no erf.
+def _erf(x: Array) -> Array:
+    return np.fromiter(map(math.erf, x.flat), np.float64, x.size).reshape(x.shape)  # numpy has no erf.
 
 
-def _gelu(x: np.ndarray) -> np.ndarray:
-    return x / 2 * (1 + _erf(x / math.sqrt(2)).astype(np.float64))
+def _gelu(x: Array) -> Array:
+    return x / 2 * (1 + _erf(x / math.sqrt(2)))
 
 
-def _gelu_new(x: np.ndarray) -> np.ndarray:
-    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+def _gelu_new(x: Array) -> Array:
+    tanh: Array = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return x / 2 * (1 + tanh)
 
 
-def _silu(x: np.ndarray) -> np.ndarray:
-    return x / 2 * (1 + np.tanh(x / 2))  # x times the logistic function of x, written so that nothing overflows
+def _silu(x: Array) -> Array:
+    tanh: Array = np.tanh(x / 2)  # The logistic function is (1 + tanh) / 2; in this form nothing overflows.
+    return x / 2 * (1 + tanh)
 
 
-def _relu(x: np.ndarray) -> np.ndarray:
+def _relu(x: Array) -> Array:
     return np.maximum(x, 0)
 
 

@@ -1,0 +1,219 @@
+"""What only the TensorFlow backend promises."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.frameworks import backends_under_test
+
+if "tf" not in backends_under_test():
+    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
+
+import tensorflow as tf
+
+from conformance.random_weights import random_weights, write_checkpoint
+from xglm_core import XGLMConfig
+from xglm_core.errors import InputError
+from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
+from xglm_tf import TFXGLMForCausalLM, TFXGLMModel
+
+CONFIG = XGLMConfig(vocab_size=131, max_position_embeddings=89, d_model=35, ffn_dim=53, num_layers=2, attention_heads=5)
+IDS = np.random.RandomState(0).randint(4, CONFIG.vocab_size, (2, 11))
+MASK = np.array([[0, 0, 0] + [1] * 8, [1] * 11])
+
+# Two orders of the same float32 sums differ by rounding alone: a few units in the last place per layer.
+SAME = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(path, CONFIG, seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return TFXGLMForCausalLM.from_pretrained(folder)
+
+
+class TestImport:
+    def test_another_keras_backend_is_refused_by_name(self):
+        # numpy is the one other backend of Keras that needs no further framework.
+        done = subprocess.run(
+            [sys.executable, "-c", "import xglm_tf"],
+            env={**os.environ, "KERAS_BACKEND": "numpy"},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode != 0
+        assert "xglm_core.errors.BackendError" in done.stderr
+        assert "set the environment variable KERAS_BACKEND=tensorflow" in done.stderr
+
+
+class TestWeights:
+    @pytest.mark.parametrize("model_class", [TFXGLMModel, TFXGLMForCausalLM])
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_variables_have_the_documented_paths_order_and_layout(self, model_class, tied):
+        config = XGLMConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
+        specs = weight_specs(config, with_head=model_class.has_head and not tied)
+        weights = model_class(config).weights
+        assert [weight.path.partition("/")[2] for weight in weights] == [spec.keras for spec in specs]
+        shapes = [spec.shape[::-1] if spec.transposed else spec.shape for spec in specs]
+        assert [tuple(weight.shape) for weight in weights] == shapes
+
+    def test_loading_draws_nothing_and_keeps_no_file_open(self, folder, monkeypatch):
+        monkeypatch.setattr(TFXGLMForCausalLM, "init_weights", lambda self: pytest.fail("weights were drawn"))
+        model = TFXGLMForCausalLM.from_pretrained(folder)
+        gc.collect()
+        if sys.platform == "linux":
+            assert str(folder) not in Path("/proc/self/maps").read_text()
+        stored = random_weights(CONFIG, seed=1)
+        for spec, weight in zip(weight_specs(CONFIG, with_head=False), model.weights, strict=True):
+            array = stored[spec.name].T if spec.transposed else stored[spec.name]
+            assert np.array_equal(weight.numpy(), array), spec.name
+
+    def test_loaded_variables_can_be_written_and_the_file_stays(self, folder):
+        model = TFXGLMForCausalLM.from_pretrained(folder)
+        model.model.embed_tokens.embeddings.assign_add(np.ones((131, 35), np.float32))
+        again = TFXGLMForCausalLM.from_pretrained(folder)
+        assert np.array_equal(again.model.embed_tokens.embeddings.numpy(), random_weights(CONFIG, seed=1)[EMBEDDING])
+
+    def test_untied_head_is_a_kernel(self, tmp_path):
+        config = XGLMConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": False})
+        write_checkpoint(tmp_path, config, seed=2)
+        model = TFXGLMForCausalLM.from_pretrained(tmp_path)
+        assert np.array_equal(model.lm_head.kernel.numpy(), random_weights(config, seed=2)[HEAD].T)
+
+
+class TestFunctions:
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_traced_calls_give_what_eager_ones_give(self, model, jit):
+        compiled = tf.function(model, jit_compile=jit)
+        eager = model(IDS, MASK, output_hidden_states=True)
+        traced = compiled(IDS, MASK, output_hidden_states=True)
+        assert type(traced) is type(eager)
+        assert traced.keys() == eager.keys()
+        real = MASK != 0
+        np.testing.assert_allclose(traced.logits.numpy()[real], eager.logits.numpy()[real], **SAME)
+        for ours, theirs in zip(traced.hidden_states, eager.hidden_states, strict=True):
+            np.testing.assert_allclose(ours.numpy()[real], theirs.numpy()[real], **SAME)
+        # A cache goes in and out, and two lengths of it share one trace.
+        expected = model(np.concatenate([IDS, IDS[:, :2]], axis=1), np.pad(MASK, ((0, 0), (0, 2)), constant_values=1))
+        cache, count = traced.past_key_values, None
+        for column in range(2):
+            step = compiled(tf.constant(IDS[:, column : column + 1]), past_key_values=cache)
+            np.testing.assert_allclose(step.logits[:, 0].numpy(), expected.logits[:, 11 + column].numpy(), **SAME)
+            assert count in (None, compiled.experimental_get_tracing_count())
+            cache, count = step.past_key_values, compiled.experimental_get_tracing_count()
+
+    def test_shapes_may_be_unknown_while_tracing(self, model):
+        ids = tf.TensorSpec((None, None), tf.int64)
+        compiled = tf.function(model, input_signature=[ids, ids])
+        np.testing.assert_allclose(compiled(IDS, MASK).logits[1], model(IDS, MASK).logits[1], **SAME)
+        shorter = compiled(IDS[:1, :5], np.ones((1, 5), np.int64))
+        np.testing.assert_allclose(shorter.logits, model(IDS[:1, :5]).logits, **SAME)
+        assert shorter.past_key_values[1][0].shape == (1, 5, 5, 7)
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_what_does_not_fit_becomes_nan_while_tracing(self, model, jit):
+        compiled = tf.function(model, jit_compile=jit)
+        cache = model(np.resize(IDS, (1, 63))).past_key_values
+        last = compiled(IDS[:1, :1], past_key_values=cache)
+        assert np.isfinite(last.logits).all()
+        assert np.isnan(compiled(IDS[:1, :1], past_key_values=last.past_key_values).logits).all()
+        positions = np.array([[88, 89]])  # The last one that there is, and the next.
+        logits = compiled(IDS[:1, :2], position_ids=positions, use_cache=False).logits.numpy()
+        assert np.isfinite(logits[:, 0]).all()
+        assert np.isnan(logits[:, 1]).all()
+
+
+class TestCache:
+    def test_it_grows_by_blocks_and_leaves_the_old_one_alone(self, model):
+        ids = np.resize(IDS, (2, 70))
+        first = model(ids[:, :64]).past_key_values
+        before = first[0][0].numpy()
+        second = model(ids[:, 64:], past_key_values=first).past_key_values
+        assert (first.capacity, int(first.length)) == (64, 64)
+        assert (second.capacity, int(second.length)) == (128, 70)
+        assert np.array_equal(first[0][0].numpy(), before)
+        assert np.array_equal(second[0][0][:, :, :64].numpy(), before)
+
+    def test_gradients_flow_through_the_new_positions_only(self, model):
+        past = model(IDS[:, :6]).past_key_values
+        kernel = model.model.layers[0].self_attn.v_proj.kernel
+        direction = np.random.RandomState(1).standard_normal(kernel.shape).astype(np.float32)
+
+        def loss():
+            return tf.reduce_sum(model(IDS[:, 6:], past_key_values=past).logits ** 2)
+
+        with tf.GradientTape() as tape:
+            value = loss()
+        slope = float(tf.reduce_sum(tape.gradient(value, kernel.value) * direction))
+        step = 1e-3
+        original = kernel.numpy()
+        kernel.assign(original + step * direction)
+        above = float(loss())
+        kernel.assign(original - step * direction)
+        below = float(loss())
+        kernel.assign(original)
+        # The central difference is off by step^2 and by the rounding of a float32 sum, 1e-7 / step.
+        assert slope == pytest.approx((above - below) / (2 * step), rel=1e-2)
+
+
+class TestGeneration:
+    def test_one_compilation_serves_all_prompts_and_counts_of_a_shape(self, folder):
+        model = TFXGLMForCausalLM.from_pretrained(folder)
+        for length, new in ((3, 2), (9, 40), (5, 21)):
+            model.generate(IDS[:, :length], max_new_tokens=new, stop_at_eos=False)
+        engine = model.compiled_engine
+        assert engine.prefill.experimental_get_tracing_count() == 1
+        assert engine.advance.experimental_get_tracing_count() == 1
+
+    def test_compiled_code_sees_new_values_of_the_variables(self, folder):
+        model = TFXGLMForCausalLM.from_pretrained(folder)
+        model.generate(IDS, max_new_tokens=3)
+        # With a final state of ones, the likeliest token is the one with the largest embedding.
+        model.model.layer_norm.gamma.assign(np.zeros(35, np.float32))
+        model.model.layer_norm.beta.assign(np.ones(35, np.float32))
+        largest = np.argmax(model.model.embed_tokens.embeddings.numpy().sum(axis=1))
+        tokens = model.generate(IDS, max_new_tokens=3, stop_at_eos=False).numpy()[:, 11:]
+        assert (tokens == largest).all()
+
+
+class TestTraining:
+    def test_dropout_acts_in_training_alone(self, model):
+        usual = model(IDS).logits.numpy()
+        assert np.array_equal(model(IDS, training=False).logits.numpy(), usual)
+        assert abs(model(IDS, training=True).logits.numpy() - usual).max() > 0.1
+
+    @pytest.mark.parametrize("which", ["dropout", "attention_dropout", "activation_dropout"])
+    def test_each_dropout_acts(self, folder, which):
+        off = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+        config = XGLMConfig(**{**CONFIG.to_dict(), **off, which: 0.5})
+        model = TFXGLMForCausalLM(config)
+        assert abs(model(IDS, training=True).logits.numpy() - model(IDS).logits.numpy()).max() > 1e-3
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_rows_that_are_all_padding_stay_finite_forward_and_backward(self, folder, dtype):
+        model = TFXGLMForCausalLM.from_pretrained(folder, dtype=dtype)
+        with tf.GradientTape() as tape:
+            logits = model(IDS, np.array([[0] * 11, [1] * 11])).logits
+            loss = tf.reduce_mean(tf.cast(logits, tf.float32))
+        assert logits.dtype == dtype
+        assert np.isfinite(tf.cast(logits, tf.float32)).all()
+        for weight, gradient in zip(model.weights, tape.gradient(loss, model.trainable_weights), strict=True):
+            assert np.isfinite(tf.cast(tf.convert_to_tensor(gradient), tf.float32)).all(), weight.path
+
+
+class TestErrors:
+    def test_keras_does_not_rewrite_the_message(self, model):
+        with pytest.raises(InputError) as caught:
+            model(IDS, MASK[:, :5])
+        assert str(caught.value) == "attention_mask is [2, 5], expected [2, 11]"
