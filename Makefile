@@ -13,9 +13,9 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
-demo: $(READY) ## continue one prompt with PyTorch, TensorFlow and JAX, and compare the logits
-	@$(BIN)/xglm compare examples/tiny_model/checkpoint --new-tokens 12 \
-	  --text "The children" --text "Дети" --text "孩子们" --text "Watoto"
+demo: $(READY) ## continue prompts with PyTorch, TensorFlow and JAX from one checkpoint, and compare the logits
+	@$(BIN)/xglm compare examples/tiny_model/checkpoint --new-tokens 24 --json $(VENV)/demo.json \
+	  --text "The little" --text "После школы" --text "كل صباح" --text "हर सुबह" --text "子どもたちは" --text "Treni ya"
 
 test: $(READY) ## run all tests
 	$(BIN)/python -m pytest

@@ -25,6 +25,7 @@ from xglm_core.compare.report import (
     between_backends,
     json_line,
     layer_table,
+    legend,
     load_tolerances,
     measure,
     summary_cells,
@@ -148,7 +149,7 @@ def _report(case: Case, folder: Path, results: dict[str, Result], tolerances: To
 
 def _print_tables(reports: dict[str, CaseReport], backends: Sequence[str], tolerances: Tolerances) -> None:
     print("Float32 backends against the float64 oracle")
-    print(f"(largest error / largest value; up to {tolerances.logits:.0e} passes; worst at row, position, id)\n")
+    print(f"({legend(tolerances)})\n")
     rows: list[Sequence[str]] = [
         (case if backend == backends[0] else "", backend, *summary_cells(measurement))
         for case, report in reports.items()

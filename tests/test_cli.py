@@ -106,7 +106,7 @@ class TestWrongUse:
 
     def test_bad_backend_name(self, checkpoint):
         assert_refused(
-            run_xglm("compare", checkpoint, "--ids", "2", "--backends", "torch,keras"),
+            run_xglm("compare", checkpoint, "--ids", "2", "--backends", "keras,torch"),
             "no backend 'keras'",
             "torch, tf, flax",
         )

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from conformance.random_weights import write_checkpoint
-from tests.commands import run_xglm
+from tests.commands import ROOT, run_xglm
 from tests.frameworks import backends_under_test
-from xglm_core import XGLMConfig, open_checkpoint
+from xglm_core import XGLMConfig, XGLMTokenizer, open_checkpoint
 from xglm_core.compare.adapters import BackendModel
 from xglm_core.compare.oracle import OracleOutput, checkpoint_reader, forward
 from xglm_core.compare.report import (
@@ -241,8 +241,9 @@ def test_cached_pass_reads_the_end_token_by_token(monkeypatch):
     assert [len(call[0]) for call in calls] == [4, 1, 1, 1, 1, 1, 1, 1, 1, 5, 1, 6]
 
 
-# A backend of numpy alone: the oracle itself, with one error on demand. It takes the place of `xglm_torch`.
-_FAKE_TORCH = """
+# Two backends of numpy alone, in the places of `xglm_torch` and `xglm_tf`: the oracle, with one error on demand.
+_FAKES = {
+    "torch": """
 from contextlib import nullcontext as inference_mode
 
 __version__ = "0.0"
@@ -250,16 +251,27 @@ __version__ = "0.0"
 
 def from_numpy(array):
     return array
-"""
-_FAKE_BACKEND = """
+""",
+    "tensorflow": """
+__version__ = "0.1"
+
+
+def convert_to_tensor(array):
+    return array
+""",
+    "keras": """
+__version__ = "0.2"
+""",
+    "xglm_torch": """
 import os
+import signal
 import types
 import numpy as np
 from xglm_core import open_checkpoint
 from xglm_core.compare.oracle import checkpoint_reader, forward
 from xglm_core.errors import CheckpointError
 
-WRONG = os.environ.get("WRONG")
+WRONG = os.environ["WRONG"]
 
 
 class XGLMForCausalLM:
@@ -272,6 +284,8 @@ class XGLMForCausalLM:
         return model
 
     def __call__(self, input_ids, attention_mask, past_key_values=None, use_cache=False, output_hidden_states=False):
+        if WRONG == "memory":
+            os.kill(os.getpid(), signal.SIGKILL)
         if WRONG == "bug":
             raise ZeroDivisionError("a bug in the backend")
         ids = input_ids if past_key_values is None else np.concatenate([past_key_values, input_ids], axis=1)
@@ -290,18 +304,33 @@ class XGLMForCausalLM:
             input_ids = np.concatenate([input_ids, logits.argmax(axis=-1)[:, None]], axis=1)
             attention_mask = np.pad(attention_mask, ((0, 0), (0, 1)), constant_values=1)
         return input_ids
-"""
+""",
+    "xglm_tf": """
+from xglm_torch import WRONG, XGLMForCausalLM
+
+
+class TFXGLMForCausalLM(XGLMForCausalLM):
+    def generate(self, input_ids, attention_mask, max_new_tokens):
+        ids = super().generate(input_ids, attention_mask, max_new_tokens)
+        if WRONG == "text":
+            ids[1, -2] = 9
+        return ids
+""",
+}
 
 
 @pytest.fixture
-def compare_fake(checkpoint, tmp_path):
-    """Runs `xglm compare` on the fake backend."""
-    for name, text in (("torch", _FAKE_TORCH), ("xglm_torch", _FAKE_BACKEND)):
-        (tmp_path / "fake" / name).mkdir(parents=True)
-        (tmp_path / "fake" / name / "__init__.py").write_text(text)
+def compare_fakes(checkpoint, tmp_path):
+    """Runs `xglm compare` on the two fake backends; returns exit code, lines of stdout, stderr."""
+    for name, text in _FAKES.items():
+        (tmp_path / "fakes" / name).mkdir(parents=True)
+        (tmp_path / "fakes" / name / "__init__.py").write_text(text)
 
-    def run(*arguments, wrong=""):
-        return run_xglm("compare", checkpoint, "--backends", "torch", *arguments, path=[tmp_path / "fake"], WRONG=wrong)
+    def run(*arguments, wrong="", backends="torch,tf", folder=checkpoint):
+        done = run_xglm(
+            *("compare", folder, "--backends", backends, *arguments), path=[tmp_path / "fakes"], WRONG=wrong
+        )
+        return done.returncode, done.stdout.splitlines(), done.stderr
 
     return run
 
@@ -310,51 +339,87 @@ IDS = ("--ids", "2,31,44,7,9", "--ids", "2,8,5")
 
 
 class TestCommand:
-    def test_right_backend(self, compare_fake):
-        run = compare_fake(*IDS, "--new-tokens", "3", "--json", "-")
-        assert (run.returncode, run.stderr) == (0, "")
-        *printed, line = run.stdout.splitlines()
-        assert printed[-1] == "PASS: torch agrees with the oracle"
+    def test_right_backends(self, compare_fakes):
+        code, (*printed, line), stderr = compare_fakes(*IDS, "--new-tokens", "3")
+        assert (code, stderr) == (0, "")
+        assert printed[-1] == "PASS: torch and tf agree with the oracle"
+        assert printed.count("         (the same text in torch and tf)") == 2
         numbers = json.loads(line)
         assert numbers["passed"]
-        assert numbers["versions"] == {"torch": {"torch": "0.0"}}
+        assert numbers["versions"] == {"torch": {"torch": "0.0"}, "tf": {"tensorflow": "0.1", "keras": "0.2"}}
         assert numbers["input_ids"] == [[2, 31, 44, 7, 9], [1, 1, 2, 8, 5]]
-        assert np.shape(numbers["generated"]["torch"]) == (2, 8)
-        assert numbers["backends"]["torch"]["argmax"]["positions"] == 8
-        assert len(numbers["backends"]["torch"]["layers"]) == CONFIG.num_layers + 1
+        assert numbers["generated"]["torch"] == numbers["generated"]["tf"]
+        assert np.shape(numbers["generated"]["tf"]) == (2, 8)
+        assert numbers["partings"] == [None, None]
+        assert numbers["between_backends"]["error"] == 0
+        for measurement in numbers["backends"].values():
+            assert measurement["argmax"] == {"positions": 8, "ties": 0, "different": 0}
+            assert len(measurement["layers"]) == CONFIG.num_layers + 1
 
-    def test_json_file(self, compare_fake, tmp_path):
-        run = compare_fake(*IDS, "--json", str(tmp_path / "numbers.json"))
-        assert run.returncode == 0
-        assert "{" not in run.stdout
+    def test_texts(self, compare_fakes, tmp_path):
+        """Each text stands as the user wrote it, whatever the vocabulary knows, before what each backend adds."""
+        folder = tmp_path / "checkpoint"
+        tokenizer = XGLMTokenizer.from_pretrained(ROOT / "examples" / "tiny_model" / "checkpoint")
+        tokenizer.save_pretrained(folder)
+        write_checkpoint(folder, XGLMConfig(**{**vars(CONFIG), "vocab_size": len(tokenizer)}), seed=5)
+        arguments = ("--text", "♞ The children", "--text", "孩子们", "--new-tokens", "3")
+        code, printed, _ = compare_fakes(*arguments, folder=folder)
+        assert code == 0
+        ids = np.array(json.loads(printed[-1])["generated"]["tf"])
+        assert ids[1, 0] == tokenizer.pad_token_id
+        for text, new in zip(("♞ The children", "孩子们"), ids[:, -3:], strict=True):
+            first = next(i for i, line in enumerate(printed) if line.startswith(f"  torch  {text}"))
+            added = printed[first].removeprefix(f"  torch  {text}")
+            assert added.strip() == tokenizer.decode(new, skip_special_tokens=True)
+            assert printed[first + 1] == f"  tf     {text}{added}"
+            assert printed[first + 2] == "         (the same text in torch and tf)"
+
+    def test_other_text_in_one_backend(self, compare_fakes):
+        code, printed, _ = compare_fakes(*IDS, "--new-tokens", "3", wrong="text")
+        assert code == 1
+        assert "         (they part at new token 2)" in printed
+        assert any(line.startswith("FAIL: text 2: another new token 2, and no tie") for line in printed)
+
+    def test_json_file(self, compare_fakes, tmp_path):
+        code, printed, _ = compare_fakes(*IDS, "--json", tmp_path / "numbers.json")
+        assert code == 0
+        assert "{" not in "".join(printed)
         assert json.loads((tmp_path / "numbers.json").read_text())["passed"]
 
-    def test_wrong_cache(self, compare_fake):
-        run = compare_fake(*IDS, "--json", "-", wrong="cache")
-        assert run.returncode == 1
-        numbers = json.loads(run.stdout.splitlines()[-1])
+    def test_json_file_that_cannot_be_written(self, compare_fakes, tmp_path):
+        code, _, stderr = compare_fakes(*IDS, "--json", tmp_path)
+        assert (code, stderr) == (2, f"xglm: error: {tmp_path}: cannot be written: Is a directory\n")
+
+    def test_wrong_cache(self, compare_fakes):
+        code, printed, _ = compare_fakes(*IDS, wrong="cache", backends="torch")
+        assert code == 1
+        numbers = json.loads(printed[-1])
         assert not numbers["passed"]
         assert [failure.partition("[")[0] for failure in numbers["failures"]] == ["torch cached", "torch chunked"]
-        assert "FAIL: torch cached[" in run.stdout
 
-    def test_wrong_layer(self, compare_fake):
-        run = compare_fake(*IDS, wrong="layer")
-        assert run.returncode == 1
-        assert "FAIL: torch hidden_states[2][1, 4, 3]: error" in run.stdout
+    def test_wrong_layer(self, compare_fakes):
+        code, printed, _ = compare_fakes(*IDS, wrong="layer", backends="torch")
+        assert code == 1
+        assert printed[-2].startswith("FAIL: torch hidden_states[2][1, 4, 3]: error")
 
-    def test_error_of_the_input_in_the_backend_is_one_line(self, compare_fake):
-        run = compare_fake(*IDS, wrong="input")
-        assert run.returncode == 2
-        assert run.stderr == "xglm: error: torch: this checkpoint is not to my taste\n"
+    def test_error_of_the_input_in_a_backend_is_one_line(self, compare_fakes):
+        code, _, stderr = compare_fakes(*IDS, wrong="input")
+        assert (code, stderr) == (2, "xglm: error: torch: this checkpoint is not to my taste\n")
 
-    def test_bug_in_the_backend_keeps_its_traceback(self, compare_fake):
-        run = compare_fake(*IDS, wrong="bug")
-        assert run.returncode == 1
-        assert "the torch backend failed" in run.stderr
-        assert "ZeroDivisionError: a bug in the backend" in run.stderr
+    def test_killed_backend_is_one_line(self, compare_fakes):
+        code, _, stderr = compare_fakes(*IDS, wrong="memory")
+        assert code == 2
+        assert stderr.startswith("xglm: error: the torch process was killed, as happens when memory runs out")
 
-    def test_one_token(self, compare_fake):
-        assert compare_fake("--ids", "2").returncode == 0
+    def test_bug_in_a_backend_keeps_its_traceback(self, compare_fakes):
+        code, _, stderr = compare_fakes(*IDS, wrong="bug")
+        assert code == 1
+        assert "the torch backend failed" in stderr
+        assert "ZeroDivisionError: a bug in the backend" in stderr
+
+    def test_one_token(self, compare_fakes):
+        code, printed, _ = compare_fakes("--ids", "2", backends="torch")
+        assert (code, printed[-2]) == (0, "PASS: torch agrees with the oracle")
 
 
 def test_parse_backends():
@@ -374,7 +439,7 @@ def test_worker_reports_errors_of_the_input(backend, tmp_path):
 def test_all_backends(checkpoint):
     """The whole command on real frameworks; the conformance suite judges the numbers in depth."""
     names = ",".join(backends_under_test())
-    run = run_xglm("compare", checkpoint, "--backends", names, "--new-tokens", 4, "--json", "-", *IDS)
+    run = run_xglm("compare", checkpoint, "--backends", names, "--new-tokens", 4, *IDS)
     assert (run.returncode, run.stderr) == (0, "")
     numbers = json.loads(run.stdout.splitlines()[-1])
     assert list(numbers["backends"]) == backends_under_test()

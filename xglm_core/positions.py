@@ -2,7 +2,7 @@
 
 XGLM was trained with fairseq's `SinusoidalPositionalEmbedding`: row r holds sin(r f_i) for each frequency
 f_i = 10000^(-i / (half - 1)), then cos(r f_i), with half = d_model // 2; position p reads row p + 2. Its arithmetic is
-float32, and that matters: towards row 2049 a float64 table differs by up to 2.7e-4 (d_model 4096). Each step below
+float32, and that matters: towards row 2049 a float64 table differs by up to 1.6e-4 (d_model 2048). Each step below
 rounds once, correctly, to float32, so the table is the same on every machine; PyTorch's own `exp` misses the correctly
 rounded frequency in about 1% of the entries by one unit in the last place (at most 6e-5 in the table).
 """

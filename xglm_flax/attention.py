@@ -66,7 +66,7 @@ class FlaxXGLMAttention(nn.Module):
         value = self._split_heads(self.v_proj(hidden_states))
         if cache is not None:
             cache = cache.write(layer, key, value)
-            if mask.shape[3] != key.shape[2]:
+            if mask.shape[3] != key.shape[2]:  # A cache that the new positions fill holds no others.
                 key, value = cache.keys[layer], cache.values[layer]
         scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=PRECISION, preferred_element_type=jnp.float32)
         # Finite, so that a row without any visible key is a mean of values rather than NaN.

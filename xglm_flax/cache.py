@@ -95,7 +95,7 @@ def extend_cache(
         like: hidden states [batch, new, d_model], for batch size and type.
     """
     if past is None:
-        past = empty_cache(config, len(like), rounded_up(new), like.dtype)
+        past = empty_cache(config, len(like), _rounded_up(new), like.dtype)
     if mask is None:
         mask = jnp.ones((len(like), new), bool)
     return dataclasses.replace(past, mask=jnp.pad(mask, ((0, 0), (0, past.capacity - mask.shape[1]))))
@@ -114,7 +114,8 @@ def with_room(cache: FlaxXGLMCache, new: int) -> FlaxXGLMCache:
     length = int(cache.length)
     if cache.fixed:
         check_cache(length, new, cache.capacity)
-    return with_capacity(cache, max(cache.capacity, rounded_up(length + new)))
+        return cache
+    return with_capacity(cache, max(cache.capacity, _rounded_up(length + new)))
 
 
 def with_capacity(cache: FlaxXGLMCache, capacity: int) -> FlaxXGLMCache:
@@ -130,7 +131,7 @@ def with_capacity(cache: FlaxXGLMCache, capacity: int) -> FlaxXGLMCache:
     )
 
 
-def rounded_up(length: int) -> int:
+def _rounded_up(length: int) -> int:
     """The capacity for `length` positions."""
     return -(-length // _BLOCK) * _BLOCK
 

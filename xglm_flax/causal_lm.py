@@ -16,8 +16,9 @@ from xglm_core.generation.loop import generate
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_flax.attention import PRECISION, dense
 from xglm_flax.cache import FlaxXGLMCache
-from xglm_flax.decoder import FlaxXGLMModule, prepared_inputs
+from xglm_flax.decoder import FlaxXGLMModule
 from xglm_flax.generation import FlaxEngine, compile_engine
+from xglm_flax.inputs import prepared_inputs
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
 from xglm_flax.weights import Params
 
@@ -113,7 +114,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             InputError: see `FlaxXGLMModel.__call__`.
         """
         return self._apply(
-            self.params_or_own(params),
+            self._params_or_own(params),
             *prepared_inputs(self.config, input_ids, attention_mask, position_ids, past_key_values),
             dropout_rng=dropout_rng,
             train=train,
@@ -148,7 +149,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             InputError: there are no parameters, or see `xglm_core.generation.loop.generate`.
         """
         tokens = generate(
-            FlaxEngine(self._engine, self.params_or_own(params)),
+            FlaxEngine(self._engine, self._params_or_own(params)),
             np.asarray(input_ids),
             None if attention_mask is None else np.asarray(attention_mask),
             self.config,

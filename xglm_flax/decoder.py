@@ -10,15 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
-from xglm_core.inputs import check_attention_mask, check_input_ids, check_positions
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_flax.attention import FlaxXGLMAttention, attention_mask_for, dense
-from xglm_flax.cache import FlaxXGLMCache, extend_cache, is_traced, with_room
+from xglm_flax.cache import FlaxXGLMCache, extend_cache
+from xglm_flax.inputs import prepared_inputs
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
 from xglm_flax.weights import Params
 
@@ -233,7 +232,7 @@ class FlaxXGLMModel(FlaxXGLMPreTrainedModel):
                 the cache has room for, no parameters, or no `dropout_rng`.
         """
         return self._apply(
-            self.params_or_own(params),
+            self._params_or_own(params),
             *prepared_inputs(self.config, input_ids, attention_mask, position_ids, past_key_values),
             dropout_rng=dropout_rng,
             train=train,
@@ -259,35 +258,6 @@ def _embedding_init(config: XGLMConfig, key: jax.Array, shape: tuple[int, ...], 
     return weight if config.pad_token_id is None else weight.at[config.pad_token_id].set(0)
 
 
-def prepared_inputs(
-    config: XGLMConfig,
-    input_ids: jax.Array,
-    attention_mask: jax.Array | None,
-    position_ids: jax.Array | None,
-    past: FlaxXGLMCache | None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None, FlaxXGLMCache | None]:
-    """Checks the arguments of a model call and brings them into the shapes that the compiled code knows.
-
-    Differs: PyTorch does this on the way. Here it comes first, as compiled code has shapes but no values.
-
-    Returns:
-        `input_ids`, the mask, if there is one, over all that the cache has room for, `position_ids`, and the cache.
-    """
-    if not is_traced(input_ids):
-        check_input_ids(np.asarray(input_ids), config)
-    batch, length = input_ids.shape
-    if past is not None:
-        past = with_room(past, length)
-    seen = 0 if past is None else past.capacity - length if is_traced(past.length) else int(past.length)
-    if attention_mask is not None:
-        check_attention_mask(attention_mask.shape, batch, seen, length)
-        if past is not None and not is_traced(attention_mask):
-            # Without this, each further token would be another shape, and another compilation.
-            attention_mask = np.pad(np.asarray(attention_mask) != 0, ((0, 0), (0, past.capacity - seen - length)))
-    _check_positions(config, attention_mask, position_ids, past, seen, length)
-    return input_ids, attention_mask, position_ids, past
-
-
 def _key_mask(
     attention_mask: jax.Array | None, past: FlaxXGLMCache | None, batch: int, length: int
 ) -> jax.Array | None:
@@ -296,9 +266,9 @@ def _key_mask(
     Positions after the new ones may be marked or not: none of the new ones sees them.
     """
     if past is None:
-        return None if attention_mask is None else attention_mask != 0
+        return None if attention_mask is None else attention_mask.astype(bool)
     if attention_mask is not None:
-        return jnp.pad(attention_mask != 0, ((0, 0), (0, past.capacity - attention_mask.shape[1])))
+        return jnp.pad(attention_mask.astype(bool), ((0, 0), (0, past.capacity - attention_mask.shape[1])))
     return jax.lax.dynamic_update_slice_in_dim(past.mask, jnp.ones((batch, length), bool), past.length, axis=1)
 
 
@@ -308,25 +278,3 @@ def _position_ids(mask: jax.Array | None, past: jax.Array | int, length: int) ->
         return jnp.arange(length)[None]
     counts = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     return jax.lax.dynamic_slice_in_dim(counts, past, length, axis=1)
-
-
-def _check_positions(
-    config: XGLMConfig,
-    mask: jax.Array | None,
-    position_ids: jax.Array | None,
-    past: FlaxXGLMCache | None,
-    seen: int,
-    length: int,
-) -> None:
-    """Checks the positions given or counted, unless they are being traced."""
-    if position_ids is not None:
-        if not is_traced(position_ids):
-            check_positions(int(np.min(position_ids)), int(np.max(position_ids)), config)
-    elif mask is not None:
-        if not is_traced(mask):
-            check_positions(0, int(np.count_nonzero(mask, axis=1).max()) - 1, config)
-    elif past is None:
-        check_positions(0, length - 1, config)
-    elif not (is_traced(past.mask) or is_traced(past.length)):
-        tokens = np.count_nonzero(np.asarray(past.mask)[:, :seen], axis=1).max()
-        check_positions(0, int(tokens) + length - 1, config)

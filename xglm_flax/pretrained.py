@@ -33,6 +33,7 @@ class FlaxXGLMPreTrainedModel:
 
     Attributes:
         config: the architecture.
+        dtype: type of the computation.
         module: the Linen module.
         params: its parameters, or None.
     """
@@ -103,7 +104,7 @@ class FlaxXGLMPreTrainedModel:
         Raises:
             InputError: `dtype` or `max_shard_size` is unknown, or there are no parameters.
         """
-        params = self.params_or_own(params)
+        params = self._params_or_own(params)
         stored = weights_dtype(params) if dtype is None else float_type(dtype)
         specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
         by_name = {spec.name: spec for spec in specs}
@@ -113,7 +114,7 @@ class FlaxXGLMPreTrainedModel:
 
     def num_parameters(self) -> int:
         """Number of parameters; a tied head counts once."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params_or_own(None)))
+        return sum(leaf.size for leaf in jax.tree.leaves(self._params_or_own(None)))
 
     def init_cache(self, batch_size: int, max_length: int) -> FlaxXGLMCache:
         """An empty cache with room for `max_length` tokens in each row; it does not grow, so no shape ever changes."""
@@ -132,7 +133,7 @@ class FlaxXGLMPreTrainedModel:
         variables: Any = self.module.init(rng, jnp.zeros(input_shape, jnp.int32))
         return variables["params"]
 
-    def params_or_own(self, params: Params | None) -> Params:
+    def _params_or_own(self, params: Params | None) -> Params:
         """`params`, or the model's own if it is None.
 
         Raises:

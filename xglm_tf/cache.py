@@ -48,8 +48,9 @@ class TFXGLMCache:
     def write(self, layer: int, key: tf.Tensor, value: tf.Tensor) -> TFXGLMCache:
         """This cache with a layer's new keys and values, each [batch, heads, new, head_dim], after the older ones."""
         keys, values = list(self.keys), list(self.values)
-        keys[layer] = _written(keys[layer], key, self.length)
-        values[layer] = _written(values[layer], value, self.length)
+        written = _written if tf.executing_eagerly() else _written_traced
+        keys[layer] = written(keys[layer], key, self.length)
+        values[layer] = written(values[layer], value, self.length)
         return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
 
     def __len__(self) -> int:
@@ -118,9 +119,14 @@ def _written(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tuple[tf.T
     """`storage` with `new` from position `start` on; gradients flow through the new positions only."""
 
     def gradient(upstream: tf.Tensor) -> tuple[None, tf.Tensor, None]:
-        return None, tf.slice(upstream, (0, 0, start, 0), tf.shape(new)), None
+        return None, tf.gather(upstream, start + tf.range(tf.shape(new)[2]), axis=2), None
 
     return keras.ops.slice_update(storage, (0, 0, start, 0), new), gradient
+
+
+# TensorFlow never forgets a graph in which it met a custom gradient. Here it meets a small one: the caller's would keep
+# all weights in memory after the model is gone.
+_written_traced = tf.function(_written, autograph=False)
 
 
 def _rounded_up(positions: int | tf.Tensor) -> int | tf.Tensor:

@@ -16,7 +16,7 @@ from xglm_core.generation.loop import generate
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_tf.cache import TFXGLMCache
 from xglm_tf.decoder import TFXGLMMainLayer
-from xglm_tf.generation import CompiledEngine, TFEngine
+from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
 
 
@@ -100,7 +100,7 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
     @functools.cached_property
     def compiled_engine(self) -> CompiledEngine:
         """The compiled functions of `generate`; kept, so that each shape is compiled once."""
-        return CompiledEngine(self)
+        return compile_engine(self)
 
     def generate(
         self,

@@ -236,7 +236,9 @@ def _key_mask(
 def _position_ids(mask: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:
     """Counts each row's tokens that are not padding: [batch, length]; padding repeats the position before it."""
     counts = tf.maximum(tf.cumsum(tf.cast(mask, tf.int32), axis=1) - 1, 0)
-    return tf.slice(counts, (0, past), (-1, length))
+    # A slice would do, but XLA would compile it anew for each value of `past`.
+    new = past + tf.range(length)
+    return tf.gather(counts, tf.minimum(new, keras.ops.shape(mask)[1] - 1), axis=1)
 
 
 def _check_values(input_ids: tf.Tensor, position_ids: tf.Tensor, config: XGLMConfig) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,45 +18,25 @@ if TYPE_CHECKING:
 _BLOCK = 16  # Most tokens that one call of compiled code selects; its result has room for as many.
 
 
+@dataclasses.dataclass(frozen=True)
 class CompiledEngine:
-    """The compiled functions of one model, each compiled when it first meets a shape.
+    """The compiled functions of one model. They refer to its variables, so that there is no second copy.
 
-    They refer to the model's variables, so there is no second copy of the weights.
+    Attributes:
+        prefill: see `_prefill`, without its first argument.
+        advance: see `_advance`, without its first argument.
     """
 
-    def __init__(self, model: TFXGLMForCausalLM) -> None:
-        self._model = model
+    prefill: Callable[..., tuple[tf.Tensor, TFXGLMCache]]
+    advance: Callable[..., tuple[tf.Tensor, tf.Tensor, TFXGLMCache]]
 
-    @tf.function(jit_compile=True, autograph=False)
-    def prefill(self, input_ids: tf.Tensor, attention_mask: tf.Tensor, capacity: int) -> tuple[tf.Tensor, TFXGLMCache]:
-        """Reads ids [rows, length]; returns the likeliest next ids [rows, 1] and a cache with room for `capacity`."""
-        outputs = self._model(input_ids, attention_mask, use_cache=True, logits_to_keep=1)
-        return _likeliest(outputs.logits), with_capacity(outputs.past_key_values, capacity)
 
-    @tf.function(jit_compile=True, autograph=False)
-    def advance(
-        self, tokens: tf.Tensor, cache: TFXGLMCache, steps: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, TFXGLMCache]:
-        """Feeds the last ids [rows, 1] and selects the next, `steps` times.
-
-        `steps` is a tensor, so that one compilation serves all counts.
-
-        Returns:
-            The selected ids [rows, _BLOCK], of which the first `steps` columns count, the last of these [rows, 1], and
-            the cache.
-        """
-        columns = tf.range(_BLOCK)
-
-        def step(
-            index: tf.Tensor, selected: tf.Tensor, tokens: tf.Tensor, cache: TFXGLMCache
-        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, TFXGLMCache]:
-            outputs = self._model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            tokens = _likeliest(outputs.logits)
-            return index + 1, tf.where(columns == index, tokens, selected), tokens, outputs.past_key_values
-
-        selected = tf.zeros((tokens.shape[0], _BLOCK), tf.int32)
-        _, *results = tf.while_loop(lambda index, *_: index < steps, step, (0, selected, tokens, cache))
-        return tuple(results)
+def compile_engine(model: TFXGLMForCausalLM) -> CompiledEngine:
+    """Prepares the functions of a model; each is compiled when it first meets a shape."""
+    return CompiledEngine(
+        prefill=tf.function(functools.partial(_prefill, model), jit_compile=True, autograph=False),
+        advance=tf.function(functools.partial(_advance, model), jit_compile=True, autograph=False),
+    )
 
 
 class TFEngine:
@@ -82,6 +65,39 @@ class TFEngine:
             selected, self._tokens, self._cache = self._compiled.advance(self._tokens, self._cache, tf.constant(count))
             blocks.append(selected[:, :count].numpy())
         return np.concatenate(blocks, axis=1)
+
+
+def _prefill(
+    model: TFXGLMForCausalLM, input_ids: tf.Tensor, attention_mask: tf.Tensor, capacity: int
+) -> tuple[tf.Tensor, TFXGLMCache]:
+    """Reads ids [rows, length]; returns the likeliest next ids [rows, 1] and a cache with room for `capacity`."""
+    outputs = model(input_ids, attention_mask, use_cache=True, logits_to_keep=1)
+    return _likeliest(outputs.logits), with_capacity(outputs.past_key_values, capacity)
+
+
+def _advance(
+    model: TFXGLMForCausalLM, tokens: tf.Tensor, cache: TFXGLMCache, steps: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, TFXGLMCache]:
+    """Feeds the last ids [rows, 1] and selects the next, `steps` times.
+
+    `steps` is a tensor, so that one compilation serves all counts.
+
+    Returns:
+        The selected ids [rows, _BLOCK], of which the first `steps` columns count, the last of these [rows, 1], and the
+        cache.
+    """
+    columns = tf.range(_BLOCK)
+
+    def step(
+        index: tf.Tensor, selected: tf.Tensor, tokens: tf.Tensor, cache: TFXGLMCache
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, TFXGLMCache]:
+        outputs = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens = _likeliest(outputs.logits)
+        return index + 1, tf.where(columns == index, tokens, selected), tokens, outputs.past_key_values
+
+    selected = tf.zeros((tokens.shape[0], _BLOCK), tf.int32)
+    _, *results = tf.while_loop(lambda index, *_: index < steps, step, (0, selected, tokens, cache))
+    return tuple(results)
 
 
 def _likeliest(logits: tf.Tensor) -> tf.Tensor:

@@ -18,6 +18,7 @@ from xglm_core.compare.report import (
     Tolerances,
     json_line,
     layer_table,
+    legend,
     load_tolerances,
     summary_cells,
     table,
@@ -37,12 +38,12 @@ class Prompts:
     Attributes:
         input_ids: int64 [texts, length], padded on the left.
         attention_mask: 1 for tokens, 0 for padding, int64 [texts, length].
-        show: turns ids into one line to read.
+        show: one line to read, of a row and the ids of its text and its continuation.
     """
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
-    show: Callable[[np.ndarray], str]
+    show: Callable[[int, np.ndarray], str]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--ids", action="append", help="token ids instead, as in 2,31227,4447; may be repeated")
     parser.add_argument("--new-tokens", type=int, default=0, metavar="N", help="continue each text by up to N tokens")
     parser.add_argument("--backends", metavar="LIST", help=f"some of {','.join(BACKENDS)} (all that are installed)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers as one line of JSON; - prints it last")
+    parser.add_argument(
+        "--json", metavar="FILE", default="-", help="where to write the line of JSON (printed)"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -68,6 +71,12 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     _check(prompts, config, arguments.new_tokens)
     backends, left_out = _choose_backends(arguments.backends)
+    print(
+        f"{arguments.checkpoint}: {num_parameters(config):,} parameters, {config.num_layers} layers, "
+        f"d_model {config.d_model}, vocabulary {config.vocab_size:,}"
+    )
+    for line in left_out:
+        print(f"Not compared: {line}")
     tolerances = load_tolerances()
     comparison = compare_backends(
         checkpoint,
@@ -78,25 +87,18 @@ def _run(arguments: argparse.Namespace) -> int:
         backends=backends,
         tolerances=tolerances,
     )
-    print(
-        f"{arguments.checkpoint}: {num_parameters(config):,} parameters, {config.num_layers} layers, "
-        f"d_model {config.d_model}, vocabulary {config.vocab_size:,}"
-    )
-    for line in left_out:
-        print(f"Not compared: {line}")
     if comparison.generated:
         _print_texts(comparison, prompts)
     _print_tables(comparison, prompts, tolerances)
     _print_verdict(comparison)
-    if arguments.json:
-        numbers = {
-            "passed": not comparison.failures,
-            "checkpoint": str(arguments.checkpoint),
-            "input_ids": prompts.input_ids.tolist(),
-            "tolerances": asdict(tolerances),
-            **comparison.numbers(),
-        }
-        _write_line(arguments.json, json_line(numbers))
+    numbers = {
+        "passed": not comparison.failures,
+        "checkpoint": str(arguments.checkpoint),
+        "input_ids": prompts.input_ids.tolist(),
+        "tolerances": asdict(tolerances),
+        **comparison.numbers(),
+    }
+    _write_line(arguments.json, json_line(numbers))
     return EXIT_FAILED if comparison.failures else 0
 
 
@@ -108,7 +110,14 @@ def _read_texts(folder: Path, texts: Sequence[str]) -> Prompts:
     except XGLMError as error:
         raise InputError(f"{error}; a checkpoint without a tokenizer takes --ids in place of --text") from None
     batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="np")
-    return Prompts(batch.input_ids, batch.attention_mask, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+
+    def show(row: int, ids: np.ndarray) -> str:
+        # The text as the user wrote it: decoding loses what the vocabulary does not know.
+        known = tokenizer.decode(batch.input_ids[row], skip_special_tokens=True)
+        new = tokenizer.decode(ids, skip_special_tokens=True).removeprefix(known)
+        return " ".join(texts[row].split()) + new
+
+    return Prompts(batch.input_ids, batch.attention_mask, show)
 
 
 def _read_ids(lists: Sequence[str], pad: int) -> Prompts:
@@ -121,7 +130,7 @@ def _read_ids(lists: Sequence[str], pad: int) -> Prompts:
     length = max(map(len, rows))
     ids = np.array([[pad] * (length - len(row)) + row for row in rows], np.int64)
     mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows], np.int64)
-    return Prompts(ids, mask, lambda ids: ",".join(map(str, ids)))
+    return Prompts(ids, mask, lambda row, ids: ",".join(map(str, ids)))
 
 
 def _check(prompts: Prompts, config: XGLMConfig, new_tokens: int) -> None:
@@ -152,7 +161,7 @@ def _print_texts(comparison: Comparison, prompts: Prompts) -> None:
         print()
         begin = length - int(prompts.attention_mask[row].sum())
         for name, ids in comparison.generated.items():
-            print(f"  {name:{width}}  {prompts.show(ids[row, begin:])}")
+            print(f"  {name:{width}}  {prompts.show(row, ids[row, begin:])}")
         if parting:
             print(f"  {'':{width}}  (they part at new token {parting.token + 1})")
         elif len(names) > 1:
@@ -161,8 +170,8 @@ def _print_texts(comparison: Comparison, prompts: Prompts) -> None:
 
 def _print_tables(comparison: Comparison, prompts: Prompts, tolerances: Tolerances) -> None:
     rows, tokens = len(prompts.input_ids), int(prompts.attention_mask.sum())
-    print(f"\nLogits of {tokens} tokens in {rows} texts, float32 against the float64 oracle in numpy")
-    print(f"(largest error / largest value; up to {tolerances.logits:.0e} passes)\n")
+    print(f"\nLogits of {tokens} tokens in {rows} texts: float32, against an oracle in float64 numpy")
+    print(f"({legend(tolerances)})\n")
     measurements = comparison.measurements
     print(table(("", *SUMMARY_HEADER), [(name, *summary_cells(each)) for name, each in measurements.items()]))
     if comparison.between:

@@ -167,6 +167,11 @@ def between_backends(logits: dict[str, np.ndarray], real: np.ndarray) -> tuple[W
 SUMMARY_HEADER = ("logits", "worst at", "layers", "cached", "chunked", "argmax", "seconds", "")
 
 
+def legend(tolerances: Tolerances) -> str:
+    """What the numbers below `SUMMARY_HEADER` are."""
+    return f"largest error / largest value, worst at row, position, id; up to {tolerances.logits:.0e} passes"
+
+
 def summary_cells(measurement: Measurement) -> tuple[str, ...]:
     """The cells of a backend's row below `SUMMARY_HEADER`."""
     return (

@@ -26,6 +26,8 @@ _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
+_KILLED = -9  # The exit code of a process that got SIGKILL.
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -110,11 +112,8 @@ def run_backend(backend: str, jobs: Sequence[Job], folder: Path) -> BackendRun:
         errors="replace",
         check=False,
     )
-    if process.returncode < 0:
-        raise BackendError(
-            f"the {backend} process was ended by signal {-process.returncode}, as happens when memory runs out; "
-            "compare fewer backends or shorter texts"
-        )
+    if process.returncode == _KILLED:
+        raise BackendError(f"the {backend} process was killed, as happens when memory runs out; give it fewer tokens")
     if process.returncode:
         raise RuntimeError(f"the {backend} backend failed:\n{process.stderr}")
     outcome = json.loads((folder / OUTCOME_FILE).read_text())
