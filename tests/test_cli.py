@@ -212,12 +212,13 @@ class TestMakeCheckpoint:
         assert {checkpoint.info(spec.name).dtype.name for spec in plan.specs} == {dtype}
 
     def test_distribution(self, tmp_path):
-        write_random_checkpoint(tmp_path, XGLMConfig(**{**vars(CONFIG), "init_std": 0.5}), FLOAT32, seed=3)
+        write_random_checkpoint(tmp_path, CONFIG, FLOAT32, seed=3)
         weights = load_file(tmp_path / WEIGHTS_FILE)
         # The mean of n numbers strays by std / sqrt(n), their deviation by std / sqrt(2 n): five times that.
         for name, mean, std in (
-            ("model.embed_tokens.weight", 0, 0.5),
-            (FC1, 0, 0.5),
+            ("model.embed_tokens.weight", 0, 0.1),
+            (FC1, 0, CONFIG.d_model**-0.5),
+            ("model.layers.1.fc2.weight", 0, 20 * CONFIG.ffn_dim**-0.5),
             ("model.layers.0.fc1.bias", 0, 0.02),
             ("model.layer_norm.weight", 1, 0.02),
             ("model.layers.2.final_layer_norm.bias", 0, 0.02),

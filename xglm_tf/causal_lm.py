@@ -92,7 +92,7 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         if self.lm_head is not None:
             return self.lm_head(hidden_states)
         batch, length, d_model = keras.ops.shape(hidden_states)
-        # As one matrix product, which reads the table where it lies; that of a batch would copy it.
+        # As one matrix product: for a batch of them, TensorFlow would repeat the table.
         rows = tf.reshape(hidden_states, (batch * length, d_model))
         logits = tf.matmul(rows, self.model.embed_tokens.embeddings, transpose_b=True)
         return tf.reshape(logits, (batch, length, self.config.vocab_size))

@@ -134,7 +134,7 @@ class TFXGLMMainLayer(keras.layers.Layer):
             position_ids = _position_ids(mask, past, length)
         _check_values(input_ids, position_ids, config)
 
-        # Scaled in float32: in bfloat16 the scale itself would be rounded, by up to 0.4%.
+        # Scaled in float32: in bfloat16 the scale itself would be rounded, by up to 0.2%.
         hidden_states = tf.cast(self.embed_tokens(input_ids), tf.float32) * self.embed_scale
         positions = tf.cast(self.embed_positions(position_ids), self.compute_dtype)
         hidden_states = self.dropout(tf.cast(hidden_states, self.compute_dtype) + positions)

@@ -14,10 +14,14 @@ from xglm_core.checkpoint.folder import INDEX_FILE, WEIGHTS_FILE, save_checkpoin
 from xglm_core.cli import show_help
 from xglm_core.config import CONFIG_FILE, PRESETS, XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.weight_names import num_parameters, weight_specs
+from xglm_core.weight_names import EMBEDDING, num_parameters, weight_specs
 
 # With biases of 0 and norm weights of 1 nobody would see that a backend forgets them; this little changes no scale.
 _VECTOR_STD = 0.02
+# As freshly initialised, a tied model repeats one token for ever, and any two backends agree on that. Where tokens
+# weigh more than positions, and blocks more than both, the next token depends on all of them, and the text varies.
+_EMBEDDING_STD = 0.1
+_FC2_GAIN = 20
 _BLOCK_NUMBERS = 2**22  # Drawn at a time, so that converting them needs little memory beside the tensor.
 
 
@@ -60,10 +64,11 @@ def write_random_checkpoint(
     max_shard_size: int | str = "5GB",
     force: bool = False,
 ) -> None:
-    """Writes a checkpoint with the published initialisation, one tensor in memory at a time.
+    """Writes a checkpoint with random weights, one tensor in memory at a time.
 
-    Matrices are drawn from N(0, init_std), as published; biases from N(0, 0.02) and norm weights from N(1, 0.02), so
-    that none of them is without effect. A weight depends on its name, its shape and the seed alone.
+    The embedding is drawn from N(0, 0.1^2), other matrices from N(0, 1 / fan_in), with 20 times this deviation for fc2,
+    biases from N(0, 0.02^2) and norm weights from N(1, 0.02^2), so that none of them is without effect. A weight
+    depends on its name, its shape and the seed alone.
 
     Args:
         folder: created if it is missing.
@@ -86,19 +91,24 @@ def write_random_checkpoint(
         config,
         specs,
         dtype,
-        lambda name: _random_weight(name, shapes[name], config.init_std, dtype, seed),
+        lambda name: _random_weight(name, shapes[name], dtype, seed),
         max_shard_size,
     )
 
 
-def _random_weight(name: str, shape: tuple[int, ...], init_std: float, dtype: FloatType, seed: int) -> np.ndarray:
+def _random_weight(name: str, shape: tuple[int, ...], dtype: FloatType, seed: int) -> np.ndarray:
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
-    is_matrix = len(shape) > 1
-    mean = 1.0 if not is_matrix and name.endswith(".weight") else 0.0
+    mean, deviation = 0.0, shape[-1] ** -0.5
+    if len(shape) == 1:
+        mean, deviation = float(name.endswith(".weight")), _VECTOR_STD
+    elif name == EMBEDDING:
+        deviation = _EMBEDDING_STD
+    elif name.endswith("fc2.weight"):
+        deviation *= _FC2_GAIN
     weight = np.empty(math.prod(shape), dtype.storage)
     for begin in range(0, weight.size, _BLOCK_NUMBERS):
         numbers = generator.standard_normal(min(_BLOCK_NUMBERS, weight.size - begin), np.float32)
-        numbers *= np.float32(init_std if is_matrix else _VECTOR_STD)
+        numbers *= np.float32(deviation)
         numbers += np.float32(mean)
         weight[begin : begin + numbers.size] = convert(numbers, FLOAT32, dtype)
     return weight.reshape(shape)
