@@ -11,7 +11,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 .PHONY: help demo test lint format conformance golden tiny-model test-core test-torch test-tf test-flax clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^(# )?[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^(# )?([a-z-]+):.*## (.*)/  make \2|\3/' | column -t -s '|'
 
 demo: $(READY) ## continue prompts with PyTorch, TensorFlow and JAX from one checkpoint, and compare the logits
 	@$(BIN)/xglm compare examples/tiny_model/checkpoint --new-tokens 24 --json $(VENV)/demo.json \
@@ -40,7 +40,7 @@ golden: ## compute the golden numbers again, in an environment with transformers
 	.venv-golden/bin/pip install --quiet --disable-pip-version-check -r conformance/golden/requirements.txt
 	.venv-golden/bin/python -m conformance.golden.make
 
-# Each backend alone, in an environment that holds nothing else; core without any framework.
+# test-torch: ## test one backend in an environment of its own (test-tf, test-flax; test-core has none)
 test-core test-torch test-tf test-flax: test-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
