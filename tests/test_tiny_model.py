@@ -85,7 +85,10 @@ def test_continuations_are_those_of_the_card_and_stay_in_the_language(name):
 
 
 def test_the_configuration_has_the_published_keys():
-    published = """activation_dropout activation_function architectures attention_dropout attention_heads bos_token_id d_model
-    decoder_start_token_id dropout eos_token_id ffn_dim init_std layerdrop max_position_embeddings model_type num_layers
-    pad_token_id scale_embedding use_cache vocab_size"""
-    assert set(published.split()) <= json.loads((CHECKPOINT / "config.json").read_text()).keys()
+    published = """
+        activation_dropout activation_function architectures attention_dropout attention_heads bos_token_id d_model
+        decoder_start_token_id dropout eos_token_id ffn_dim init_std layerdrop max_position_embeddings model_type
+        num_layers pad_token_id scale_embedding use_cache vocab_size
+    """
+    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    assert set(published.split()) <= config.keys()

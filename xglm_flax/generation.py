@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from xglm_core.generation.loop import BLOCK
 from xglm_flax.cache import FlaxXGLMCache, with_capacity
 from xglm_flax.weights import Params
-
-_BLOCK = 16  # Most tokens that one call of compiled code selects; its result has room for as many.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +58,10 @@ class FlaxEngine:
 
     def advance(self, steps: int) -> np.ndarray:
         """See `Engine.advance`."""
-        selected = []
-        for done in range(0, steps, _BLOCK):
-            count = min(_BLOCK, steps - done)
-            block, self._tokens, self._cache = self._compiled.advance(
-                self._params, self._tokens, cache=self._cache, steps=count
-            )
-            selected.append(np.asarray(block)[:, :count])
-        return np.concatenate(selected, axis=1)
+        selected, self._tokens, self._cache = self._compiled.advance(
+            self._params, self._tokens, cache=self._cache, steps=steps
+        )
+        return np.asarray(selected)[:, :steps]
 
 
 def _prefill(
@@ -85,7 +80,7 @@ def _advance(
     `steps` is traced, so that one compilation serves all counts.
 
     Returns:
-        The selected ids [rows, _BLOCK], of which the first `steps` columns count, the last of these [rows, 1], and the
+        The selected ids [rows, BLOCK], of which the first `steps` columns count, the last of these [rows, 1], and the
         cache.
     """
 
@@ -98,7 +93,7 @@ def _advance(
         selected = jax.lax.dynamic_update_slice_in_dim(selected, tokens, index, axis=1)
         return selected, tokens, outputs.past_key_values
 
-    selected = jnp.zeros((len(tokens), _BLOCK), jnp.int32)
+    selected = jnp.zeros((len(tokens), BLOCK), jnp.int32)
     return jax.lax.fori_loop(0, steps, step, (selected, tokens, cache))
 
 

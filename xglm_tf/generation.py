@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
+from xglm_core.generation.loop import BLOCK
 from xglm_tf.cache import TFXGLMCache, with_capacity
 
 if TYPE_CHECKING:
     from xglm_tf.causal_lm import TFXGLMForCausalLM
-
-_BLOCK = 16  # Most tokens that one call of compiled code selects; its result has room for as many.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +58,8 @@ class TFEngine:
 
     def advance(self, steps: int) -> np.ndarray:
         """See `Engine.advance`."""
-        blocks = []
-        for done in range(0, steps, _BLOCK):
-            count = min(_BLOCK, steps - done)
-            selected, self._tokens, self._cache = self._compiled.advance(self._tokens, self._cache, tf.constant(count))
-            blocks.append(selected[:, :count].numpy())
-        return np.concatenate(blocks, axis=1)
+        selected, self._tokens, self._cache = self._compiled.advance(self._tokens, self._cache, tf.constant(steps))
+        return selected[:, :steps].numpy()
 
 
 def _prefill(
@@ -83,10 +78,10 @@ def _advance(
     `steps` is a tensor, so that one compilation serves all counts.
 
     Returns:
-        The selected ids [rows, _BLOCK], of which the first `steps` columns count, the last of these [rows, 1], and the
+        The selected ids [rows, BLOCK], of which the first `steps` columns count, the last of these [rows, 1], and the
         cache.
     """
-    columns = tf.range(_BLOCK)
+    columns = tf.range(BLOCK)
 
     def step(
         index: tf.Tensor, selected: tf.Tensor, tokens: tf.Tensor, cache: TFXGLMCache
@@ -95,7 +90,7 @@ def _advance(
         tokens = _likeliest(outputs.logits)
         return index + 1, tf.where(columns == index, tokens, selected), tokens, outputs.past_key_values
 
-    selected = tf.zeros((tokens.shape[0], _BLOCK), tf.int32)
+    selected = tf.zeros((tokens.shape[0], BLOCK), tf.int32)
     _, *results = tf.while_loop(lambda index, *_: index < steps, step, (0, selected, tokens, cache))
     return tuple(results)
 

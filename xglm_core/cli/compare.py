@@ -139,7 +139,7 @@ def _check(prompts: Prompts, config: XGLMConfig, new_tokens: int) -> None:
     if new_tokens:
         GenerationConfig.from_model(config, max_new_tokens=new_tokens)
     longest = int(prompts.attention_mask.sum(axis=1).max())
-    check_positions(0, longest + max(1, new_tokens) - 2, config)  # The last new token is not read.
+    check_positions(0, longest + new_tokens - 1, config)
 
 
 def _choose_backends(names: str | None) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.inputs import check_attention_mask, check_input_ids, check_positions
 
 # Tokens to ask for between two looks at the end-of-text ids: rows that ended waste at most this many steps.
-_BLOCK = 16
+BLOCK = 16
 
 
 class Engine(Protocol):
@@ -39,7 +39,11 @@ class Engine(Protocol):
         ...
 
     def advance(self, steps: int) -> np.ndarray:
-        """Feeds the last token of each row and selects the next one, `steps` times; returns ids [rows, steps]."""
+        """Feeds the last token of each row and selects the next one, `steps` times; returns ids [rows, steps].
+
+        Args:
+            steps: 1 to `BLOCK`.
+        """
         ...
 
 
@@ -78,7 +82,7 @@ def generate(
     tokens = engine.prefill(*_left_padded(input_ids, mask, prompt, generation.pad_token_id), capacity)[:, None]
     ended = np.isin(tokens, generation.eos_token_id).any(axis=1)
     while not ended.all() and tokens.shape[1] < generation.max_new_tokens:
-        block = engine.advance(min(_BLOCK, generation.max_new_tokens - tokens.shape[1]))
+        block = engine.advance(min(BLOCK, generation.max_new_tokens - tokens.shape[1]))
         tokens = np.concatenate([tokens, block], axis=1)
         ended |= np.isin(block, generation.eos_token_id).any(axis=1)
     return np.concatenate([input_ids, _ended_at_eos(tokens, generation)], axis=1).astype(np.int64)
