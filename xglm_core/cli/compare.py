@@ -55,9 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--ids", action="append", help="token ids instead, as in 2,31227,4447; may be repeated")
     parser.add_argument("--new-tokens", type=int, default=0, metavar="N", help="continue each text by up to N tokens")
     parser.add_argument("--backends", metavar="LIST", help=f"some of {','.join(BACKENDS)} (all that are installed)")
-    parser.add_argument(
-        "--json", metavar="FILE", default="-", help="where to write the line of JSON (printed)"
-    )
+    parser.add_argument("--json", metavar="FILE", default="-", help="where to write the line of JSON (printed)")
     parser.set_defaults(run=_run)
 
 
