@@ -133,15 +133,15 @@ class TestWrongUse:
             ("", "expected token ids"),
             ("2,131", "input_ids[0, 1] is 131, expected 0 to 130"),
             ("-1", "is -1, expected 0 to 130"),
-            (",".join(["2"] * 62), "position 61 is past the limit of 61 tokens"),
+            (",".join(["2"] * 62), "position 62 is past the limit of 61 tokens"),
         ],
     )
     def test_bad_ids(self, checkpoint, ids, message):
         assert_refused(run_xglm("compare", checkpoint, f"--ids={ids}"), message)
 
     def test_too_many_new_tokens(self, checkpoint):
-        """60 tokens and 2 new ones fit, as the last one is never read; with 3 there would be a position 61."""
-        run = run_xglm("compare", checkpoint, "--ids", ",".join(["2"] * 60), "--new-tokens", 3)
+        """60 tokens and a new one fill the 61 positions; a second one is too many, as `generate` has it."""
+        run = run_xglm("compare", checkpoint, "--ids", ",".join(["2"] * 60), "--new-tokens", 2)
         assert_refused(run, "position 61 is past the limit of 61 tokens")
 
     def test_negative_new_tokens(self, checkpoint):
