@@ -133,7 +133,7 @@ class TestWrongUse:
             ("", "expected token ids"),
             ("2,131", "input_ids[0, 1] is 131, expected 0 to 130"),
             ("-1", "is -1, expected 0 to 130"),
-            (",".join(["2"] * 62), "position 62 is past the limit of 61 tokens"),
+            (",".join(["2"] * 62), "position 61 is past the limit of 61 tokens"),
         ],
     )
     def test_bad_ids(self, checkpoint, ids, message):
