@@ -1,6 +1,8 @@
 import pytest
 
-from tests.frameworks import backends_under_test
+from conformance.random_weights import write_checkpoint
+from tests.frameworks import Framework, backends_under_test
+from tests.models import CONFIG, CROSS_CONFIG
 from xglm_core.backends import require_frameworks
 from xglm_core.errors import BackendError
 
@@ -12,3 +14,39 @@ def pytest_configure():
             require_frameworks(name)
         except BackendError as error:
             raise pytest.UsageError(f"{error} (or leave {name} out of XGLM_TEST_BACKENDS)") from None
+
+
+@pytest.fixture(scope="module", params=backends_under_test())
+def fw(request):
+    return Framework(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(path, CONFIG, seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(fw, folder):
+    return fw.causal_lm.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def cross_model(fw, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cross")
+    write_checkpoint(path, CROSS_CONFIG, seed=1)
+    return fw.causal_lm.from_pretrained(path)
+
+
+@pytest.fixture
+def load(fw, tmp_path):
+    """Makes the causal language model of a configuration, with the random weights of the other fixtures."""
+
+    def load(config):
+        folder = tmp_path / f"checkpoint-{len(list(tmp_path.iterdir()))}"
+        write_checkpoint(folder, config, seed=1)
+        return fw.causal_lm.from_pretrained(folder)
+
+    return load

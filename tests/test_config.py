@@ -38,6 +38,7 @@ INHERITED = {
     "output_attentions": False,
     "output_hidden_states": False,
     "return_dict": True,
+    "pruned_heads": {},
 }
 
 # config.json of facebook/xglm-564M; activation_dropout is an integer there.
@@ -83,6 +84,20 @@ class TestDefaults:
         changed = [131, 61, 36, 53, 3, 6, "relu", 0.2, 0.3, 0.4, 0.5, 0.01, False, False, 5, 6, 7, 8]
         config = XGLMConfig(*changed)
         assert [getattr(config, key) for key in DOCUMENTED] == changed
+
+    def test_membership(self):
+        config = XGLMConfig(torch_dtype="float16")
+        assert "d_model" in config
+        assert "hidden_size" in config
+        assert "torch_dtype" in config
+        assert "text_config" not in config
+
+    def test_pruned_heads(self):
+        config = XGLMConfig(d_model=60, attention_heads=5, pruned_heads={"7": (3, 1, 1), 2: []})
+        assert config.pruned_heads == {7: [1, 3]}
+        assert config.kept_heads(7) == [0, 2, 4]
+        assert config.kept_heads(2) == [0, 1, 2, 3, 4]
+        assert XGLMConfig.from_dict(json.loads(config.to_json_string())) == config
 
     def test_derived(self):
         assert XGLMConfig(d_model=60, attention_heads=5).head_dim == 12
@@ -305,9 +320,22 @@ class TestImpossibleValues:
     def test_possible_activations(self, value):
         assert XGLMConfig(activation_function=value).activation_function is value
 
-    def test_cross_attention(self):
-        with pytest.raises(ConfigError, match="add_cross_attention is true, which no backend computes yet"):
-            XGLMConfig(add_cross_attention=True)
+    @pytest.mark.parametrize("value", [[1], {"x": [1]}, {0: 1}, {0: ["a"]}, {0: [1.5]}, "12"])
+    def test_pruned_heads_of_another_kind(self, value):
+        with pytest.raises(
+            ConfigError, match=r"pruned_heads is .*, expected lists of heads by the index of their block"
+        ):
+            XGLMConfig(pruned_heads=value)
+
+    @pytest.mark.parametrize("block", [-1, 24])
+    def test_pruned_heads_of_no_block(self, block):
+        with pytest.raises(ConfigError, match=rf"pruned_heads names block {block}, expected 0 to 23"):
+            XGLMConfig(pruned_heads={block: [0]})
+
+    @pytest.mark.parametrize("heads", [[16], [-1], list(range(16))])
+    def test_pruned_heads_that_are_none_or_all(self, heads):
+        with pytest.raises(ConfigError, match=r"block 3 is .*, expected some of 0 to 15, but not all of them"):
+            XGLMConfig(pruned_heads={3: heads})
 
     @pytest.mark.parametrize("key", PROBABILITIES)
     @pytest.mark.parametrize("value", [0, 1, 0.0, 1.0])

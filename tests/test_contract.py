@@ -3,43 +3,31 @@
 The numbers themselves are judged by the conformance suite, against an independent oracle; here it is behaviour.
 """
 
-import json
-from pathlib import Path
+import inspect
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from conformance.random_weights import write_checkpoint
-from tests.frameworks import Framework, backends_under_test
+from tests.models import CONFIG, ENCODER, ENCODER_MASK, HEAD_MASK, IDS, LEFT, RIGHT, SAME, changed
 from xglm_core import XGLMConfig, open_checkpoint
-from xglm_core.errors import CheckpointError, InputError
-from xglm_core.weight_names import num_parameters
+from xglm_core.errors import InputError
+from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 
-# Pairwise different primes where the architecture allows it: a swapped axis cannot pass.
-CONFIG = XGLMConfig(vocab_size=131, max_position_embeddings=61, d_model=35, ffn_dim=53, num_layers=3, attention_heads=5)
-IDS = np.random.RandomState(0).randint(4, CONFIG.vocab_size, (2, 11))
-LEFT = np.array([[0, 0, 0] + [1] * 8, [1] * 11])
-RIGHT = LEFT[:, ::-1].copy()
-
-# Two orders of the same float32 sums differ by rounding alone: a few units in the last place per layer.
-SAME = {"rtol": 0, "atol": 1e-5}
-
-
-@pytest.fixture(scope="module", params=backends_under_test())
-def fw(request):
-    return Framework(request.param)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(path, CONFIG, seed=1)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(fw, folder):
-    return fw.causal_lm.from_pretrained(folder)
+# The documented positional order.
+FIRST = [
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "head_mask",
+    "cross_attn_head_mask",
+    "past_key_values",
+    "inputs_embeds",
+]
+SWITCHES = ["use_cache", "output_attentions", "output_hidden_states", "return_dict"]
 
 
 class TestOutputs:
@@ -49,9 +37,23 @@ class TestOutputs:
         assert outputs[0] is outputs.logits is outputs["logits"]
         (logits,) = outputs
         assert logits.shape == (2, 11, 131)
-        assert outputs.past_key_values is None
+        assert outputs.past_key_values is outputs.loss is None
         with pytest.raises(KeyError):
             outputs["loss"]
+
+    def test_all_fields_in_the_documented_order(self, fw, cross_model):
+        options = {"output_attentions": True, "output_hidden_states": True, "use_cache": True}
+        outputs = fw.call(cross_model, IDS, labels=IDS, encoder_hidden_states=ENCODER, **options)
+        assert outputs.keys() == CausalLMOutputWithCrossAttentions.names
+
+    def test_a_tuple_if_asked_for(self, fw, model, folder):
+        options = {"use_cache": True, "output_hidden_states": True}
+        outputs = fw.call(model, IDS, labels=IDS, **options)
+        values = fw.call(model, IDS, labels=IDS, return_dict=False, **options)
+        assert type(values) is tuple
+        assert len(values) == 4
+        assert np.array_equal(fw.numpy(values[1]), fw.numpy(outputs.logits))
+        assert len(fw.call(fw.decoder.from_pretrained(folder), IDS, return_dict=False, **options)) == 3
 
     def test_hidden_states_are_layer_inputs_and_the_final_state(self, fw, model, folder):
         states = fw.call(model, IDS, output_hidden_states=True).hidden_states
@@ -61,6 +63,31 @@ class TestOutputs:
         np.testing.assert_allclose(fw.numpy(states[-1]), fw.numpy(last), **SAME)
         assert abs(fw.numpy(states[0]) - fw.numpy(states[1])).max() > 0.1
 
+    def test_attentions_are_probabilities(self, fw, cross_model):
+        arguments = {"encoder_hidden_states": ENCODER, "encoder_attention_mask": ENCODER_MASK}
+        outputs = fw.call(cross_model, IDS, LEFT, output_attentions=True, **arguments)
+        plain = fw.call(cross_model, IDS, LEFT, **arguments)
+        assert plain.attentions is plain.cross_attentions is None
+        np.testing.assert_allclose(fw.numpy(outputs.logits)[:, 3:], fw.numpy(plain.logits)[:, 3:], **SAME)
+        assert len(outputs.attentions) == len(outputs.cross_attentions) == 3
+        for own, cross in zip(outputs.attentions, outputs.cross_attentions, strict=True):
+            own, cross = fw.numpy(own), fw.numpy(cross)
+            assert own.shape == (2, 5, 11, 11)
+            assert cross.shape == (2, 5, 11, 7)
+            np.testing.assert_allclose(own.sum(-1), 1, **SAME)
+            np.testing.assert_allclose(cross.sum(-1), 1, **SAME)
+            assert not own[1][:, np.triu_indices(11, 1)[0], np.triu_indices(11, 1)[1]].any()
+            assert not own[0, :, 3:, :3].any()
+            assert not cross[1, :, :, 5:].any()
+            assert own.std() > 0.05
+
+    def test_attentions_over_cached_positions(self, fw, model):
+        past = fw.call(model, IDS[:, :6], use_cache=True).past_key_values
+        step = fw.call(model, IDS[:, 6:], past_key_values=past, output_attentions=True).attentions
+        full = fw.call(model, IDS, output_attentions=True).attentions
+        for ours, theirs in zip(step, full, strict=True):
+            np.testing.assert_allclose(fw.numpy(ours), fw.numpy(theirs)[:, :, 6:], **SAME)
+
     def test_cache_is_returned_as_the_configuration_says(self, fw, model):
         assert fw.call(model, IDS).past_key_values is not None
         assert fw.call(model, IDS, use_cache=True).past_key_values is not None
@@ -68,9 +95,179 @@ class TestOutputs:
     def test_logits_to_keep(self, fw, model):
         full = fw.logits(model, IDS)
         np.testing.assert_allclose(fw.logits(model, IDS, logits_to_keep=3), full[:, -3:], **SAME)
+        np.testing.assert_allclose(fw.logits(model, IDS, logits_to_keep=50), full, **SAME)
+        positions = np.array([9, 0, 4])
+        np.testing.assert_allclose(fw.logits(model, IDS, logits_to_keep=positions), full[:, positions], **SAME)
+
+    def test_the_loss_is_of_all_positions_whatever_is_kept(self, fw, model):
+        kept = fw.call(model, IDS, labels=IDS, logits_to_keep=2)
+        assert kept.logits.shape == (2, 2, 131)
+        assert float(kept.loss) == pytest.approx(float(fw.call(model, IDS, labels=IDS).loss), rel=1e-6)
 
     def test_two_calls_give_the_same(self, fw, model):
         assert np.array_equal(fw.logits(model, IDS, LEFT), fw.logits(model, IDS, LEFT))
+
+
+class TestArguments:
+    @pytest.mark.parametrize("kind", ["decoder", "causal_lm"])
+    def test_positional_order_is_the_documented_one(self, fw, kind):
+        model_class = getattr(fw, kind)
+        call = {"torch": "forward", "tf": "call", "flax": "__call__"}[fw.name]
+        parameters = inspect.signature(getattr(model_class, call)).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        labels = ["labels"] if kind == "causal_lm" else []
+        if fw.name == "flax":
+            assert names == ["self", *FIRST[:5], *SWITCHES[1:], "train", "params", "past_key_values", "dropout_rng"]
+        else:
+            training = ["training"] if fw.name == "tf" else []
+            assert names == ["self", *FIRST, *labels, *SWITCHES, *training]
+
+    def test_positional_arguments(self, fw, model):
+        positions = np.maximum(LEFT.cumsum(1) - 1, 0)
+        outputs = model(*map(fw.tensor, (IDS, LEFT, positions)))
+        assert np.array_equal(fw.numpy(outputs.logits), fw.logits(model, IDS, LEFT, position_ids=positions))
+
+    def test_one_row_of_positions_serves_all(self, fw, model):
+        one = np.arange(11)[None] + 3
+        np.testing.assert_allclose(
+            fw.logits(model, IDS, position_ids=one), fw.logits(model, IDS, position_ids=one.repeat(2, 0)), **SAME
+        )
+
+    def test_inputs_embeds_stand_in_for_ids(self, fw, model):
+        embeddings = fw.embedded(model, IDS)
+        expected = fw.logits(model, IDS, LEFT)
+        np.testing.assert_allclose(
+            fw.logits(model, None, LEFT, inputs_embeds=embeddings)[:, 3:], expected[:, 3:], **SAME
+        )
+        # With a cache, and in turn with ids.
+        past = fw.call(model, None, LEFT[:, :6], inputs_embeds=embeddings[:, :6], use_cache=True).past_key_values
+        step = fw.call(model, IDS[:, 6:9], LEFT[:, :9], past_key_values=past, use_cache=True)
+        np.testing.assert_allclose(fw.numpy(step.logits), expected[:, 6:9], **SAME)
+        last = fw.logits(model, None, LEFT, inputs_embeds=embeddings[:, 9:], past_key_values=step.past_key_values)
+        np.testing.assert_allclose(last, expected[:, 9:], **SAME)
+
+    def test_a_masked_head_adds_nothing(self, fw, model):
+        ones, plain = np.ones((3, 5), np.float32), fw.logits(model, IDS)
+        np.testing.assert_allclose(fw.logits(model, IDS, head_mask=ones), plain, **SAME)
+        assert abs(fw.logits(model, IDS, head_mask=HEAD_MASK) - plain).max() > 0.1
+        masked = fw.call(model, IDS, head_mask=HEAD_MASK, output_attentions=True)
+        np.testing.assert_allclose(fw.numpy(masked.logits), fw.logits(model, IDS, head_mask=HEAD_MASK), **SAME)
+        sums = np.stack([fw.numpy(layer).sum(-1)[0, :, 4] for layer in masked.attentions])
+        np.testing.assert_allclose(sums, HEAD_MASK, **SAME)
+
+    def test_a_masked_head_of_cross_attention(self, fw, cross_model):
+        options = {"encoder_hidden_states": ENCODER}
+        zeros = np.zeros((3, 5), np.float32)
+        plain = fw.logits(cross_model, IDS, **options)
+        assert abs(fw.logits(cross_model, IDS, cross_attn_head_mask=HEAD_MASK, **options) - plain).max() > 0.1
+        # Without any head, what the encoder says does not matter.
+        np.testing.assert_allclose(
+            fw.logits(cross_model, IDS, cross_attn_head_mask=zeros, encoder_hidden_states=-ENCODER),
+            fw.logits(cross_model, IDS, cross_attn_head_mask=zeros, **options),
+            **SAME,
+        )
+
+    def test_arguments_are_left_as_they_are(self, fw, cross_model):
+        first = fw.call(cross_model, IDS[:, :6], encoder_hidden_states=ENCODER, use_cache=True)
+        past = tuple(tuple(fw.tensor(fw.numpy(t)) for t in layer) for layer in first.past_key_values)
+        arguments = {
+            "input_ids": IDS[:, 6:],
+            "attention_mask": LEFT,
+            "position_ids": np.arange(6, 11)[None].repeat(2, 0),
+            "encoder_hidden_states": ENCODER,
+            "encoder_attention_mask": ENCODER_MASK,
+            "head_mask": HEAD_MASK,
+            "cross_attn_head_mask": HEAD_MASK,
+            "labels": IDS[:, 6:],
+        }
+        tensors = {name: fw.tensor(value) for name, value in arguments.items()}
+        before = [fw.numpy(t).copy() for layer in past for t in layer]
+        cross_model(**tensors, past_key_values=past, use_cache=True)
+        for name, value in arguments.items():
+            assert np.array_equal(fw.numpy(tensors[name]), value), name
+        for old, new in zip(before, (t for layer in past for t in layer), strict=True):
+            assert np.array_equal(old, fw.numpy(new))
+
+
+class TestConfiguration:
+    """What the configuration says when the call does not."""
+
+    @pytest.mark.parametrize(
+        ("switch", "field"), [("output_attentions", "attentions"), ("output_hidden_states", "hidden_states")]
+    )
+    def test_output_switches(self, fw, load, switch, field):
+        model = load(changed(CONFIG, **{switch: True}))
+        assert fw.call(model, IDS)[field] is not None
+        assert field not in fw.call(model, IDS, **{switch: False})
+        setattr(model.config, switch, False)
+        assert field not in fw.call(model, IDS)
+
+    def test_tuples_and_no_cache(self, fw, load):
+        model = load(changed(CONFIG, return_dict=False, use_cache=False))
+        values = fw.call(model, IDS)
+        assert type(values) is tuple
+        assert len(values) == 1
+        assert fw.call(model, IDS, return_dict=True, use_cache=True).keys() == ("logits", "past_key_values")
+
+    def test_unscaled_embeddings(self, fw, load):
+        unscaled = load(changed(CONFIG, scale_embedding=False))
+        table = fw.embedding_matrix(unscaled)
+        np.testing.assert_allclose(fw.embedded(unscaled, IDS), table[IDS], **SAME)
+        np.testing.assert_allclose(fw.embedded(load(CONFIG), IDS), table[IDS] * np.sqrt(35), **SAME)
+
+    def test_a_callable_activation(self, fw):
+        function = {
+            "torch": lambda x: x.clamp(min=0),
+            "tf": lambda x: (x + abs(x)) / 2,
+            "flax": lambda x: (x + abs(x)) / 2,
+        }[fw.name]
+        ours = fw.fresh(changed(CONFIG, activation_function=function))
+        named = fw.fresh(changed(CONFIG, activation_function="relu"))
+        np.testing.assert_allclose(fw.logits(ours, IDS), fw.logits(named, IDS), **SAME)
+        assert abs(fw.logits(ours, IDS) - fw.logits(fw.fresh(CONFIG), IDS)).max() > 1e-4
+
+
+class TestCrossAttention:
+    ARGUMENTS: ClassVar = {"encoder_hidden_states": ENCODER, "encoder_attention_mask": ENCODER_MASK}
+
+    def test_padding_is_not_attended_to(self, fw, cross_model):
+        other = np.where(ENCODER_MASK[:, :, None] == 0, 77, ENCODER).astype(np.float32)
+        np.testing.assert_allclose(
+            fw.logits(cross_model, IDS, encoder_hidden_states=other, encoder_attention_mask=ENCODER_MASK),
+            fw.logits(cross_model, IDS, **self.ARGUMENTS),
+            **SAME,
+        )
+        alone = fw.logits(cross_model, IDS[1:], encoder_hidden_states=ENCODER[1:, :5])
+        np.testing.assert_allclose(fw.logits(cross_model, IDS, **self.ARGUMENTS)[1:], alone, **SAME)
+
+    def test_encoder_rows_without_positions_are_finite(self, fw, cross_model):
+        mask = np.zeros_like(ENCODER_MASK)
+        assert np.isfinite(
+            fw.logits(cross_model, IDS, encoder_hidden_states=ENCODER, encoder_attention_mask=mask)
+        ).all()
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_the_cache_remembers_the_encoder(self, fw, cross_model, again):
+        expected = fw.logits(cross_model, IDS, LEFT, **self.ARGUMENTS)
+        first = fw.call(cross_model, IDS[:, :6], LEFT[:, :6], use_cache=True, **self.ARGUMENTS)
+        past = first.past_key_values
+        assert all(len(layer) == 4 for layer in past)
+        assert tuple(past[1][2].shape) == tuple(past[1][3].shape) == (2, 5, 7, 7)
+        options = self.ARGUMENTS if again else {}
+        second = fw.call(cross_model, IDS[:, 6:8], LEFT[:, :8], past_key_values=past, use_cache=True, **options)
+        third = fw.call(cross_model, IDS[:, 8:], LEFT, past_key_values=second.past_key_values, **options)
+        logits = np.concatenate([fw.numpy(part.logits) for part in (first, second, third)], 1)
+        np.testing.assert_allclose(logits[:, 3:], expected[:, 3:], **SAME)
+
+    def test_without_an_encoder_it_is_a_language_model(self, fw, model, cross_model):
+        np.testing.assert_allclose(fw.logits(cross_model, IDS, LEFT)[:, 3:], fw.logits(model, IDS, LEFT)[:, 3:], **SAME)
+        assert fw.call(cross_model, IDS, output_attentions=True).cross_attentions is None
+
+    def test_checkpoints(self, fw, cross_model, tmp_path):
+        cross_model.save_pretrained(tmp_path)
+        assert "model.layers.2.encoder_attn.q_proj.weight" in open_checkpoint(tmp_path).names
+        again = fw.causal_lm.from_pretrained(tmp_path)
+        assert np.array_equal(fw.logits(again, IDS, **self.ARGUMENTS), fw.logits(cross_model, IDS, **self.ARGUMENTS))
 
 
 class TestPadding:
@@ -156,42 +353,30 @@ class TestCache:
         )
 
 
-class TestGenerate:
-    def test_is_repeated_argmax(self, fw, model):
-        ids = IDS
-        for _ in range(19):
-            ids = np.concatenate([ids, fw.logits(model, ids, use_cache=False)[:, -1:].argmax(-1)], 1)
-        got = fw.generate(model, IDS, max_new_tokens=19, stop_at_eos=False)
-        assert got.dtype.kind == "i"
-        assert np.array_equal(got, ids)
+class TestPastAsTuple:
+    """The keys and values that a caller holds, makes or changes, as plain tuples."""
 
-    @pytest.mark.parametrize(("mask", "tokens"), [(LEFT, slice(3, None)), (RIGHT, slice(None, -3))])
-    def test_rows_do_not_depend_on_neighbours_or_padding(self, fw, model, mask, tokens):
-        together = fw.generate(model, IDS, mask, max_new_tokens=17, stop_at_eos=False)
-        alone = fw.generate(model, IDS[:1, tokens], max_new_tokens=17, stop_at_eos=False)
-        assert np.array_equal(together[0, 11:], alone[0, 8:])
-        assert np.array_equal(together[:, :11], IDS)
+    def test_continues_like_the_cache(self, fw, model):
+        past = fw.call(model, IDS[:, :6], use_cache=True).past_key_values
+        plain = tuple(tuple(fw.tensor(fw.numpy(t)) for t in layer) for layer in past)
+        ours = fw.call(model, IDS[:, 6:8], past_key_values=plain, use_cache=True)
+        theirs = fw.call(model, IDS[:, 6:8], past_key_values=past, use_cache=True)
+        np.testing.assert_allclose(fw.numpy(ours.logits), fw.numpy(theirs.logits), **SAME)
+        on = fw.logits(model, IDS[:, 8:], past_key_values=ours.past_key_values)
+        np.testing.assert_allclose(on, fw.logits(model, IDS)[:, 8:], **SAME)
 
-    def test_ends_at_eos(self, fw, model, tmp_path):
-        free = fw.generate(model, IDS, max_new_tokens=9, stop_at_eos=False)
-        eos = int(free[0, 13])
-        config = XGLMConfig.from_dict({**CONFIG.to_dict(), "eos_token_id": eos})
-        write_checkpoint(tmp_path, config, seed=1)
-        ended = fw.generate(fw.causal_lm.from_pretrained(tmp_path), IDS, max_new_tokens=9)
-        for row, full in zip(ended, free, strict=True):
-            stop = list(full[11:]).index(eos) + 12 if eos in full[11:] else len(full)
-            assert np.array_equal(row[:stop], full[:stop])
-            assert (row[stop:] == config.pad_token_id).all()
+    def test_with_a_mask_for_all_of_it(self, fw, model):
+        past = fw.call(model, IDS[:, :6], LEFT[:, :6], use_cache=True).past_key_values
+        plain = tuple(tuple(fw.tensor(fw.numpy(t)) for t in layer) for layer in past)
+        step = fw.logits(model, IDS[:, 6:], LEFT, past_key_values=plain)
+        np.testing.assert_allclose(step, fw.logits(model, IDS, LEFT)[:, 6:], **SAME)
 
-    def test_past_the_limit_is_refused_before_computing(self, fw, model):
-        with pytest.raises(InputError, match=r"position 61 is past the limit of 61 tokens; shorten"):
-            fw.generate(model, IDS, max_new_tokens=51)
-        assert fw.generate(model, IDS, max_new_tokens=50, stop_at_eos=False).shape == (2, 61)
-
-    @pytest.mark.parametrize("count", [0, -1, 2.5, True])
-    def test_number_of_tokens(self, fw, model, count):
-        with pytest.raises(InputError, match=r"max_new_tokens is .* expected a positive integer"):
-            fw.generate(model, IDS, max_new_tokens=count)
+    def test_with_those_over_an_encoder(self, fw, cross_model):
+        past = fw.call(cross_model, IDS[:, :6], encoder_hidden_states=ENCODER, use_cache=True).past_key_values
+        plain = tuple(tuple(fw.tensor(fw.numpy(t)) for t in layer) for layer in past)
+        assert {len(layer) for layer in plain} == {4}
+        step = fw.logits(cross_model, IDS[:, 6:], past_key_values=plain)
+        np.testing.assert_allclose(step, fw.logits(cross_model, IDS, encoder_hidden_states=ENCODER)[:, 6:], **SAME)
 
 
 class TestBadInput:
@@ -224,80 +409,95 @@ class TestBadInput:
         with pytest.raises(InputError, match="position_ids hold -1, expected 0 or more"):
             fw.call(model, IDS, position_ids=np.arange(-1, 10)[None].repeat(2, 0))
 
+    def test_ids_and_embeddings(self, fw, model):
+        embeddings = np.zeros((2, 11, 35), np.float32)
+        with pytest.raises(InputError, match="input_ids and inputs_embeds are both given, expected one of the two"):
+            fw.call(model, IDS, inputs_embeds=embeddings)
+        with pytest.raises(InputError, match="neither input_ids nor inputs_embeds is given, expected one of the two"):
+            fw.call(model)
+        with pytest.raises(
+            InputError, match=r"inputs_embeds is \[2, 11, 36\], expected \[batch, length, 35\], neither"
+        ):
+            fw.call(model, inputs_embeds=np.zeros((2, 11, 36), np.float32))
 
-class TestCheckpoints:
-    def test_round_trip_is_exact(self, fw, model, folder, tmp_path):
-        model.save_pretrained(tmp_path, max_shard_size="9KB")
-        assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-        ours, theirs = open_checkpoint(tmp_path), open_checkpoint(folder)
-        assert ours.config == theirs.config
-        assert ours.names == theirs.names
-        for name in ours.names:
-            assert np.array_equal(ours.read(name), theirs.read(name)), name
-        assert np.array_equal(fw.logits(fw.causal_lm.from_pretrained(tmp_path), IDS), fw.logits(model, IDS))
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"position_ids": np.zeros((3, 11), int)}, r"position_ids is \[3, 11\], expected \[2, 11\] "),
+            ({"position_ids": np.zeros((1, 10), int)}, r"position_ids is \[1, 10\], expected \[1, 11\] "),
+            (
+                {"head_mask": np.ones((2, 5))},
+                r"head_mask is \[2, 5\], expected \[3, 5\] \(\[num_layers, attention_heads",
+            ),
+            ({"head_mask": np.ones(5)}, r"head_mask is \[5\], expected \[3, 5\] "),
+            ({"labels": IDS[:, 1:]}, r"labels is \[2, 10\], expected \[2, 11\] \(\[batch, length\], not shifted\)"),
+            (
+                {"labels": np.where(IDS[1, 4] == IDS, 131, IDS)},
+                r"labels\[.*\] is 131, expected 0 to 130 .* or -100 where",
+            ),
+            (
+                {"labels": np.where(IDS[1, 4] == IDS, -1, IDS)},
+                r"labels\[.*\] is -1, expected 0 to 130 .* or -100 where",
+            ),
+            (
+                {"logits_to_keep": -1},
+                r"logits_to_keep is -1, expected how many of the last positions to keep, 0 for all",
+            ),
+            ({"logits_to_keep": np.array([3, 11])}, r"logits_to_keep is \[3, 11\], expected .* from 0 to 11 - 1"),
+            ({"encoder_hidden_states": ENCODER}, r"encoder_hidden_states is given, but .* add_cross_attention=True"),
+            ({"encoder_attention_mask": ENCODER_MASK}, r"encoder_attention_mask is given, but the model has no cross"),
+            (
+                {"cross_attn_head_mask": HEAD_MASK},
+                r"cross_attn_head_mask is given, but the model has no cross-attention",
+            ),
+            ({"past_key_values": 3}, r"past_key_values is a int, expected the cache of an earlier call, or a tuple of"),
+            ({"past_key_values": ()}, r"past_key_values has 0 layers, expected 3"),
+        ],
+    )
+    def test_shapes_and_values(self, fw, model, arguments, message):
+        with pytest.raises(InputError, match=message):
+            fw.call(model, IDS, **arguments)
 
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    def test_half_files_load_as_float32_unless_asked(self, fw, model, tmp_path, dtype):
-        model.save_pretrained(tmp_path, dtype=dtype)
-        stored = open_checkpoint(tmp_path)
-        assert {stored.info(name).dtype.name for name in stored.names} == {dtype}
-        assert fw.call(fw.causal_lm.from_pretrained(tmp_path), IDS).logits.dtype == fw.call(model, IDS).logits.dtype
-        # Flax's `dtype` is the type of the computation; `param_dtype` is the parameters'.
-        kept = fw.causal_lm.from_pretrained(tmp_path, **{"param_dtype" if fw.name == "flax" else "dtype": "auto"})
-        kept.save_pretrained(tmp_path / "again")
-        again = open_checkpoint(tmp_path / "again")
-        for name in stored.names:
-            assert again.info(name).dtype.name == dtype
-            assert np.array_equal(again.read(name), stored.read(name)), name
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"encoder_attention_mask": ENCODER_MASK}, "encoder_attention_mask is given without encoder_hidden_states"),
+            (
+                {"encoder_hidden_states": ENCODER[:1]},
+                r"encoder_hidden_states is \[1, 7, 35\], expected \[2, any, 35\] \(\[batch, encoder length",
+            ),
+            (
+                {"encoder_hidden_states": ENCODER, "encoder_attention_mask": ENCODER_MASK[:, 1:]},
+                r"encoder_attention_mask is \[2, 6\], expected \[2, 7\] ",
+            ),
+            (
+                {"encoder_hidden_states": ENCODER, "cross_attn_head_mask": HEAD_MASK[1:]},
+                r"cross_attn_head_mask is \[2, 5\], expected \[3, 5\] ",
+            ),
+        ],
+    )
+    def test_encoder(self, fw, cross_model, arguments, message):
+        with pytest.raises(InputError, match=message):
+            fw.call(cross_model, IDS, **arguments)
 
-    def test_untied_head(self, fw, model, tmp_path):
-        config = XGLMConfig.from_dict({**CONFIG.to_dict(), "tie_word_embeddings": False})
-        write_checkpoint(tmp_path, config, seed=1)
-        untied = fw.causal_lm.from_pretrained(tmp_path)
-        assert untied.num_parameters() == num_parameters(config) == num_parameters(CONFIG) + 131 * 35
-        assert abs(fw.logits(untied, IDS) - fw.logits(model, IDS)).max() > 0.1
-        values = json.loads((tmp_path / "config.json").read_text())
-        values["tie_word_embeddings"] = True
-        (tmp_path / "config.json").write_text(json.dumps(values))
-        with pytest.warns(UserWarning, match=r"lm_head.weight differs from model.embed_tokens.weight"):
-            warned = fw.causal_lm.from_pretrained(tmp_path)
-        assert warned.config.tie_word_embeddings is False
-        assert np.array_equal(fw.logits(warned, IDS), fw.logits(untied, IDS))
+    def test_another_encoder_than_the_cached_one(self, fw, cross_model):
+        past = fw.call(cross_model, IDS, encoder_hidden_states=ENCODER, use_cache=True).past_key_values
+        with pytest.raises(InputError, match=r"encoder_hidden_states is \[2, 5, 35\], expected \[2, 7, 35\] "):
+            fw.call(cross_model, IDS, past_key_values=past, encoder_hidden_states=ENCODER[:, :5])
 
-    def test_number_of_parameters(self, fw, model, folder):
-        assert model.num_parameters() == num_parameters(CONFIG)
-        assert fw.decoder.from_pretrained(folder).num_parameters() == num_parameters(CONFIG)
-
-    def test_decoder_and_causal_lm_read_each_others_folders(self, fw, model, folder, tmp_path):
-        fw.decoder.from_pretrained(folder).save_pretrained(tmp_path)
-        assert np.array_equal(fw.logits(fw.causal_lm.from_pretrained(tmp_path), IDS), fw.logits(model, IDS))
-
-    def test_fresh_models_can_be_saved_and_differ_from_zero(self, fw, tmp_path):
-        fresh = fw.causal_lm(CONFIG)
-        fresh.save_pretrained(tmp_path)
-        stored = open_checkpoint(tmp_path)
-        table = stored.read("model.embed_tokens.weight")
-        assert not table[CONFIG.pad_token_id].any()
-        assert table.std() == pytest.approx(CONFIG.init_std, rel=0.1)  # 4,585 draws: 1% is one standard error.
-        for name in stored.names:
-            if name.endswith("bias"):
-                assert not stored.read(name).any(), name
-        assert np.isfinite(fw.logits(fw.causal_lm.from_pretrained(tmp_path), IDS)).all()
-
-    def test_all_misfits_are_named_at_once(self, fw, tmp_path):
-        write_checkpoint(tmp_path, CONFIG, seed=1)
-        XGLMConfig.from_dict({**CONFIG.to_dict(), "ffn_dim": 59, "num_layers": 4}).save_pretrained(tmp_path)
-        with pytest.raises(CheckpointError) as caught:
-            fw.causal_lm.from_pretrained(tmp_path)
-        message = str(caught.value)
-        assert "\n" not in message
-        assert "missing: model.layers.3.self_attn.k_proj.weight, " in message
-        for layer in range(3):
-            assert f"model.layers.{layer}.fc1.weight is [53, 35], expected [59, 35]" in message
-
-    def test_no_checkpoint(self, fw, tmp_path):
-        (tmp_path / "notes.txt").write_text("")
-        with pytest.raises(CheckpointError, match=r"no checkpoint here; expected config.json and .* found notes.txt"):
-            fw.causal_lm.from_pretrained(tmp_path)
-        with pytest.raises(CheckpointError, match="no such folder"):
-            fw.causal_lm.from_pretrained(Path(tmp_path) / "absent")
+    def test_malformed_past(self, fw, model):
+        past = fw.call(model, IDS[:, :6], use_cache=True).past_key_values
+        rows = [tuple(fw.tensor(fw.numpy(t)) for t in layer) for layer in past]
+        with pytest.raises(InputError, match="past_key_values has 2 layers, expected 3"):
+            fw.call(model, IDS[:, 6:], past_key_values=tuple(rows[:2]))
+        with pytest.raises(
+            InputError, match=r"past_key_values has \[2, 3\] tensors in a layer, expected 2 \(key, value\)"
+        ):
+            fw.call(model, IDS[:, 6:], past_key_values=(rows[0], rows[1], (*rows[2], rows[2][0])))
+        short = (rows[1][0], rows[1][1][:, :, :5])
+        with pytest.raises(
+            InputError, match=r"past_key_values\[1\]\[1\] is \[2, 5, 5, 7\], expected \[2, 5, 6, 7\] \(\[batch"
+        ):
+            fw.call(model, IDS[:, 6:], past_key_values=(rows[0], short, rows[2]))
+        with pytest.raises(InputError, match="past_key_values holds 2 rows, expected 1, as many as the input has"):
+            fw.call(model, IDS[:1, 6:], past_key_values=past)

@@ -169,3 +169,116 @@ def test_without_logits():
     output = run(BY_NAME["plain"], logits=False)
     assert output.logits.shape == (2, 11, 0)
     assert len(output.hidden_states) == 4
+
+
+def test_attentions_are_shares_of_the_visible_keys():
+    case = BY_NAME["mixed_padding"]
+    output = run(case, attentions=True)
+    assert len(output.attentions) == 3
+    assert output.cross_attentions == []
+    visible = np.tri(17, dtype=bool) & (case.attention_mask != 0)[:, None, :]
+    for weights in output.attentions:
+        assert weights.shape == (6, 5, 17, 17)
+        np.testing.assert_array_equal(weights > 0, np.broadcast_to(visible[:, None], weights.shape))
+        # Up to 17 float64 roundings.
+        np.testing.assert_allclose(weights.sum(axis=-1), np.tile(visible.any(axis=-1)[:, None], (5, 1)), atol=1e-14)
+
+
+def test_embeddings_in_place_of_ids():
+    case = BY_NAME["left_padding"]
+    weights = random_weights(case.config, case.seed)
+    embeddings = weights["model.embed_tokens.weight"][case.input_ids].astype(np.float64) * math.sqrt(35)
+    output = oracle.forward(
+        case.config, weights.__getitem__, attention_mask=case.attention_mask, inputs_embeds=embeddings
+    )
+    np.testing.assert_array_equal(output.logits, run(case).logits)
+
+
+class TestCrossAttention:
+    """A model whose blocks also attend to encoder states."""
+
+    config = XGLMConfig(vocab_size=19, d_model=12, attention_heads=3, ffn_dim=7, num_layers=2, add_cross_attention=True)
+    weights = random_weights(config, 6)
+    ids = np.array([[3, 14, 15, 9, 2], [6, 5, 3, 5, 8]])
+    states = np.random.RandomState(6).standard_normal((2, 4, 12))
+
+    def run(self, weights=None, **arguments):
+        return oracle.forward(
+            self.config, (weights or self.weights).__getitem__, self.ids, attentions=True, **arguments
+        )
+
+    def test_it_is_skipped_without_encoder_states(self):
+        decoder = XGLMConfig.from_dict({**self.config.to_dict(), "add_cross_attention": False})
+        own = {name: weight for name, weight in self.weights.items() if "encoder_attn" not in name}
+        expected = oracle.forward(decoder, own.__getitem__, self.ids)
+        np.testing.assert_array_equal(self.run().logits, expected.logits)
+
+    def test_a_single_state_gets_all_attention(self):
+        # Every position then adds the projection of that one state, whatever it asks for.
+        state = self.states[:, :1]
+        weights = {name: 0 * weight if "fc2" in name else weight for name, weight in self.weights.items()}
+        output = self.run(weights, encoder_hidden_states=state)
+        assert all((weight == 1).all() for weight in output.cross_attentions)
+        layer = "model.layers.0.encoder_attn"
+        value = state @ weights[f"{layer}.v_proj.weight"].T + weights[f"{layer}.v_proj.bias"]
+        added = value @ weights[f"{layer}.out_proj.weight"].T + weights[f"{layer}.out_proj.bias"]
+        difference = output.hidden_states[1] - self.run(weights).hidden_states[1]
+        # float64 roundings of numbers of order 1.
+        np.testing.assert_allclose(difference, np.broadcast_to(added, (2, 5, 12)), rtol=0, atol=1e-14)
+
+    def test_hidden_states_of_the_encoder_are_as_absent(self):
+        mask = np.array([[1, 1, 1, 1], [0, 1, 0, 1]])
+        output = self.run(encoder_hidden_states=self.states, encoder_attention_mask=mask)
+        cut = self.run(encoder_hidden_states=self.states[:, 1::2])
+        whole = self.run(encoder_hidden_states=self.states)
+        # float64 roundings in sums of another order.
+        np.testing.assert_allclose(output.logits[0], whole.logits[0], rtol=0, atol=1e-13)
+        np.testing.assert_allclose(output.logits[1], cut.logits[1], rtol=0, atol=1e-13)
+        assert output.cross_attentions[1].shape == (2, 3, 5, 4)
+        assert not output.cross_attentions[1][1, :, :, [0, 2]].any()
+
+    def test_an_encoder_of_padding_alone_is_finite(self):
+        mask = np.zeros((2, 4), np.int64)
+        output = self.run(encoder_hidden_states=self.states, encoder_attention_mask=mask)
+        assert np.isfinite(output.logits).all()
+
+    @pytest.mark.parametrize(
+        ("argument", "part", "attentions"),
+        [("head_mask", "self_attn", "attentions"), ("cross_attn_head_mask", "encoder_attn", "cross_attentions")],
+    )
+    def test_a_head_mask_scales_what_the_projection_takes_from_a_head(self, argument, part, attentions):
+        mask = np.array([[1, 0, 0.5], [0.25, 1, 2]])
+        masked = self.run(encoder_hidden_states=self.states, **{argument: mask})
+        names = {f"model.layers.{i}.{part}.out_proj.weight": np.repeat(mask[i], 4) for i in range(2)}
+        scaled = self.run(
+            {name: weight * names.get(name, 1) for name, weight in self.weights.items()},
+            encoder_hidden_states=self.states,
+        )
+        # float64 roundings in another order.
+        np.testing.assert_allclose(masked.logits, scaled.logits, rtol=0, atol=1e-13)
+        for i, factors in enumerate(mask):
+            expected = getattr(scaled, attentions)[i] * factors[:, None, None]
+            np.testing.assert_allclose(getattr(masked, attentions)[i], expected, rtol=0, atol=1e-14)
+
+
+class TestLoss:
+    """Three positions over two ids, of which the first can be predicted by nothing and the last predicts nothing."""
+
+    # Probabilities 1/4, 1/2 and, of what must not be looked at, 1/1001.
+    logits = np.log([[[3.0, 1.0], [5.0, 5.0], [1000.0, 1.0]]])
+
+    def test_position_t_predicts_the_next_label(self):
+        # A few float64 roundings, here and below.
+        assert oracle.loss(self.logits, np.array([[0, 1, 0]])) == pytest.approx(math.log(4 * 2) / 2, rel=1e-15)
+
+    def test_ignored_labels_do_not_count(self):
+        assert oracle.loss(self.logits, np.array([[1, 1, -100]])) == pytest.approx(math.log(4), rel=1e-15)
+
+    def test_the_number_of_items_may_be_given(self):
+        assert oracle.loss(self.logits, np.array([[0, 1, 0]]), 10) == pytest.approx(math.log(8) / 10, rel=1e-15)
+
+    def test_nothing_to_predict(self):
+        assert oracle.loss(self.logits, np.array([[0, -100, -100]])) == 0
+
+    def test_large_logits(self):
+        assert oracle.loss(1e6 * np.array([[[1.0, 0.0], [0.0, 0.0]]]), np.array([[0, 1]])) == 1e6

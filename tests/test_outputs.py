@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import pickle
 
 import numpy as np
@@ -17,9 +16,8 @@ def output():
 
 def test_documented_fields_in_their_order():
     tail = ["past_key_values", "hidden_states", "attentions", "cross_attentions"]
-    fields = {kind: [f.name for f in dataclasses.fields(kind)] for kind in _KINDS}
-    assert fields[BaseModelOutputWithPastAndCrossAttentions] == ["last_hidden_state", *tail]
-    assert fields[CausalLMOutputWithCrossAttentions] == ["loss", "logits", *tail]
+    assert BaseModelOutputWithPastAndCrossAttentions.names == ("last_hidden_state", *tail)
+    assert CausalLMOutputWithCrossAttentions.names == ("loss", "logits", *tail)
 
 
 _KINDS = (BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithCrossAttentions)
@@ -56,7 +54,7 @@ def test_mapping_of_what_is_there(output):
     assert {**output}["hidden_states"] is STATES
 
 
-@pytest.mark.parametrize("key", ["loss", "unknown", "to_tuple", "_values"])
+@pytest.mark.parametrize("key", ["loss", "unknown", "to_tuple", "names"])
 def test_absent_keys(output, key):
     assert key not in output
     with pytest.raises(KeyError, match=key):
@@ -71,13 +69,29 @@ def test_membership_is_that_of_a_mapping(output):
 
 
 def test_frozen(output):
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         output.logits = None
+
+
+def test_unknown_names(output):
+    with pytest.raises(AttributeError, match="no attribute 'logit'; its fields are loss, logits, "):
+        output.logit  # noqa: B018
+    with pytest.raises(TypeError, match="has no field 'logit'; expected some of"):
+        CausalLMOutputWithCrossAttentions(logit=1)
+
+
+def test_is_the_named_tuple_that_frameworks_know(output):
+    assert isinstance(output, tuple)
+    assert output._fields == ("logits", "hidden_states")
+    again = output._make([1, 2])
+    assert type(again) is type(output)
+    assert (again.logits, again.hidden_states, again.loss) == (1, 2, None)
+    assert type(output)(*output).logits is LOGITS
 
 
 def test_comparison_is_by_identity(output):
     assert output == output
-    assert output != dataclasses.replace(output)
+    assert output != copy.copy(output)
     assert len({output, output}) == 1
 
 

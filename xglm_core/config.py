@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import os
 import sys
 from collections.abc import Callable
@@ -71,7 +72,9 @@ class XGLMConfig:
         decoder_start_token_id, pad_token_id, bos_token_id: special ids, or None.
         eos_token_id: the id or the ids that end a text, or None. In this family `</s>` is also the newline.
         tie_word_embeddings: the head is the embedding matrix; False when the checkpoint stores another one.
-        add_cross_attention: blocks also attend to encoder states.
+        add_cross_attention: blocks also attend to encoder states, if a call gives some.
+        pruned_heads: self-attention heads that a block has no more, by the index of the block; see `prune_heads` of the
+            model classes.
         output_attentions, output_hidden_states, return_dict: what a call returns when the caller does not say.
         kwargs: any other key; it becomes an attribute and survives a round trip through JSON.
 
@@ -108,6 +111,7 @@ class XGLMConfig:
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool = True,
+        pruned_heads: dict[int, list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -133,6 +137,7 @@ class XGLMConfig:
         self.output_attentions = output_attentions
         self.output_hidden_states = output_hidden_states
         self.return_dict = return_dict
+        self.pruned_heads = {} if pruned_heads is None else pruned_heads
         for key, value in kwargs.items():
             if key == "model_type":
                 if value != self.model_type:
@@ -159,6 +164,10 @@ class XGLMConfig:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
+    def kept_heads(self, layer: int) -> list[int]:
+        """The self-attention heads that a block still has, by their original index."""
+        return [head for head in range(self.attention_heads) if head not in self.pruned_heads.get(layer, ())]
+
     # The aliases read and write the canonical attribute, so that the two can never disagree.
     def __getattr__(self, name: str) -> Any:
         if name in ALIASES:
@@ -167,6 +176,10 @@ class XGLMConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(ALIASES.get(name, name), value)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is such a key."""
+        return key in vars(self) or key in ALIASES
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, XGLMConfig) and self.to_dict() == other.to_dict()
@@ -219,8 +232,7 @@ class XGLMConfig:
                 f"config: d_model={self.d_model} is not a multiple of attention_heads={self.attention_heads}, "
                 "so the heads cannot share the width equally"
             )
-        if self.add_cross_attention:
-            raise ConfigError("config: add_cross_attention is true, which no backend computes yet; expected false")
+        self.pruned_heads = self._checked_pruned_heads()
         if self.d_model < 4:
             raise ConfigError(f"config: d_model is {self.d_model}, expected at least 4 (two sine frequencies)")
         if not callable(self.activation_function) and self.activation_function not in ACTIVATIONS:
@@ -228,6 +240,27 @@ class XGLMConfig:
                 f"config: activation_function is {self.activation_function!r}, "
                 f"expected one of {', '.join(ACTIVATIONS)}, or a callable"
             )
+
+    def _checked_pruned_heads(self) -> dict[int, list[int]]:
+        """`pruned_heads` with integers for keys, which JSON makes strings."""
+        checked: dict[int, list[int]] = {}
+        try:
+            for layer, heads in dict(self.pruned_heads).items():
+                checked[int(layer)] = sorted({operator.index(head) for head in heads})
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"config: pruned_heads is {self.pruned_heads!r}, expected lists of heads by the index of their block"
+            ) from None
+        for layer, pruned in checked.items():
+            if not 0 <= layer < self.num_layers:
+                raise ConfigError(f"config: pruned_heads names block {layer}, expected 0 to {self.num_layers - 1}")
+            outside = [head for head in pruned if not 0 <= head < self.attention_heads]
+            if outside or len(pruned) == self.attention_heads:
+                raise ConfigError(
+                    f"config: pruned_heads of block {layer} is {pruned}, expected some of 0 to "
+                    f"{self.attention_heads - 1}, but not all of them"
+                )
+        return {layer: pruned for layer, pruned in sorted(checked.items()) if pruned}
 
     @classmethod
     def from_preset(cls, size: str, **overrides: Any) -> XGLMConfig:

@@ -1,15 +1,47 @@
 """Checks of a call's arguments, made before any computation and with one wording for all backends.
 
-The arrays are numpy views of the framework's tensors. A backend that is being traced (jit, export) has no values to
-look at and skips the checks of values.
+Shapes are known even to compiled code; where one is not (None), it passes. Values are numpy views of the framework's
+tensors; a backend that is being traced (jit, export) has none to look at and skips the checks of values.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
+
+IGNORED_LABEL = -100  # What every framework's users write where a position does not count.
+
+Shape = Sequence[int | None]
+
+
+def check_shapes(
+    config: XGLMConfig, shapes: Mapping[str, Shape | None], *, past: int | None = 0, encoder_length: int | None = None
+) -> None:
+    """Checks which arguments of a call are given, and their shapes.
+
+    Args:
+        config: the architecture.
+        shapes: shape by argument name, None or absent for what is not given.
+        past: cached positions; None if unknown.
+        encoder_length: encoder positions that the cache holds; None if it holds none.
+
+    Raises:
+        InputError: arguments are missing, contradict each other, or have another shape than the rest implies.
+    """
+    given = {name: tuple(shape) for name, shape in shapes.items() if shape is not None}
+    batch, length = _check_tokens(config, given)
+    _check_encoder(config, given, batch, encoder_length)
+    if past is not None and length is not None and "attention_mask" in given:
+        check_attention_mask(given["attention_mask"], batch, past, length)
+    for name in ("head_mask", "cross_attn_head_mask"):
+        _check_shape(given, name, (config.num_layers, config.attention_heads), "[num_layers, attention_heads]")
+    rows = 1 if given.get("position_ids", ())[:1] == (1,) else batch  # One row serves all.
+    _check_shape(given, "position_ids", (rows, length), "[batch, length]")
 
 
 def check_input_ids(input_ids: np.ndarray, config: XGLMConfig) -> None:
@@ -28,9 +60,27 @@ def check_input_ids(input_ids: np.ndarray, config: XGLMConfig) -> None:
         )
 
 
-def check_attention_mask(shape: tuple[int, ...], batch: int, past: int, length: int) -> None:
+def check_labels_shape(shape: Shape, tokens: Shape) -> None:
+    """Raises `InputError` unless there is a label for each token; `tokens` is [batch, length, ...]."""
+    _check_shape({"labels": tuple(shape)}, "labels", tuple(tokens[:2]), "[batch, length], not shifted")
+
+
+def check_labels(labels: np.ndarray, config: XGLMConfig) -> None:
+    """Raises `InputError` unless all labels [batch, length] are ids of the vocabulary or -100, which does not count."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"labels is {labels.dtype}, expected integers [batch, length]")
+    wrong = np.argwhere((labels != IGNORED_LABEL) & ((labels < 0) | (labels >= config.vocab_size)))
+    if len(wrong):
+        row, column = wrong[0]
+        raise InputError(
+            f"labels[{row}, {column}] is {labels[row, column]}, expected 0 to {config.vocab_size - 1} "
+            f"(vocab_size={config.vocab_size}), or {IGNORED_LABEL} where it does not count"
+        )
+
+
+def check_attention_mask(shape: Shape, batch: int | None, past: int, length: int) -> None:
     """Raises `InputError` unless the mask covers the cached and the new positions: [batch, past + length]."""
-    if tuple(shape) != (batch, past + length):
+    if not _fits(shape, (batch, past + length)):
         cached = f" ({past} cached and {length} new)" if past else ""
         raise InputError(f"attention_mask is {list(shape)}, expected [{batch}, {past + length}]{cached}")
 
@@ -55,3 +105,107 @@ def check_cache(past: int, length: int, capacity: int) -> None:
             f"the cache holds {past} of at most {capacity} positions, and {length} more do not fit; "
             f"create it with max_length={past + length} or more"
         )
+
+
+def check_past_key_values(config: XGLMConfig, past_key_values: Any) -> None:
+    """Checks keys and values that a caller made, or took from elsewhere, as a tuple of one tuple for each layer.
+
+    Raises:
+        InputError: it is no tuple of (key, value) pairs, or of such pairs followed by those over encoder states, or the
+            shapes [batch, heads, length, head_dim] do not agree with the configuration and each other.
+    """
+    if not isinstance(past_key_values, tuple | list):
+        raise InputError(
+            f"past_key_values is a {type(past_key_values).__name__}, expected the cache of an earlier call, "
+            "or a tuple of (key, value) for each layer"
+        )
+    if len(past_key_values) != config.num_layers:
+        raise InputError(f"past_key_values has {len(past_key_values)} layers, expected {config.num_layers}")
+    widths = {len(layer) for layer in past_key_values}
+    allowed = {2, 4} if config.add_cross_attention else {2}
+    if len(widths) != 1 or not widths <= allowed:
+        wanted = "2 (key, value)" + (" or 4 (and those over encoder states)" if config.add_cross_attention else "")
+        raise InputError(f"past_key_values has {sorted(widths)} tensors in a layer, expected {wanted} in each")
+    for index, layer in enumerate(past_key_values):
+        heads = len(config.kept_heads(index)), len(config.kept_heads(index)), *([config.attention_heads] * 2)
+        for item, (tensor, first) in enumerate(zip(layer, past_key_values[0], strict=True)):
+            batch, length = past_key_values[0][0].shape[0], first.shape[2] if len(first.shape) == 4 else None
+            if item % 2:  # A value has the length of its key.
+                length = past_key_values[0][item - 1].shape[2]
+            expected = (batch, heads[item], length, config.head_dim)
+            if not _fits(tensor.shape, expected):
+                raise InputError(
+                    f"past_key_values[{index}][{item}] is {list(tensor.shape)}, expected {list(expected)} "
+                    "([batch, heads, length, head_dim])"
+                )
+
+
+def check_cache_batch(cached: int | None, batch: int | None) -> None:
+    """Raises `InputError` if the cache belongs to another number of rows."""
+    if not _fits((cached,), (batch,)):
+        raise InputError(f"past_key_values holds {cached} rows, expected {batch}, as many as the input has")
+
+
+def check_logits_to_keep(logits_to_keep: Any, length: int | None) -> None:
+    """Raises `InputError` unless `logits_to_keep` is a count or a vector of positions from 0 to `length` - 1."""
+    if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool) and logits_to_keep >= 0:
+        return
+    values = np.asarray(logits_to_keep)
+    highest = values.max(initial=0) if length is None else length - 1
+    if not (np.issubdtype(values.dtype, np.integer) and values.ndim == 1 and values.size) or not (
+        values.min() >= 0 and values.max() <= highest
+    ):
+        raise InputError(
+            f"logits_to_keep is {values.tolist()!r}, expected how many of the last positions to keep, 0 for all, "
+            f"or a vector of positions from 0 to {'length' if length is None else length} - 1"
+        )
+
+
+def _check_tokens(config: XGLMConfig, given: Mapping[str, tuple[int | None, ...]]) -> tuple[int | None, int | None]:
+    """Batch and length, from whichever of `input_ids` and `inputs_embeds` is given."""
+    if "input_ids" in given and "inputs_embeds" in given:
+        raise InputError("input_ids and inputs_embeds are both given, expected one of the two")
+    if "input_ids" not in given and "inputs_embeds" not in given:
+        raise InputError("neither input_ids nor inputs_embeds is given, expected one of the two")
+    name = "input_ids" if "input_ids" in given else "inputs_embeds"
+    shape, wanted = given[name], 2 if name == "input_ids" else 3
+    if len(shape) != wanted or 0 in shape or (wanted == 3 and not _fits(shape[2:], (config.d_model,))):
+        expected = "integers [batch, length]" if wanted == 2 else f"[batch, length, {config.d_model}]"
+        raise InputError(f"{name} is {list(shape)}, expected {expected}, neither 0")
+    return shape[0], shape[1]
+
+
+def _check_encoder(
+    config: XGLMConfig, given: Mapping[str, tuple[int | None, ...]], batch: int | None, cached: int | None
+) -> None:
+    for name in ("encoder_hidden_states", "encoder_attention_mask", "cross_attn_head_mask"):
+        if name in given and not config.add_cross_attention:
+            raise InputError(
+                f"{name} is given, but the model has no cross-attention; expected a configuration with "
+                "add_cross_attention=True"
+            )
+    length = cached
+    if "encoder_hidden_states" in given:
+        shape = given["encoder_hidden_states"]
+        _check_shape(
+            given, "encoder_hidden_states", (batch, cached, config.d_model), "[batch, encoder length, d_model]"
+        )
+        length = shape[1]
+    elif "encoder_attention_mask" in given and cached is None:
+        raise InputError("encoder_attention_mask is given without encoder_hidden_states, expected both or neither")
+    _check_shape(given, "encoder_attention_mask", (batch, length), "[batch, encoder length]")
+
+
+def _check_shape(
+    given: Mapping[str, tuple[int | None, ...]], name: str, expected: tuple[int | None, ...], meaning: str
+) -> None:
+    if name in given and not _fits(given[name], expected):
+        shape = ", ".join("any" if size is None else str(size) for size in expected)
+        raise InputError(f"{name} is {list(given[name])}, expected [{shape}] ({meaning})")
+
+
+def _fits(shape: Shape, expected: Shape) -> bool:
+    """Whether two shapes agree where both are known."""
+    return len(shape) == len(expected) and all(
+        found is None or wanted is None or found == wanted for found, wanted in zip(shape, expected, strict=True)
+    )

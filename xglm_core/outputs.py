@@ -1,53 +1,80 @@
-"""What a model call returns: the same classes and fields in all backends."""
+"""What a model call returns: the same classes and fields in all backends.
+
+An output is a named tuple of those results that are not None. Named tuples are what every framework takes apart and
+puts together again by itself: `jax.tree`, `tf.function`, Keras `predict`, PyTorch's `DataParallel`, `torch.compile`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Self
+import itertools
+from collections import namedtuple
+from typing import Any, ClassVar, Self
 
 
-@dataclass(frozen=True, eq=False)
-class ModelOutput:
-    """Named results that also read as a mapping and as the tuple of those that are not None, in field order."""
+class ModelOutput(tuple[Any, ...]):
+    """Results by attribute (None where there is none), by name, by index, and by unpacking.
+
+    The class that is called names the fields; the object that comes out is of a subclass which is a named tuple of the
+    fields present.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    _fields: ClassVar[tuple[str, ...]]
+    _named_tuples: ClassVar[dict[tuple[str, ...], Any]]  # By the fields present.
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        if not hasattr(cls, "_fields"):
+            # All of them at once: `torch.compile` cannot return what belongs to a class that it met being made.
+            cls._named_tuples = {
+                present: type(cls.__name__, (cls, namedtuple(cls.__name__, present)), {"__slots__": ()})
+                for count in range(len(cls.names) + 1)
+                for present in itertools.combinations(cls.names, count)
+            }
+
+    def __new__(cls, *values: Any, **results: Any) -> Self:
+        """An output of the given results, by name; None counts as not given."""
+        if values:  # How frameworks put a named tuple together again.
+            return tuple.__new__(cls, values)
+        unknown = results.keys() - set(cls.names)
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}; expected some of {cls.names}")
+        present = tuple(name for name in cls.names if results.get(name) is not None)
+        output: Self = tuple.__new__(cls._named_tuples[present], [results[name] for name in present])
+        return output
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The results that are not None."""
-        return tuple(value for value in self._values() if value is not None)
+        """The results that are not None, as a plain tuple."""
+        return tuple(self)
 
     def keys(self) -> tuple[str, ...]:
         """The names of the results that are not None."""
-        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+        return self._fields
 
-    def __getitem__(self, key: str | int | slice) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        if name in self.names:
+            return None
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its fields are {', '.join(self.names)}")
+
+    def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
-            return self.to_tuple()[key]
-        if key not in self.keys():
+            return super().__getitem__(key)
+        if key not in self._fields:
             raise KeyError(key)
         return getattr(self, key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.keys()  # Not by comparing with the results, which are arrays.
+        return key in self._fields  # Not by comparing with the results, which are arrays.
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.to_tuple())
+    # Two outputs are equal if they are the same: comparing the arrays has no single answer.
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__
 
-    def __len__(self) -> int:
-        return len(self.to_tuple())
-
-    # TensorFlow's protocol for classes that its functions may return; costs nothing elsewhere.
-    def __tf_flatten__(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-        return self.keys(), self.to_tuple()
-
-    @classmethod
-    def __tf_unflatten__(cls, metadata: tuple[str, ...], components: tuple[Any, ...]) -> Self:
-        return cls(**dict(zip(metadata, components, strict=True)))
-
-    def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self).__bases__[0], dict(zip(self._fields, self.to_tuple(), strict=True)))
 
 
-@dataclass(frozen=True, eq=False)
 class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
     """Result of the decoder.
 
@@ -56,31 +83,28 @@ class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
         past_key_values: the cache, if asked for.
         hidden_states: num_layers + 1 arrays [batch, length, d_model], if asked for: the input of each block, then
             `last_hidden_state`.
-        attentions: reserved for the attention probabilities.
-        cross_attentions: reserved for those over encoder states.
+        attentions: num_layers arrays [batch, heads, length, keys], if asked for: the probabilities by which each
+            position weighs the cached and the new ones, after the head mask.
+        cross_attentions: the same over the encoder's positions, if there are any.
     """
 
-    last_hidden_state: Any = None
-    past_key_values: Any = None
-    hidden_states: tuple[Any, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-    cross_attentions: tuple[Any, ...] | None = None
+    names = ("last_hidden_state", "past_key_values", "hidden_states", "attentions", "cross_attentions")
+    __slots__ = ()
 
 
-@dataclass(frozen=True, eq=False)
 class CausalLMOutputWithCrossAttentions(ModelOutput):
     """Result of the causal language model.
 
     Attributes:
-        loss: reserved for the training loss.
+        loss: float32 scalar, if there were labels: the mean over the labels that count.
         logits: [batch, kept positions, vocab_size].
         past_key_values, hidden_states, attentions, cross_attentions: as in
             `BaseModelOutputWithPastAndCrossAttentions`.
     """
 
-    loss: Any = None
-    logits: Any = None
-    past_key_values: Any = None
-    hidden_states: tuple[Any, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-    cross_attentions: tuple[Any, ...] | None = None
+    names = ("loss", "logits", "past_key_values", "hidden_states", "attentions", "cross_attentions")
+    __slots__ = ()
+
+
+def _unpickled(cls: type[ModelOutput], results: dict[str, Any]) -> ModelOutput:
+    return cls(**results)

@@ -34,12 +34,18 @@ _HEAD = _Kind({"weight": ("kernel", "kernel")}, transposed=True)
 _NORM = _Kind({"weight": ("gamma", "scale"), "bias": ("beta", "bias")})
 
 # Layer name, kind, and the shape of its weight in terms of the configuration; a bias has the first dimension.
+# "kept_width" is d_model less the width of the heads that were pruned from a block.
 _LAYERS: tuple[tuple[str, _Kind, tuple[str, ...]], ...] = (
     ("model.embed_tokens", _EMBEDDING, ("vocab_size", "d_model")),
-    ("model.layers.{}.self_attn.k_proj", _DENSE, ("d_model", "d_model")),
-    ("model.layers.{}.self_attn.v_proj", _DENSE, ("d_model", "d_model")),
-    ("model.layers.{}.self_attn.q_proj", _DENSE, ("d_model", "d_model")),
-    ("model.layers.{}.self_attn.out_proj", _DENSE, ("d_model", "d_model")),
+    ("model.layers.{}.self_attn.k_proj", _DENSE, ("kept_width", "d_model")),
+    ("model.layers.{}.self_attn.v_proj", _DENSE, ("kept_width", "d_model")),
+    ("model.layers.{}.self_attn.q_proj", _DENSE, ("kept_width", "d_model")),
+    ("model.layers.{}.self_attn.out_proj", _DENSE, ("d_model", "kept_width")),
+    ("model.layers.{}.encoder_attn.k_proj", _DENSE, ("d_model", "d_model")),
+    ("model.layers.{}.encoder_attn.v_proj", _DENSE, ("d_model", "d_model")),
+    ("model.layers.{}.encoder_attn.q_proj", _DENSE, ("d_model", "d_model")),
+    ("model.layers.{}.encoder_attn.out_proj", _DENSE, ("d_model", "d_model")),
+    ("model.layers.{}.encoder_attn_layer_norm", _NORM, ("d_model",)),
     ("model.layers.{}.self_attn_layer_norm", _NORM, ("d_model",)),
     ("model.layers.{}.fc1", _DENSE, ("ffn_dim", "d_model")),
     ("model.layers.{}.fc2", _DENSE, ("d_model", "ffn_dim")),
@@ -76,10 +82,9 @@ def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ..
         with_head: whether the model has a head of its own. A tied head is no weight: it is the embedding.
     """
     specs = []
-    for layer, kind, shape in _expanded(config):
+    for layer, kind, sizes in _expanded(config):
         if layer == "lm_head" and not with_head:
             continue
-        sizes = tuple(getattr(config, size) for size in shape)
         for parameter, (keras, flax) in kind.parameters.items():
             matrix = parameter == "weight" and len(sizes) == 2
             specs.append(
@@ -99,10 +104,13 @@ def num_parameters(config: XGLMConfig) -> int:
     return sum(math.prod(spec.shape) for spec in weight_specs(config, with_head=not config.tie_word_embeddings))
 
 
-def _expanded(config: XGLMConfig) -> Iterator[tuple[str, _Kind, tuple[str, ...]]]:
-    """The rows of `_LAYERS`, those of a block repeated block by block."""
-    for is_block, rows in itertools.groupby(_LAYERS, key=lambda row: "{}" in row[0]):
-        block = list(rows)
+def _expanded(config: XGLMConfig) -> Iterator[tuple[str, _Kind, tuple[int, ...]]]:
+    """The rows of `_LAYERS` with their sizes, those of a block repeated block by block."""
+    rows = [row for row in _LAYERS if config.add_cross_attention or "encoder_attn" not in row[0]]
+    for is_block, group in itertools.groupby(rows, key=lambda row: "{}" in row[0]):
+        block = list(group)
         for index in range(config.num_layers if is_block else 1):
+            kept_width = config.head_dim * len(config.kept_heads(index))
             for layer, kind, shape in block:
-                yield layer.format(index), kind, shape
+                sizes = tuple(kept_width if size == "kept_width" else getattr(config, size) for size in shape)
+                yield layer.format(index), kind, sizes

@@ -1,4 +1,4 @@
-"""Multi-head self-attention."""
+"""Multi-head attention: to the positions before, and to encoder states."""
 
 from __future__ import annotations
 
@@ -7,55 +7,75 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import XGLMConfig
-from xglm_torch.cache import XGLMCache
 
 
 class XGLMAttention(nn.Module):
-    """softmax(q k^T / sqrt(head_dim) + mask) v, with biased projections, softmax in float32."""
+    """softmax(q k^T / sqrt(head_dim) + mask) v, with biased projections, softmax in float32.
 
-    def __init__(self, config: XGLMConfig) -> None:
+    Args:
+        config: the architecture.
+        heads: which of its heads there are, by their original index.
+    """
+
+    def __init__(self, config: XGLMConfig, heads: list[int]) -> None:
         super().__init__()
-        self.num_heads = config.attention_heads
+        width = len(heads) * config.head_dim
+        self.head_dim = config.head_dim
+        self.heads = heads
         self.dropout = config.attention_dropout
-        self.k_proj = nn.Linear(config.d_model, config.d_model)
-        self.v_proj = nn.Linear(config.d_model, config.d_model)
-        self.q_proj = nn.Linear(config.d_model, config.d_model)
-        self.out_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, width)
+        self.v_proj = nn.Linear(config.d_model, width)
+        self.q_proj = nn.Linear(config.d_model, width)
+        self.out_proj = nn.Linear(width, config.d_model)
+
+    def keys_and_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[batch, length, d_model] -> what there is to attend to, each [batch, heads, length, head_dim]."""
+        return self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
 
     def forward(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, cache: XGLMCache | None, layer: int
-    ) -> torch.Tensor:
-        """Attends from each new position to the cached and the new ones.
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        is_causal: bool = False,
+        head_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends from each position to the keys.
 
         Args:
             hidden_states: [batch, length, d_model].
-            mask: bool [batch or 1, 1, length, keys], True = attend; None = causal over the new positions alone, or one
-                new position that sees every key.
-            cache: where the new keys and values go, or None.
-            layer: index of this block in the cache.
+            key, value: [batch, heads, keys, head_dim].
+            mask: bool [batch or 1, 1, length or 1, keys], True = attend; None = every key.
+            is_causal: whether position i sees the keys 0 to i alone; needs as many keys as positions, and no mask.
+            head_mask: factors of the heads' probabilities [config.attention_heads]; None = 1.
+            output_attentions: whether to return the probabilities, which takes a slower path.
 
         Returns:
-            [batch, length, d_model].
+            [batch, length, d_model], and the probabilities [batch, heads, length, keys] or None.
         """
         query = self._split_heads(self.q_proj(hidden_states))
-        key = self._split_heads(self.k_proj(hidden_states))
-        value = self._split_heads(self.v_proj(hidden_states))
-        if cache is not None:
-            key, value = cache.write(layer, key, value)
-        # `is_causal` aligns the first query with the first key, so it is only right where there are as many of each.
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and query.shape[2] > 1,
-        )
-        return self.out_proj(context.transpose(1, 2).flatten(2))
+        factors = None if head_mask is None else head_mask[self.heads].to(query)[:, None, None]
+        weights = None
+        if output_attentions:
+            if is_causal:
+                mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            weights = _probabilities(query, key, mask)
+            context = F.dropout(weights, self.dropout, self.training) @ value
+        else:
+            dropout = self.dropout if self.training else 0.0
+            context = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
+        if factors is not None:
+            # The factor of a head's probabilities is one of its result, so that the fast path needs no probabilities.
+            context = context * factors
+            weights = None if weights is None else weights * factors
+        return self.out_proj(context.transpose(1, 2).flatten(2)), weights
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        """[batch, length, d_model] -> [batch, heads, length, head_dim]."""
-        return states.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        """[batch, length, width] -> [batch, heads, length, head_dim]."""
+        return states.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
 
 def attention_mask_for(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:
@@ -68,10 +88,20 @@ def attention_mask_for(mask: torch.Tensor | None, past: int, length: int, device
         device: where to build the result.
 
     Returns:
-        bool [batch or 1, 1, length, past + length], True = attend; None where `XGLMAttention` needs none.
+        bool [batch or 1, 1, length, past + length], True = attend; None for what needs no mask: attention that is
+        causal over the new positions alone, or one new position that sees every key.
     """
     if mask is None and (past == 0 or length == 1):
         return None
     slots = torch.arange(past + length, device=device)
     causal = slots <= slots[past:, None]
     return causal[None, None] if mask is None else causal & mask[:, None, None, :]
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[batch, heads, length, keys] in the type of `query`."""
+    scores = (query @ key.transpose(2, 3)).float() * query.shape[3] ** -0.5
+    if mask is not None:
+        # Finite, so that a row without any visible key is a mean of values rather than NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1).to(query.dtype)

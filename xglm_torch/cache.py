@@ -7,10 +7,15 @@ several ways. Storage is allocated in blocks and written in place.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch.utils._pytree import register_pytree_node
 
 from xglm_core.config import XGLMConfig
+from xglm_core.inputs import check_past_key_values
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 _BLOCK = 64  # Positions by which storage grows, so that most one-token steps allocate nothing.
 
@@ -18,12 +23,14 @@ _BLOCK = 64  # Positions by which storage grows, so that most one-token steps al
 class _Storage:
     """The memory that successive caches share: per layer [batch, heads, capacity, head_dim]."""
 
-    def __init__(self, config: XGLMConfig, batch: int, capacity: int, like: torch.Tensor) -> None:
-        shape = (config.num_layers, batch, config.attention_heads, capacity, config.head_dim)
-        self.keys = like.new_empty(shape)
-        self.values = like.new_empty(shape)
-        self.capacity = capacity
-        self.filled = 0  # Positions written so far, by whichever cache went furthest.
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], filled: int) -> None:
+        self.keys = keys
+        self.values = values
+        self.filled = filled  # Positions written so far, by whichever cache went furthest.
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
 
 
 class XGLMCache:
@@ -32,15 +39,38 @@ class XGLMCache:
     Attributes:
         length: positions held.
         mask: bool [batch, length], False for padding; None if there is none.
+        encoder: per layer, key and value of the encoder's positions, each [batch, heads, encoder length, head_dim];
+            empty without cross-attention.
+        encoder_mask: bool [batch, encoder length], False for padding; None if there is none.
     """
 
-    def __init__(self, storage: _Storage, past: int, length: int, mask: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        storage: _Storage,
+        past: int,
+        length: int,
+        mask: torch.Tensor | None,
+        encoder: tuple[KeyValue, ...] = (),
+        encoder_mask: torch.Tensor | None = None,
+    ) -> None:
         self._storage = storage
         self._past = past
         self.length = length
         self.mask = mask
+        self.encoder = encoder
+        self.encoder_mask = encoder_mask
 
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self._storage.keys[0].shape[0]
+
+    @property
+    def encoder_length(self) -> int | None:
+        """Encoder positions held; None without cross-attention."""
+        return self.encoder[0][0].shape[2] if self.encoder else None
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
         """Stores a layer's new keys and values, each [batch, heads, new, head_dim]; returns those of all positions."""
         past, length = self._past, self.length
         keys, values = self._storage.keys[layer], self._storage.values[layer]
@@ -48,24 +78,47 @@ class XGLMCache:
         values[:, :, past:length] = value.detach()
         if past == 0:
             return key, value
-        if torch.is_grad_enabled() and key.requires_grad:  # Gradients flow through the new positions only.
+        if torch.is_grad_enabled() and (key.requires_grad or keys.requires_grad):
+            # Gradients flow through the new positions, and through keys and values that the caller made.
             return torch.cat([keys[:, :, :past], key], dim=2), torch.cat([values[:, :, :past], value], dim=2)
         return keys[:, :, :length], values[:, :, :length]
+
+    def write_encoder(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores the next layer's keys and values of the encoder's positions."""
+        self.encoder = (*self.encoder, (key.detach(), value.detach()))
 
     def __len__(self) -> int:
         return len(self._storage.keys)
 
-    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value of a layer, each [batch, heads, length, head_dim], as views of the cache."""
-        return self._storage.keys[layer, :, :, : self.length], self._storage.values[layer, :, :, : self.length]
+    def __getitem__(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """Key and value of a layer as views, each [batch, heads, length, head_dim]; then those of the encoder."""
+        keys, values = self._storage.keys[layer], self._storage.values[layer]
+        own = (keys[:, :, : self.length], values[:, :, : self.length])
+        return (*own, *self.encoder[layer]) if self.encoder else own
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         return (self[layer] for layer in range(len(self)))
 
 
 def empty_cache(config: XGLMConfig, batch: int, capacity: int, like: torch.Tensor) -> XGLMCache:
     """A cache that holds nothing yet, with room for `capacity` positions, of the type and on the device of `like`."""
-    return XGLMCache(_Storage(config, batch, capacity, like), past=0, length=0, mask=None)
+    return XGLMCache(_allocated(config, batch, capacity, like), past=0, length=0, mask=None)
+
+
+def as_cache(past_key_values: Any, config: XGLMConfig) -> XGLMCache | None:
+    """A cache from what a caller may pass: a cache, None, or a tuple of per-layer (key, value), which is not copied.
+
+    Raises:
+        InputError: it is something else, or its shapes do not fit.
+    """
+    if past_key_values is None or isinstance(past_key_values, XGLMCache):
+        return past_key_values
+    check_past_key_values(config, past_key_values)
+    keys, values = [layer[0] for layer in past_key_values], [layer[1] for layer in past_key_values]
+    length = keys[0].shape[2]
+    encoder = tuple((layer[2], layer[3]) for layer in past_key_values if len(layer) == 4)
+    # Full, so that nothing is ever written into what is the caller's.
+    return XGLMCache(_Storage(keys, values, filled=length), past=length, length=length, mask=None, encoder=encoder)
 
 
 def extend_cache(
@@ -85,10 +138,37 @@ def extend_cache(
     storage = None if past is None else past._storage
     if storage is None or storage.capacity < length or storage.filled != start:
         # No room, or another cache has already gone on from here: continue in storage of our own.
-        fresh = _Storage(config, len(like), -(-length // _BLOCK) * _BLOCK, like)
+        fresh = _allocated(config, like.shape[0], -(-length // _BLOCK) * _BLOCK, like)
         if storage is not None:
-            fresh.keys[..., :start, :] = storage.keys[..., :start, :]
-            fresh.values[..., :start, :] = storage.values[..., :start, :]
+            for ours, theirs in zip(fresh.keys + fresh.values, storage.keys + storage.values, strict=True):
+                ours[:, :, :start] = theirs[:, :, :start]
         storage = fresh
     storage.filled = length
-    return XGLMCache(storage, start, length, mask)
+    if past is None:
+        return XGLMCache(storage, start, length, mask)
+    return XGLMCache(storage, start, length, mask, past.encoder, past.encoder_mask)
+
+
+def _allocated(config: XGLMConfig, batch: int, capacity: int, like: torch.Tensor) -> _Storage:
+    shapes = [(batch, len(config.kept_heads(i)), capacity, config.head_dim) for i in range(config.num_layers)]
+    return _Storage([like.new_empty(shape) for shape in shapes], [like.new_empty(shape) for shape in shapes], filled=0)
+
+
+def _flattened(cache: XGLMCache) -> tuple[list[Any], list[str]]:
+    masks = {name: mask for name in ("mask", "encoder_mask") if (mask := getattr(cache, name)) is not None}
+    return [tuple(cache), *masks.values()], list(masks)
+
+
+def _unflattened(children: Any, names: list[str]) -> XGLMCache:
+    layers, *masks = children
+    keys, values = [layer[0] for layer in layers], [layer[1] for layer in layers]
+    length = keys[0].shape[2]
+    cache = XGLMCache(_Storage(keys, values, filled=length), past=length, length=length, mask=None)
+    cache.encoder = tuple(layer[2:] for layer in layers if len(layer) == 4)
+    for name, mask in zip(names, masks, strict=True):
+        setattr(cache, name, mask)
+    return cache
+
+
+# What `torch.export` and others need to know of a class that a model takes or returns.
+register_pytree_node(XGLMCache, _flattened, _unflattened, serialized_type_name="xglm_torch.XGLMCache")

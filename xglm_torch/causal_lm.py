@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,9 +11,12 @@ from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.loop import generate
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
-from xglm_torch.cache import XGLMCache
+from xglm_core.resizing import check_embeddings
+from xglm_torch.cache import as_cache
 from xglm_torch.decoder import XGLMModel
 from xglm_torch.generation import TorchEngine
+from xglm_torch.inputs import check_head_arguments
+from xglm_torch.loss import causal_lm_loss
 from xglm_torch.pretrained import XGLMPreTrainedModel
 
 
@@ -26,6 +31,8 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
 
     def __init__(self, config: XGLMConfig) -> None:
         super().__init__(config)
+        # Differs: peft reads and replaces it.
+        self.generation_config = GenerationConfig.from_model(config)
         self.model = XGLMModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
@@ -33,41 +40,118 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        *,
-        past_key_values: XGLMCache | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+        cross_attn_head_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
-    ) -> CausalLMOutputWithCrossAttentions:
+        return_dict: bool | None = None,
+        *,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Runs the decoder and the head.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states: see
-                `XGLMModel.forward`.
-            logits_to_keep: only this many last positions reach the head; 0 means all of them.
+            input_ids, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, head_mask,
+                cross_attn_head_mask, past_key_values, inputs_embeds, use_cache, output_attentions,
+                output_hidden_states, return_dict: see `XGLMModel.forward`.
+            labels: the tokens to predict, integers [batch, length], not shifted; -100 does not count.
+                `labels=input_ids` trains on all of them.
+            logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
+                all of them. With labels, the loss is that of all positions.
+            num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
 
         Returns:
-            The output; logits are [batch, kept positions, vocab_size] in the parameters' type.
+            The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in
+            the parameters' type, the loss is a float32 scalar.
 
         Raises:
-            InputError: see `XGLMModel.forward`.
+            InputError: see `XGLMModel.forward`; or labels outside the vocabulary.
         """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        check_head_arguments(self.config, tokens, labels, logits_to_keep)
         outputs = self.model(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            head_mask,
+            cross_attn_head_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
         )
-        return CausalLMOutputWithCrossAttentions(
-            logits=self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]),
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            logits = self.lm_head(hidden_states)
+            loss = causal_lm_loss(logits, labels.to(logits.device), num_items_in_batch)
+            logits = _kept(logits, logits_to_keep)
+        else:
+            logits = self.lm_head(_kept(hidden_states, logits_to_keep))
+        results = CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )
+        return results if (self.config.return_dict if return_dict is None else return_dict) else results.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The arguments of the next call of a decoding loop: the tokens that the cache does not hold yet.
+
+        Args:
+            input_ids: all tokens so far [rows, length].
+            past_key_values: the cache of the earlier ones, or None.
+            attention_mask: 1 for tokens, 0 for padding [rows, length], or None.
+            inputs_embeds: the prompt's embeddings, which take the place of ids in the first call.
+            options: passed on.
+        """
+        past = as_cache(past_key_values, self.config)
+        if past is None and inputs_embeds is not None:
+            tokens = {"inputs_embeds": inputs_embeds}
+        else:
+            tokens = {"input_ids": input_ids if past is None else input_ids[:, past.length :]}
+        return {**options, **tokens, "past_key_values": past, "attention_mask": attention_mask}
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear | nn.Embedding) -> None:
+        """Shares the weight [vocab_size, d_model] of a head or an embedding.
+
+        If it is not this model's embedding matrix, the two are not tied any more, and `config.tie_word_embeddings` is
+        False.
+
+        Raises:
+            InputError: the weight has another shape.
+        """
+        check_embeddings(tuple(new_embeddings.weight.shape), self.config)
+        self.lm_head.weight = new_embeddings.weight
+        self.config.tie_word_embeddings = new_embeddings.weight is self.model.embed_tokens.weight
 
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter again, if the configuration ties them."""
@@ -105,3 +189,10 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             GenerationConfig.from_model(self.config, max_new_tokens=max_new_tokens, stop_at_eos=stop_at_eos),
         )
         return torch.from_numpy(tokens).to(input_ids.device)
+
+
+def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of [batch, length, width] that `logits_to_keep` asks for."""
+    if isinstance(logits_to_keep, int):
+        return states[:, -logits_to_keep:]
+    return states[:, logits_to_keep]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
-from xglm_core.inputs import check_attention_mask, check_input_ids, check_positions
+from xglm_core.errors import InputError
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_torch.attention import XGLMAttention, attention_mask_for
-from xglm_torch.cache import XGLMCache, extend_cache
+from xglm_torch.cache import KeyValue, XGLMCache, as_cache, extend_cache
+from xglm_torch.inputs import check_arguments, check_position_ids, has_values
 from xglm_torch.pretrained import XGLMPreTrainedModel
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -38,7 +41,11 @@ class XGLMSinusoidalPositionalEmbedding(nn.Module):
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """float32 [batch, length, d_model] for positions [batch, length]."""
-        return self.weights[position_ids + POSITION_OFFSET]
+        # A model made on the meta device has its table in memory, where loaded weights will follow.
+        return self.weights.to(position_ids.device)[position_ids + POSITION_OFFSET]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Does nothing with the table that some state dicts hold: it is computed."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """Moves the table with the model, but keeps its type, and its values when the model is emptied (`to_empty`)."""
@@ -47,13 +54,38 @@ class XGLMSinusoidalPositionalEmbedding(nn.Module):
         return self
 
 
-class XGLMDecoderLayer(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + fc2(activation(fc1(norm(x))))."""
+class XGLMScaledWordEmbedding(nn.Embedding):
+    """Token embeddings times `embed_scale`: what `inputs_embeds` stands in for.
+
+    It has no `padding_idx`, which would keep gradients from a row that may be in use: masks decide what is padding.
+
+    Attributes:
+        embed_scale: the factor; adapters on this layer apply it to what they add.
+    """
 
     def __init__(self, config: XGLMConfig) -> None:
+        super().__init__(config.vocab_size, config.d_model)
+        self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[batch, length, d_model] for ids [batch, length]."""
+        return super().forward(input_ids) * self.embed_scale
+
+
+class XGLMDecoderLayer(nn.Module):
+    """One pre-norm block: self-attention, attention to encoder states if there are any, and a feed-forward layer.
+
+    Each is x + f(norm(x)); the last is fc2(activation(fc1(norm(x)))).
+    """
+
+    def __init__(self, config: XGLMConfig, index: int) -> None:
         super().__init__()
         activation = config.activation_function
-        self.self_attn = XGLMAttention(config)
+        self.index = index
+        self.self_attn = XGLMAttention(config, config.kept_heads(index))
+        if config.add_cross_attention:
+            self.encoder_attn = XGLMAttention(config, list(range(config.attention_heads)))
+            self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.activation_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
@@ -63,16 +95,74 @@ class XGLMDecoderLayer(nn.Module):
         self.activation_dropout = config.activation_dropout
 
     def forward(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, cache: XGLMCache | None, layer: int
-    ) -> torch.Tensor:
-        """[batch, length, d_model] -> the same; see `XGLMAttention.forward` for the other arguments."""
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: XGLMCache | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+        cross_attn_head_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Runs the block.
+
+        Args:
+            hidden_states: [batch, length, d_model].
+            mask: see `attention_mask_for`.
+            cache: where the new keys and values go, and those of the encoder come from if it holds any; or None.
+            encoder_hidden_states: [batch, encoder length, d_model], or None.
+            encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
+            head_mask, cross_attn_head_mask: this block's rows, [config.attention_heads], or None.
+            output_attentions: whether to return the probabilities of both attentions.
+
+        Returns:
+            [batch, length, d_model], and the probabilities of self-attention and cross-attention, or None.
+        """
         residual = hidden_states
-        hidden_states = self.self_attn(self.self_attn_layer_norm(hidden_states), mask, cache, layer)
+        hidden_states = self.self_attn_layer_norm(hidden_states)
+        key, value = self.self_attn.keys_and_values(hidden_states)
+        if cache is not None:
+            key, value = cache.write(self.index, key, value)
+        hidden_states, attentions = self.self_attn(
+            hidden_states,
+            key,
+            value,
+            mask,
+            is_causal=mask is None and hidden_states.shape[1] > 1,
+            head_mask=head_mask,
+            output_attentions=output_attentions,
+        )
         hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
+
+        cross_attentions = None
+        encoder = self._encoder_keys_and_values(cache, encoder_hidden_states)
+        if encoder is not None:
+            residual = hidden_states
+            hidden_states, cross_attentions = self.encoder_attn(
+                self.encoder_attn_layer_norm(hidden_states),
+                *encoder,
+                encoder_mask,
+                head_mask=cross_attn_head_mask,
+                output_attentions=output_attentions,
+            )
+            hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
+
         residual = hidden_states
         hidden_states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
         hidden_states = self.fc2(F.dropout(hidden_states, self.activation_dropout, self.training))
-        return residual + F.dropout(hidden_states, self.dropout, self.training)
+        return residual + F.dropout(hidden_states, self.dropout, self.training), attentions, cross_attentions
+
+    def _encoder_keys_and_values(self, cache: XGLMCache | None, states: torch.Tensor | None) -> KeyValue | None:
+        """What cross-attention attends to: the cache's, or the encoder states'; None if there is neither."""
+        if cache is not None and len(cache.encoder) > self.index:
+            return cache.encoder[self.index]
+        if states is None:
+            return None
+        key, value = self.encoder_attn.keys_and_values(states)
+        if cache is not None:
+            cache.write_encoder(key, value)
+        return key, value
 
 
 class XGLMModel(XGLMPreTrainedModel):
@@ -80,86 +170,160 @@ class XGLMModel(XGLMPreTrainedModel):
 
     Args:
         config: the architecture; weights are drawn at random, see `from_pretrained` for trained ones.
+        embed_tokens: an embedding [vocab_size, d_model] whose weight this model shares; None makes one.
+
+    Raises:
+        InputError: `embed_tokens` has another shape.
     """
 
     has_head = False
 
-    def __init__(self, config: XGLMConfig) -> None:
+    def __init__(self, config: XGLMConfig, embed_tokens: nn.Embedding | None = None) -> None:
         super().__init__(config)
-        self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+        self.embed_tokens = XGLMScaledWordEmbedding(config)
         self.embed_positions = XGLMSinusoidalPositionalEmbedding(config)
-        self.layers = nn.ModuleList(XGLMDecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(XGLMDecoderLayer(config, index) for index in range(config.num_layers))
         self.layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.init_weights()
+        if embed_tokens is not None:
+            self.set_input_embeddings(embed_tokens)
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        *,
-        past_key_values: XGLMCache | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+        cross_attn_head_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """Runs the decoder.
 
         Args:
             input_ids: new tokens, integers [batch, length].
             attention_mask: 1 for tokens, 0 for padding [batch, past + length]; None means no (further) padding.
-            position_ids: positions of the new tokens, integers [batch, length]; None counts the tokens of each row that
-                are not padding.
-            past_key_values: the cache of an earlier call; it stays valid and unchanged.
+            position_ids: positions of the new tokens, integers [batch or 1, length]; None counts the tokens of each row
+                that are not padding.
+            encoder_hidden_states: what cross-attention attends to [batch, encoder length, d_model]; the cache keeps
+                what it needs of them, and later calls need not give them again.
+            encoder_attention_mask: 1 for encoder positions, 0 for padding [batch, encoder length]; None means no
+                padding, or what the cache remembers.
+            head_mask: factors of the attention probabilities [num_layers, attention_heads]: 0 switches a head off.
+            cross_attn_head_mask: the same for cross-attention.
+            past_key_values: the cache of an earlier call, or a tuple with (key, value) of each layer, each [batch,
+                heads, past, head_dim], and then, if any, those of the encoder; it stays valid and unchanged.
+            inputs_embeds: embeddings instead of `input_ids` [batch, length, d_model], as `get_input_embeddings()` gives
+                them: scaled, without positions.
             use_cache: whether to return a cache; None follows the configuration.
+            output_attentions: whether to return attention probabilities; None follows the configuration.
             output_hidden_states: whether to return the input of each block and the final states; None follows the
                 configuration.
+            return_dict: whether to return an output object rather than a tuple; None follows the configuration.
 
         Returns:
-            The output, its states in the parameters' type.
+            The output, its states in the parameters' type, or the tuple of its results that are not None.
 
         Raises:
-            InputError: ids outside the vocabulary, a mask of another shape, or a position past the limit.
+            InputError: arguments are missing or contradict each other, have another shape, hold ids outside the
+                vocabulary or a position past the limit.
         """
         config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
+        checkpointing = self.is_gradient_checkpointing and self.training
+        if checkpointing and use_cache:
+            raise InputError("use_cache is True, but gradient checkpointing keeps no cache; expected False or None")
+        use_cache = (config.use_cache and not checkpointing) if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        batch, length = input_ids.shape
+        past_key_values = as_cache(past_key_values, config)
         past = 0 if past_key_values is None else past_key_values.length
+        check_arguments(
+            config,
+            past_key_values,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            head_mask=head_mask,
+            cross_attn_head_mask=cross_attn_head_mask,
+            inputs_embeds=inputs_embeds,
+        )
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length, _ = hidden_states.shape
         mask = _key_mask(attention_mask, past_key_values, batch, length)
         if position_ids is None:
-            position_ids = _position_ids(mask, past, length, input_ids.device)
-        _check_values(input_ids, position_ids, config)
+            position_ids = _position_ids(mask, past, length, hidden_states.device)
+        check_position_ids(config, position_ids)
 
-        hidden_states = self.embed_tokens(input_ids) * self.embed_scale
         hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
         hidden_states = F.dropout(hidden_states, config.dropout, self.training)
         cache = None
-        if use_cache or past:
+        if use_cache or past_key_values is not None:
             cache = extend_cache(past_key_values, config, length, mask, hidden_states)
-        attend = attention_mask_for(mask, past, length, input_ids.device)
+            if encoder_attention_mask is not None:
+                cache.encoder_mask = encoder_attention_mask != 0
+            encoder_attention_mask = cache.encoder_mask
+        attend = attention_mask_for(mask, past, length, hidden_states.device)
+        attend_encoder = None if encoder_attention_mask is None else (encoder_attention_mask != 0)[:, None, None, :]
         all_states: list[torch.Tensor] = []
+        all_attentions: list[torch.Tensor | None] = []
+        all_cross_attentions: list[torch.Tensor | None] = []
         for index, layer in enumerate(self.layers):
             all_states.append(hidden_states)
-            hidden_states = layer(hidden_states, attend, cache, index)
+            block = functools.partial(self._checkpointed, layer) if checkpointing else layer
+            new_states, attentions, cross_attentions = block(
+                hidden_states,
+                attend,
+                cache,
+                encoder_hidden_states,
+                attend_encoder,
+                None if head_mask is None else head_mask[index],
+                None if cross_attn_head_mask is None else cross_attn_head_mask[index],
+                output_attentions,
+            )
+            hidden_states = self._dropped(hidden_states, new_states)
+            all_attentions.append(attentions)
+            all_cross_attentions.append(cross_attentions)
         hidden_states = self.layer_norm(hidden_states)
-        return BaseModelOutputWithPastAndCrossAttentions(
+        outputs = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
             past_key_values=cache if use_cache else None,
             hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+            cross_attentions=tuple(all_cross_attentions) if None not in all_cross_attentions else None,
         )
+        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+    def _checkpointed(self, layer: nn.Module, *args: Any) -> Any:
+        """Runs a block and computes it again in the backward pass, rather than keeping what is inside it."""
+        return checkpoint(layer, *args, **self.gradient_checkpointing_kwargs)
+
+    def _dropped(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """What follows a block: in training, with probability `config.layerdrop`, what came before it.
+
+        The block runs in any case: so the cache has its keys, each parameter has a gradient, and no graph depends on
+        chance.
+        """
+        if not self.training or self.config.layerdrop == 0:
+            return after
+        return torch.where(torch.rand((), device=after.device) < self.config.layerdrop, before, after)
 
 
 def _key_mask(
     attention_mask: torch.Tensor | None, past: XGLMCache | None, batch: int, length: int
 ) -> torch.Tensor | None:
     """The mask over cached and new positions, bool [batch, past + length]; None if nothing is padding."""
-    past_length = 0 if past is None else past.length
     if attention_mask is not None:
-        check_attention_mask(attention_mask.shape, batch, past_length, length)
         mask = attention_mask != 0
         # Without padding the fast kernels need no mask. Looking costs nothing on a CPU, but would stall a GPU.
-        return None if _has_values(mask) and mask.device.type == "cpu" and bool(mask.all()) else mask
+        return None if has_values(mask) and mask.device.type == "cpu" and bool(mask.all()) else mask
     if past is None or past.mask is None:
         return None
     return torch.cat([past.mask, past.mask.new_ones(batch, length)], dim=1)
@@ -170,14 +334,3 @@ def _position_ids(mask: torch.Tensor | None, past: int, length: int, device: tor
     if mask is None:
         return torch.arange(past, past + length, device=device)[None]
     return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-
-
-def _check_values(input_ids: torch.Tensor, position_ids: torch.Tensor, config: XGLMConfig) -> None:
-    """Checks ids and positions, unless they are being traced."""
-    if _has_values(input_ids):
-        check_input_ids(input_ids.numpy(force=True), config)
-        check_positions(int(position_ids.min()), int(position_ids.max()), config)
-
-
-def _has_values(tensor: torch.Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or tensor.is_meta)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -12,8 +13,12 @@ from xglm_core.checkpoint.dtypes import float_type
 from xglm_core.checkpoint.folder import open_checkpoint, save_checkpoint
 from xglm_core.checkpoint.loading import plan_loading
 from xglm_core.config import XGLMConfig
-from xglm_core.weight_names import weight_specs
-from xglm_torch.weights import load_weights, read_weight, weights_dtype
+from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
+from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
+from xglm_torch.weights import load_weights, read_weight, weights_dtype, write_weight
+
+if TYPE_CHECKING:
+    from xglm_torch.decoder import XGLMModel
 
 
 class XGLMPreTrainedModel(nn.Module):
@@ -25,9 +30,16 @@ class XGLMPreTrainedModel(nn.Module):
 
     has_head: ClassVar[bool]
 
+    # What accelerate and peft look for.
+    _no_split_modules = ("XGLMDecoderLayer",)
+    _tied_weights_keys = ("lm_head.weight",)
+    supports_gradient_checkpointing = True
+
     def __init__(self, config: XGLMConfig) -> None:
         super().__init__()
         self.config = config
+        self.is_gradient_checkpointing = False
+        self.gradient_checkpointing_kwargs: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, dtype: Any = "float32") -> Self:
@@ -70,6 +82,103 @@ class XGLMPreTrainedModel(nn.Module):
             folder, self.config, specs, stored, lambda name: read_weight(self, name, stored), max_shard_size
         )
 
+    @property
+    def decoder(self) -> XGLMModel:
+        """The bare decoder: this model or its part."""
+        return getattr(self, "model", self)  # type: ignore[arg-type]  # One of the two is an `XGLMModel`.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return next(self.parameters()).dtype
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding. Called with ids it gives what `inputs_embeds` takes: scaled embeddings."""
+        return self.decoder.embed_tokens
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding | nn.Linear) -> None:
+        """Shares the weight [vocab_size, d_model] of another embedding; a tied head follows.
+
+        Raises:
+            InputError: the weight has another shape.
+        """
+        check_embeddings(tuple(new_embeddings.weight.shape), self.config)
+        self.get_input_embeddings().weight = new_embeddings.weight
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head; None, as the bare decoder has none."""
+        return None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Changes the vocabulary: old rows are kept, new ones are drawn from N(0, init_std), a tied head stays tied.
+
+        Parameters of another shape are other parameters: make the optimizer afterwards.
+
+        Args:
+            new_num_tokens: rows wanted; None keeps their number.
+            pad_to_multiple_of: round the number up to a multiple of this.
+
+        Returns:
+            The input embeddings; `config.vocab_size` is their number.
+
+        Raises:
+            InputError: a number is not a positive integer.
+            ConfigError: `config.pad_token_id` would be outside the vocabulary.
+        """
+        config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
+        has_own_head = self.has_head and not config.tie_word_embeddings
+        for name in (EMBEDDING, HEAD) if has_own_head else (EMBEDDING,):
+            dtype = weights_dtype(self)
+            write_weight(self, name, resized_rows(read_weight(self, name, dtype), dtype, config))
+        self.config.vocab_size = config.vocab_size
+        self.tie_weights()
+        return self.get_input_embeddings()
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
+        """Removes self-attention heads for good; the model computes what it would with these heads masked.
+
+        Args:
+            heads_to_prune: heads by the index of their block, numbered as in the unpruned model, as they are in a
+                `head_mask` afterwards, too. `config.pruned_heads` remembers them.
+
+        Raises:
+            ConfigError: there is no such block or head, or a block would have none left.
+        """
+        config, dtype = pruned_config(self.config, heads_to_prune), weights_dtype(self)
+        for name, value in pruned_weights(self.config, config, lambda name: read_weight(self, name, dtype)):
+            write_weight(self, name, value)
+        for index in range(config.num_layers):
+            attention: Any = self.decoder.layers.get_submodule(f"{index}.self_attn")
+            attention.heads = config.kept_heads(index)
+        self.config.pruned_heads = config.pruned_heads
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Has training keep no more than the input of each block, and compute the rest again in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False by default.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        for model in {self, self.decoder}:
+            model.is_gradient_checkpointing, model.gradient_checkpointing_kwargs = True, options
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undoes `gradient_checkpointing_enable`."""
+        for model in {self, self.decoder}:
+            model.is_gradient_checkpointing = False
+
+    def enable_input_require_grads(self) -> None:
+        """Gives the embeddings' output a gradient, which adapters of a frozen model need with reentrant checkpoints."""
+        self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
     def num_parameters(self) -> int:
         """Number of parameters; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -85,5 +194,5 @@ class XGLMPreTrainedModel(nn.Module):
                 module.weight.normal_(0.0, self.config.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
+            if isinstance(module, nn.Embedding) and self.config.pad_token_id is not None:
+                module.weight[self.config.pad_token_id].zero_()

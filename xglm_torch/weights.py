@@ -33,6 +33,24 @@ def read_weight(model: nn.Module, name: str, dtype: FloatType) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if dtype is BFLOAT16 else tensor.numpy()
 
 
+def write_weight(model: nn.Module, name: str, value: np.ndarray) -> None:
+    """Replaces a parameter by one of another shape, but the same type, device and need of a gradient.
+
+    Args:
+        model: the model.
+        name: canonical name.
+        value: in canonical shape, in the storage type of `weights_dtype`.
+    """
+    module, parameter = _owner(model, name)
+    old = getattr(module, parameter)
+    new = _from_numpy(np.ascontiguousarray(value), weights_dtype(model)).clone().to(old.device)
+    setattr(module, parameter, nn.Parameter(new, requires_grad=old.requires_grad))
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings = len(new)
+
+
 def weights_dtype(model: nn.Module) -> FloatType:
     """The type of the model's parameters."""
     return DTYPES[str(next(model.parameters()).dtype).removeprefix("torch.")]

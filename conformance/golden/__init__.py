@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from conformance.calls import CallCase
 from conformance.cases import Case
 from conformance.random_weights import random_weights
+from xglm_core.config import XGLMConfig
 
 FOLDER = Path(__file__).parent
 
 GREEDY_CASE = "untied_head"
 NEW_TOKENS = 13
 
+CALLS_PATH = FOLDER / "calls.npz"
+
 # Of the larger outputs only a part is stored, so that all files together stay below a megabyte.
 _LONG = 100
 _WIDE = 1000
+_GRADIENT_ENTRIES = 35  # All of a vector [d_model], some of a matrix.
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +74,64 @@ def kept_columns(vocab_size: int) -> np.ndarray:
 
 def case_digest(case: Case) -> str:
     """SHA-256 of the weights and the input of a case, by which golden numbers that are out of date are found."""
+    return _digest(case.config, case.seed, [case.input_ids, case.attention_mask])
+
+
+def call_digest(case: CallCase) -> str:
+    """The same for a call."""
+    return _digest(case.config, case.seed, case.arguments.values())
+
+
+def load_call(case: CallCase) -> dict[str, np.ndarray]:
+    """Reads the numbers of a call: those of `call_numbers`, and what `Golden` calls digest and versions."""
+    with np.load(CALLS_PATH) as file:
+        return {key.removeprefix(f"{case.name}/"): file[key] for key in file.files if key.startswith(f"{case.name}/")}
+
+
+def call_numbers(
+    case: CallCase,
+    logits: np.ndarray,
+    hidden_states: Sequence[np.ndarray],
+    attentions: Sequence[np.ndarray],
+    cross_attentions: Sequence[np.ndarray],
+    loss: float | None,
+    gradients: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """What is stored of the outcome of a call: all that means anything, and some of the gradients.
+
+    Args:
+        case: the call.
+        logits: [batch, length, vocab_size].
+        hidden_states: num_layers + 1 arrays [batch, length, d_model].
+        attentions: num_layers arrays [batch, heads, length, length].
+        cross_attentions: num_layers arrays [batch, heads, length, encoder_length]; empty without encoder states.
+        loss: None without labels.
+        gradients: by name; empty without labels.
+
+    Returns:
+        logits [tokens, vocab_size], hidden_states [num_layers + 1, tokens, d_model], attentions and cross_attentions
+        [num_layers, tokens, heads, keys], where tokens are all real positions; loss [1]; gradients [weights, entries]
+        in the order of their sorted names. What the call does not compute is left out.
+    """
+    real = case.real
+    numbers = {"logits": logits[real], "hidden_states": np.stack(hidden_states)[:, real]}
+    numbers["attentions"] = np.stack(attentions).swapaxes(2, 3)[:, real]
+    if cross_attentions:
+        numbers["cross_attentions"] = np.stack(cross_attentions).swapaxes(2, 3)[:, real]
+    if loss is not None:
+        numbers["loss"] = np.array([loss])
+        numbers["gradients"] = np.stack([_some_entries(gradients[name]) for name in sorted(gradients)])
+    return numbers
+
+
+def _some_entries(gradient: np.ndarray) -> np.ndarray:
+    """The same entries of each array of that size, drawn at random."""
+    return gradient.ravel()[np.random.RandomState(0).permutation(gradient.size)[:_GRADIENT_ENTRIES]]
+
+
+def _digest(config: XGLMConfig, seed: int, inputs: Iterable[np.ndarray | None]) -> str:
     digest = hashlib.sha256()
-    for array in (*random_weights(case.config, case.seed).values(), case.input_ids, case.attention_mask):
+    for array in (*random_weights(config, seed).values(), *inputs):
         if array is not None:
             digest.update(array.tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The oracle: XGLM's forward pass in float64 numpy, written from the formulas and shared with nothing.
+"""The oracle: XGLM's forward pass and loss in float64 numpy, written from the formulas and shared with nothing.
 
 It is what the backends are judged by, so it uses none of their code, nor `xglm_core.positions`, and prefers the plain
 formula to the fast one. Only the position table is not float64: its definition rounds to float32 (docs/numerics.md).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,58 +30,112 @@ class OracleOutput:
         hidden_states: num_layers + 1 arrays [batch, length, d_model], float64: the input of each block, then the state
             after the final norm.
         logits: [batch, length, vocab_size], float64; vocab_size is 0 if none were asked for.
+        attentions: num_layers arrays [batch, heads, length, length], float64: the weights of the values, which are
+            softmax probabilities times the head mask; empty if none were asked for.
+        cross_attentions: the same for the encoder states, [batch, heads, length, encoder_length]; empty without them.
     """
 
     hidden_states: list[np.ndarray]
     logits: np.ndarray
+    attentions: list[np.ndarray] = field(default_factory=list)
+    cross_attentions: list[np.ndarray] = field(default_factory=list)
 
 
 def forward(
     config: XGLMConfig,
     read: Read,
-    input_ids: np.ndarray,
+    input_ids: np.ndarray | None = None,
     attention_mask: np.ndarray | None = None,
     position_ids: np.ndarray | None = None,
     *,
+    inputs_embeds: np.ndarray | None = None,
+    encoder_hidden_states: np.ndarray | None = None,
+    encoder_attention_mask: np.ndarray | None = None,
+    head_mask: np.ndarray | None = None,
+    cross_attn_head_mask: np.ndarray | None = None,
     logits: bool = True,
+    attentions: bool = False,
 ) -> OracleOutput:
     """Runs the model.
 
     Args:
-        config: the architecture; its activation is one of the named ones.
+        config: the architecture; its activation is one of the named ones, and no heads are pruned.
         read: gives a weight by canonical name, in canonical shape, in any floating-point type of numpy. One
             matrix is held at a time, and neither embedding nor head is ever converted to float64 as a whole.
-        input_ids: [batch, length].
+        input_ids: [batch, length]; not read if there are `inputs_embeds`.
         attention_mask: nonzero for tokens, 0 for padding [batch, length]; None means no padding.
         position_ids: [batch, length]; None counts the tokens of each row from 0.
+        inputs_embeds: what stands for the scaled embeddings of the tokens [batch, length, d_model].
+        encoder_hidden_states: what the blocks also attend to [batch, encoder_length, d_model]; None skips that part.
+        encoder_attention_mask: 0 for encoder states to hide [batch, encoder_length]; None hides none.
+        head_mask: factors of the self-attention probabilities [num_layers, attention_heads]; None means 1.
+        cross_attn_head_mask: the same for cross-attention.
         logits: whether to compute the logits: batch x length x vocab_size x 8 bytes.
+        attentions: whether to keep the probabilities: num_layers x batch x heads x length x keys x 8 bytes.
 
     Returns:
-        Hidden states and logits. Those of padding are finite and mean nothing.
+        Hidden states, logits and attention probabilities. Those of padding are finite and mean nothing.
     """
-    mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    if inputs_embeds is None:
+        scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        inputs_embeds = read("model.embed_tokens.weight")[input_ids].astype(np.float64) * scale
+    batch, length, _ = inputs_embeds.shape
+    mask = _or_ones(attention_mask, (batch, length)) != 0
+    visible = np.tri(length, dtype=bool) & mask[:, None, :]
     if position_ids is None:
         position_ids = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    if encoder_hidden_states is not None:
+        encoder_mask = _or_ones(encoder_attention_mask, encoder_hidden_states.shape[:2]) != 0
+    head_mask = _or_ones(head_mask, (config.num_layers, config.attention_heads))
+    cross_attn_head_mask = _or_ones(cross_attn_head_mask, (config.num_layers, config.attention_heads))
 
-    scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-    state = read("model.embed_tokens.weight")[input_ids].astype(np.float64) * scale
-    state = state + position_embeddings(config, position_ids)
-
-    hidden_states = []
+    output = OracleOutput([], np.empty((batch, length, 0)))
+    state = inputs_embeds + position_embeddings(config, position_ids)
     for i in range(config.num_layers):
-        hidden_states.append(state)
+        output.hidden_states.append(state)
         layer = f"model.layers.{i}"
         normed = _norm(read, f"{layer}.self_attn_layer_norm", state)
-        state = state + _attention(config, read, f"{layer}.self_attn", normed, mask)
+        attended, weights = _attention(config, read, f"{layer}.self_attn", normed, normed, visible, head_mask[i])
+        state = state + attended
+        if attentions:
+            output.attentions.append(weights)
+        if encoder_hidden_states is not None:
+            normed = _norm(read, f"{layer}.encoder_attn_layer_norm", state)
+            name, source, shown = f"{layer}.encoder_attn", encoder_hidden_states, encoder_mask[:, None, :]
+            attended, weights = _attention(config, read, name, normed, source, shown, cross_attn_head_mask[i])
+            state = state + attended
+            if attentions:
+                output.cross_attentions.append(weights)
         normed = _norm(read, f"{layer}.final_layer_norm", state)
         state = state + _feed_forward(config, read, layer, normed)
     state = _norm(read, "model.layer_norm", state)
-    hidden_states.append(state)
+    output.hidden_states.append(state)
 
-    if not logits:
-        return OracleOutput(hidden_states, np.empty((*input_ids.shape, 0)))
-    head = read("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
-    return OracleOutput(hidden_states, _logits(state, head))
+    if logits:
+        head = read("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
+        output.logits = _logits(state, head)
+    return output
+
+
+def loss(logits: np.ndarray, labels: np.ndarray, num_items_in_batch: int | None = None) -> float:
+    """The cross-entropy of the next token.
+
+    Args:
+        logits: [batch, length, vocab_size].
+        labels: ids, or -100 where nothing is to be predicted [batch, length]. Position t predicts the label of
+            position t + 1: the first label is predicted by none, and the last position predicts none.
+        num_items_in_batch: what to divide the sum by; None means the number of predicted labels.
+
+    Returns:
+        The mean, or 0 if nothing is predicted.
+    """
+    targets = labels[:, 1:]
+    counted = targets != -100
+    scores = logits[:, :-1][counted].astype(np.float64)
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    losses = -log_probabilities[np.arange(len(scores)), targets[counted]]
+    return float(losses.sum() / (max(len(losses), 1) if num_items_in_batch is None else num_items_in_batch))
 
 
 def checkpoint_reader(checkpoint: Checkpoint) -> Read:
@@ -113,6 +167,10 @@ def position_embeddings(config: XGLMConfig, position_ids: np.ndarray) -> np.ndar
     return embeddings
 
 
+def _or_ones(array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    return np.ones(shape) if array is None else np.asarray(array)
+
+
 def _norm(read: Read, name: str, state: Array) -> Array:
     centred = state - state.mean(axis=-1, keepdims=True)
     variance = (centred**2).mean(axis=-1, keepdims=True)
@@ -124,22 +182,34 @@ def _dense(read: Read, name: str, state: Array) -> Array:
     return state @ read(f"{name}.weight").astype(np.float64).T + read(f"{name}.bias")
 
 
-def _attention(config: XGLMConfig, read: Read, name: str, state: Array, mask: np.ndarray) -> Array:
-    """Causal self-attention over the keys that are no padding."""
+def _attention(
+    config: XGLMConfig,
+    read: Read,
+    name: str,
+    state: Array,
+    source: np.ndarray,
+    visible: np.ndarray,
+    head_mask: np.ndarray,
+) -> tuple[Array, Array]:
+    """Attention of `state` to `source` [batch, keys, d_model] where `visible` [batch, length or 1, keys].
+
+    Returns:
+        What is to be added to the state, and the weights of the values [batch, heads, length, keys].
+    """
     batch, length, _ = state.shape
     size = config.d_model // config.attention_heads
     query = _dense(read, f"{name}.q_proj", state) / math.sqrt(size)
-    key = _dense(read, f"{name}.k_proj", state)
-    value = _dense(read, f"{name}.v_proj", state)
-    causal = np.tri(length, dtype=bool)
+    key = _dense(read, f"{name}.k_proj", source)
+    value = _dense(read, f"{name}.v_proj", source)
+    weights = np.empty((batch, config.attention_heads, length, source.shape[1]))
     mixed = np.empty_like(state)
     for row in range(batch):
-        visible = causal & mask[row]
         for head in range(config.attention_heads):
             columns = slice(head * size, (head + 1) * size)
-            weights = _softmax(query[row, :, columns] @ key[row, :, columns].T, visible)
-            mixed[row, :, columns] = weights @ value[row, :, columns]
-    return _dense(read, f"{name}.out_proj", mixed)
+            scores = query[row, :, columns] @ key[row, :, columns].T
+            weights[row, head] = _softmax(scores, visible[row]) * head_mask[head]
+            mixed[row, :, columns] = weights[row, head] @ value[row, :, columns]
+    return _dense(read, f"{name}.out_proj", mixed), weights
 
 
 def _softmax(scores: Array, visible: np.ndarray) -> Array:

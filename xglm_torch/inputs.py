@@ -1,0 +1,67 @@
+"""Checks of a call's arguments. Values are looked at only where there are any: not while a graph is traced."""
+
+from __future__ import annotations
+
+import torch
+
+from xglm_core.config import XGLMConfig
+from xglm_core.inputs import (
+    check_cache_batch,
+    check_input_ids,
+    check_labels,
+    check_labels_shape,
+    check_logits_to_keep,
+    check_positions,
+    check_shapes,
+)
+from xglm_torch.cache import XGLMCache
+
+
+def check_arguments(config: XGLMConfig, past: XGLMCache | None, **arguments: torch.Tensor | None) -> None:
+    """Checks which arguments of the decoder are given, their shapes, and the ids.
+
+    Raises:
+        InputError: see `xglm_core.inputs`.
+    """
+    shapes = {name: tensor.shape for name, tensor in arguments.items() if tensor is not None}
+    check_shapes(
+        config,
+        shapes,
+        past=0 if past is None else past.length,
+        encoder_length=None if past is None else past.encoder_length,
+    )
+    if past is not None:
+        check_cache_batch(past.batch, shapes["input_ids" if "input_ids" in shapes else "inputs_embeds"][0])
+    input_ids = arguments["input_ids"]
+    if input_ids is not None and has_values(input_ids):
+        check_input_ids(input_ids.numpy(force=True), config)
+
+
+def check_position_ids(config: XGLMConfig, position_ids: torch.Tensor) -> None:
+    """Checks the positions, given or counted."""
+    if has_values(position_ids):
+        check_positions(int(position_ids.min()), int(position_ids.max()), config)
+
+
+def check_head_arguments(
+    config: XGLMConfig,
+    tokens: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+) -> None:
+    """Checks what only the causal language model takes; `tokens` are ids or embeddings, checked elsewhere."""
+    if tokens is None:
+        return
+    if labels is not None:
+        check_labels_shape(labels.shape, tokens.shape)
+        if has_values(labels):
+            check_labels(labels.numpy(force=True), config)
+    if not isinstance(logits_to_keep, torch.Tensor):
+        check_logits_to_keep(logits_to_keep, tokens.shape[1])
+    elif has_values(logits_to_keep):
+        check_logits_to_keep(logits_to_keep.numpy(force=True), tokens.shape[1])
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor can be looked at."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta)
