@@ -6,6 +6,7 @@ VENV ?= .venv
 TF_EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),tf,tf-cpu)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+comma := ,
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: help demo test lint format conformance golden tiny-model test-core test-torch test-tf test-flax clean
@@ -44,13 +45,13 @@ golden: ## compute the golden numbers again, in an environment with transformers
 test-core test-torch test-tf test-flax: test-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[$(if $(filter core,$*),,$(if $(filter tf,$*),$(TF_EXTRA),$*),)dev]'
+	  -e '.[$(if $(filter core,$*),,$(if $(filter tf,$*),$(TF_EXTRA),$*),)dev$(if $(filter torch,$*),$(comma)dev-torch)]'
 	XGLM_TEST_BACKENDS=$(filter-out core,$*) .venv-$*/bin/python -m pytest
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,$(TF_EXTRA),flax,hub,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,$(TF_EXTRA),flax,hub,dev,dev-torch]'
 	@touch $@
 
 clean: ## remove the environments and caches

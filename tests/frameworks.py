@@ -130,7 +130,9 @@ def _torch_train_call(fw: Framework, model: Any, seed: int, *args: Any, **kwargs
 
 
 def _tf_train_call(fw: Framework, model: Any, seed: int, *args: Any, **kwargs: Any) -> Any:
-    importlib.import_module("keras").utils.set_random_seed(seed)
+    # Keras' generators keep their state from their making on, whatever seed is set later.
+    for index, variable in enumerate(v for v in model.variables if v.name == "seed_generator_state"):
+        variable.assign([1000 * seed + index, 0])
     return fw.call(model, *args, training=True, **kwargs)
 
 

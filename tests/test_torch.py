@@ -19,7 +19,7 @@ from tests.models import CONFIG, SAME, changed
 from xglm_core import open_checkpoint
 from xglm_core.errors import InputError
 from xglm_core.weight_names import EMBEDDING, weight_specs
-from xglm_torch import XGLMForCausalLM, XGLMModel
+from xglm_torch import XGLMForCausalLM, XGLMModel, attention
 
 IDS, MASK = torch.from_numpy(models.IDS), torch.from_numpy(models.LEFT)
 
@@ -270,6 +270,13 @@ class TestGradientCheckpointing:
         assert model(IDS).past_key_values is None
         with pytest.raises(InputError, match="use_cache is True, but gradient checkpointing keeps no cache"):
             model(IDS, use_cache=True)
+
+
+def test_head_masks_take_the_fast_path(model, monkeypatch):
+    monkeypatch.setattr(attention, "_probabilities", None)
+    assert call(model, head_mask=torch.rand(3, 5)).logits.shape == (2, 11, 131)
+    with pytest.raises(TypeError):
+        call(model, output_attentions=True)
 
 
 def test_gradients_reach_keys_and_values_that_the_caller_made(model):
