@@ -13,6 +13,7 @@ import accelerate
 import peft
 import torch
 
+from conformance.random_weights import write_checkpoint
 from tests import models
 from tests.models import CONFIG, changed
 from xglm_torch import XGLMForCausalLM
@@ -22,13 +23,11 @@ BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
 
 
 @pytest.fixture
-def model(folder):
-    return XGLMForCausalLM.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def fw():
-    """One backend only."""
+def model(tmp_path):
+    # Without dropout, so that few steps show whether anything is learnt.
+    write_checkpoint(tmp_path / "model", changed(CONFIG, dropout=0.0, attention_dropout=0.0), seed=1)
+    torch.manual_seed(0)  # Adapters begin with random numbers.
+    return XGLMForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def train(model, steps=5):
@@ -51,7 +50,6 @@ def train(model, steps=5):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora(model, tmp_path, task_type, targets, checkpointing):
     plain = copy.deepcopy(model)
-    model.config.dropout = model.config.attention_dropout = 0.0
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
     config = peft.LoraConfig(r=4, target_modules=targets, task_type=task_type, exclude_modules=["lm_head"])

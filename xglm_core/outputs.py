@@ -36,9 +36,9 @@ class ModelOutput(tuple[Any, ...]):
         """An output of the given results, by name; None counts as not given."""
         if values:  # How frameworks put a named tuple together again.
             return tuple.__new__(cls, values)
-        unknown = results.keys() - set(cls.names)
-        if unknown:
-            raise TypeError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}; expected some of {cls.names}")
+        for name in results:
+            if name not in cls.names:
+                raise TypeError(f"{cls.__name__} has no field {name!r}; expected some of {cls.names}")
         present = tuple(name for name in cls.names if results.get(name) is not None)
         output: Self = tuple.__new__(cls._named_tuples[present], [results[name] for name in present])
         return output

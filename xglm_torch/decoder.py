@@ -16,17 +16,11 @@ from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
-from xglm_torch.attention import XGLMAttention, attention_mask_for
-from xglm_torch.cache import KeyValue, XGLMCache, as_cache, extend_cache
+from xglm_torch.attention import attention_mask_for
+from xglm_torch.blocks import XGLMDecoderLayer
+from xglm_torch.cache import XGLMCache, as_cache, extend_cache
 from xglm_torch.inputs import check_arguments, check_position_ids, has_values
 from xglm_torch.pretrained import XGLMPreTrainedModel
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
-}
 
 
 class XGLMSinusoidalPositionalEmbedding(nn.Module):
@@ -70,99 +64,6 @@ class XGLMScaledWordEmbedding(nn.Embedding):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, length, d_model] for ids [batch, length]."""
         return super().forward(input_ids) * self.embed_scale
-
-
-class XGLMDecoderLayer(nn.Module):
-    """One pre-norm block: self-attention, attention to encoder states if there are any, and a feed-forward layer.
-
-    Each is x + f(norm(x)); the last is fc2(activation(fc1(norm(x)))).
-    """
-
-    def __init__(self, config: XGLMConfig, index: int) -> None:
-        super().__init__()
-        activation = config.activation_function
-        self.index = index
-        self.self_attn = XGLMAttention(config, config.kept_heads(index))
-        if config.add_cross_attention:
-            self.encoder_attn = XGLMAttention(config, list(range(config.attention_heads)))
-            self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
-        self.activation_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-        self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
-        self.final_layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
-        self.dropout = config.dropout
-        self.activation_dropout = config.activation_dropout
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        mask: torch.Tensor | None,
-        cache: XGLMCache | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_mask: torch.Tensor | None = None,
-        head_mask: torch.Tensor | None = None,
-        cross_attn_head_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Runs the block.
-
-        Args:
-            hidden_states: [batch, length, d_model].
-            mask: see `attention_mask_for`.
-            cache: where the new keys and values go, and those of the encoder come from if it holds any; or None.
-            encoder_hidden_states: [batch, encoder length, d_model], or None.
-            encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
-            head_mask, cross_attn_head_mask: this block's rows, [config.attention_heads], or None.
-            output_attentions: whether to return the probabilities of both attentions.
-
-        Returns:
-            [batch, length, d_model], and the probabilities of self-attention and cross-attention, or None.
-        """
-        residual = hidden_states
-        hidden_states = self.self_attn_layer_norm(hidden_states)
-        key, value = self.self_attn.keys_and_values(hidden_states)
-        if cache is not None:
-            key, value = cache.write(self.index, key, value)
-        hidden_states, attentions = self.self_attn(
-            hidden_states,
-            key,
-            value,
-            mask,
-            is_causal=mask is None and hidden_states.shape[1] > 1,
-            head_mask=head_mask,
-            output_attentions=output_attentions,
-        )
-        hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
-
-        cross_attentions = None
-        encoder = self._encoder_keys_and_values(cache, encoder_hidden_states)
-        if encoder is not None:
-            residual = hidden_states
-            hidden_states, cross_attentions = self.encoder_attn(
-                self.encoder_attn_layer_norm(hidden_states),
-                *encoder,
-                encoder_mask,
-                head_mask=cross_attn_head_mask,
-                output_attentions=output_attentions,
-            )
-            hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
-
-        residual = hidden_states
-        hidden_states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
-        hidden_states = self.fc2(F.dropout(hidden_states, self.activation_dropout, self.training))
-        return residual + F.dropout(hidden_states, self.dropout, self.training), attentions, cross_attentions
-
-    def _encoder_keys_and_values(self, cache: XGLMCache | None, states: torch.Tensor | None) -> KeyValue | None:
-        """What cross-attention attends to: the cache's, or the encoder states'; None if there is neither."""
-        if cache is not None and len(cache.encoder) > self.index:
-            return cache.encoder[self.index]
-        if states is None:
-            return None
-        key, value = self.encoder_attn.keys_and_values(states)
-        if cache is not None:
-            cache.write_encoder(key, value)
-        return key, value
 
 
 class XGLMModel(XGLMPreTrainedModel):
@@ -273,10 +174,11 @@ class XGLMModel(XGLMPreTrainedModel):
         attend = attention_mask_for(mask, past, length, hidden_states.device)
         attend_encoder = None if encoder_attention_mask is None else (encoder_attention_mask != 0)[:, None, None, :]
         all_states: list[torch.Tensor] = []
-        all_attentions: list[torch.Tensor | None] = []
-        all_cross_attentions: list[torch.Tensor | None] = []
+        all_attentions: list[torch.Tensor] = []
+        all_cross_attentions: list[torch.Tensor] = []
         for index, layer in enumerate(self.layers):
-            all_states.append(hidden_states)
+            if output_hidden_states:
+                all_states.append(hidden_states)
             block = functools.partial(self._checkpointed, layer) if checkpointing else layer
             new_states, attentions, cross_attentions = block(
                 hidden_states,
@@ -289,15 +191,17 @@ class XGLMModel(XGLMPreTrainedModel):
                 output_attentions,
             )
             hidden_states = self._dropped(hidden_states, new_states)
-            all_attentions.append(attentions)
-            all_cross_attentions.append(cross_attentions)
+            if attentions is not None:
+                all_attentions.append(attentions)
+            if cross_attentions is not None:
+                all_cross_attentions.append(cross_attentions)
         hidden_states = self.layer_norm(hidden_states)
         outputs = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
             past_key_values=cache if use_cache else None,
             hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
-            cross_attentions=tuple(all_cross_attentions) if None not in all_cross_attentions else None,
+            attentions=tuple(all_attentions) or None,
+            cross_attentions=tuple(all_cross_attentions) or None,
         )
         return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
