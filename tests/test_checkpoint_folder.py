@@ -211,7 +211,7 @@ class TestOpening:
             ([], "found nothing$"),
             ([CONFIG_FILE], "found config.json$"),
             ([WEIGHTS_FILE], "found model.safetensors$"),
-            ([CONFIG_FILE, "pytorch_model.bin"], "found config.json, pytorch_model.bin$"),
+            (["pytorch_model.bin"], "found pytorch_model.bin$"),
             (["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"], "found a, b, c, d, e, f, g, h and 2 more$"),
         ],
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from xglm_core.config import XGLMConfig
@@ -32,6 +32,14 @@ _EMBEDDING = _Kind({"weight": ("embeddings", "embedding")})
 _DENSE = _Kind({"weight": ("kernel", "kernel"), "bias": ("bias", "bias")}, transposed=True)
 _HEAD = _Kind({"weight": ("kernel", "kernel")}, transposed=True)
 _NORM = _Kind({"weight": ("gamma", "scale"), "bias": ("beta", "bias")})
+
+# The other way round: how a Keras or Flax parameter is called canonically, and whether it is transposed.
+_PARAMETERS = {
+    theirs: (ours, kind.transposed and ours == "weight")
+    for kind in (_EMBEDDING, _DENSE, _NORM)
+    for ours, names in kind.parameters.items()
+    for theirs in names
+}
 
 # Layer name, kind, and the shape of its weight in terms of the configuration; a bias has the first dimension.
 # "kept_width" is d_model less the width of the heads that were pruned from a block.
@@ -99,6 +107,15 @@ def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ..
     return tuple(specs)
 
 
+def canonical_name(path: Sequence[str]) -> tuple[str, bool]:
+    """The canonical name of a weight by its path in Flax or Keras, and whether its matrix is transposed there.
+
+    A path that ends in no parameter of ours keeps its words.
+    """
+    parameter, transposed = _PARAMETERS.get(path[-1], (path[-1], False)) if path else ("", False)
+    return ".".join([*path[:-1], parameter]), transposed
+
+
 def num_parameters(config: XGLMConfig) -> int:
     """Number of parameters of the causal language model; a tied head counts once."""
     return sum(math.prod(spec.shape) for spec in weight_specs(config, with_head=not config.tie_word_embeddings))
@@ -110,7 +127,7 @@ def _expanded(config: XGLMConfig) -> Iterator[tuple[str, _Kind, tuple[int, ...]]
     for is_block, group in itertools.groupby(rows, key=lambda row: "{}" in row[0]):
         block = list(group)
         for index in range(config.num_layers if is_block else 1):
-            kept_width = config.head_dim * len(config.kept_heads(index))
+            kept_width = config.head_dim * (config.attention_heads - len(config.pruned_heads.get(index, ())))
             for layer, kind, shape in block:
                 sizes = tuple(kept_width if size == "kept_width" else getattr(config, size) for size in shape)
                 yield layer.format(index), kind, sizes

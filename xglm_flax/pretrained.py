@@ -62,14 +62,20 @@ class FlaxXGLMPreTrainedModel:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, dtype: Any = "float32", param_dtype: Any = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: Any = "float32",
+        param_dtype: Any = None,
+        weights: str | None = None,
     ) -> Self:
         """Loads a checkpoint folder.
 
         Args:
-            folder: holds `config.json` and the weights.
+            folder: holds `config.json` and the weights, in any of the published formats.
             dtype: type of the computation, by name or as a JAX type.
             param_dtype: type of the parameters; None means float32, "auto" keeps the file's.
+            weights: the format to read if there are several; see `open_checkpoint`.
 
         Returns:
             The model.
@@ -80,7 +86,7 @@ class FlaxXGLMPreTrainedModel:
             InputError: a type is unknown.
         """
         wanted = "float32" if param_dtype is None else param_dtype
-        plan = plan_loading(open_checkpoint(folder), with_head=cls.has_head, dtype=wanted)
+        plan = plan_loading(open_checkpoint(folder, weights), with_head=cls.has_head, dtype=wanted)
         model = cls(plan.config, dtype=dtype, _do_init=False, param_dtype=plan.dtype.name)
         model.params = load_weights(plan, bare=not cls.has_head)
         return model

@@ -41,12 +41,15 @@ class TFXGLMPreTrainedModel(keras.Model):
             raise ours from None
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], *, dtype: Any = "float32") -> Self:
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, dtype: Any = "float32", weights: str | None = None
+    ) -> Self:
         """Loads a checkpoint folder.
 
         Args:
-            folder: holds `config.json` and the weights.
+            folder: holds `config.json` and the weights, in any of the published formats.
             dtype: type of the parameters, by name or as a TensorFlow type; "auto" keeps the file's.
+            weights: the format to read if there are several; see `open_checkpoint`.
 
         Returns:
             The model.
@@ -55,7 +58,7 @@ class TFXGLMPreTrainedModel(keras.Model):
             CheckpointError: the folder holds no checkpoint, or it does not fit the model.
             ConfigError: its configuration is impossible.
         """
-        plan = plan_loading(open_checkpoint(folder), with_head=cls.has_head, dtype=dtype)
+        plan = plan_loading(open_checkpoint(folder, weights), with_head=cls.has_head, dtype=dtype)
         return cls(plan.config, dtype=plan.dtype.name, plan=plan)  # type: ignore[call-arg]  # Its subclasses have it.
 
     def save_pretrained(

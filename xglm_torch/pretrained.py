@@ -42,12 +42,15 @@ class XGLMPreTrainedModel(nn.Module):
         self.gradient_checkpointing_kwargs: dict[str, Any] = {}
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], *, dtype: Any = "float32") -> Self:
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, dtype: Any = "float32", weights: str | None = None
+    ) -> Self:
         """Loads a checkpoint folder, in inference mode (`eval()`).
 
         Args:
-            folder: holds `config.json` and the weights.
+            folder: holds `config.json` and the weights, in any of the published formats.
             dtype: type of the parameters, by name or as a torch type; "auto" keeps the file's.
+            weights: the format to read if there are several; see `open_checkpoint`.
 
         Returns:
             The model. Its parameters are views of the mapped file where the types agree: see `load_weights`.
@@ -56,7 +59,7 @@ class XGLMPreTrainedModel(nn.Module):
             CheckpointError: the folder holds no checkpoint, or it does not fit the model.
             ConfigError: its configuration is impossible.
         """
-        plan = plan_loading(open_checkpoint(folder), with_head=cls.has_head, dtype=dtype)
+        plan = plan_loading(open_checkpoint(folder, weights), with_head=cls.has_head, dtype=dtype)
         with torch.device("meta"):
             model = cls(plan.config)
         load_weights(model, plan)

@@ -22,8 +22,12 @@ def load_weights(model: nn.Module, plan: LoadPlan) -> None:
     """
     for spec in plan.specs:
         module, name = _owner(model, spec.name)
-        # Differs: the layout is the checkpoint's own, nothing is transposed or copied.
-        setattr(module, name, nn.Parameter(_from_numpy(plan.read(spec), plan.dtype)))
+        # Differs: the layout is that of safetensors and PyTorch's own files; only what is not is copied.
+        stored = plan.read(spec)
+        array = np.require(stored, requirements=["C", "ALIGNED"])
+        if array is not stored:
+            plan.release(spec)
+        setattr(module, name, nn.Parameter(_from_numpy(array, plan.dtype)))
 
 
 def read_weight(model: nn.Module, name: str, dtype: FloatType) -> np.ndarray:

@@ -31,9 +31,12 @@ class FloatType:
 FLOAT32 = FloatType("float32", "F32", np.dtype("<f4"))
 FLOAT16 = FloatType("float16", "F16", np.dtype("<f2"))
 BFLOAT16 = FloatType("bfloat16", "BF16", np.dtype("<u2"))
+FLOAT64 = FloatType("float64", "F64", np.dtype("<f8"))
 
+# What models can have; files can have float64, too.
 DTYPES = {dtype.name: dtype for dtype in (FLOAT32, FLOAT16, BFLOAT16)}
-BY_CODE = {dtype.code: dtype for dtype in DTYPES.values()}
+STORED = {**DTYPES, FLOAT64.name: FLOAT64}
+BY_CODE = {dtype.code: dtype for dtype in STORED.values()}
 
 _BLOCK = 2**16  # Numbers to convert at a time: what is temporary stays small, and within the processor's cache.
 
@@ -55,10 +58,17 @@ def float_type(dtype: Any) -> FloatType:
 def convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarray:
     """Converts stored numbers, rounding to nearest, ties to even; returns `array` itself if the types are equal.
 
-    Numbers beyond the range of `target` become infinite, as in every framework.
+    Numbers beyond the range of `target` become infinite, as in every framework. float64 becomes bfloat16 by way of
+    float32, as in PyTorch.
     """
     if source is target:
         return array
+    if array.ndim == 2 and array.T.flags.c_contiguous:  # Else reading it in row-major order would copy it first.
+        return _convert(array.T, source, target).T
+    return _convert(array, source, target)
+
+
+def _convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarray:
     numbers, result = array.reshape(-1), np.empty(array.size, target.storage)
     for begin in range(0, array.size, _BLOCK):
         block = slice(begin, begin + _BLOCK)

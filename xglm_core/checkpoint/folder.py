@@ -1,4 +1,4 @@
-"""Checkpoint folders in the published layout: `config.json` beside one or several safetensors files."""
+"""Checkpoint folders: `config.json` beside weights in any of the published formats; written as safetensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import FloatType, convert
-from xglm_core.checkpoint.safetensors import SafetensorsFile, TensorInfo, write_safetensors
+from xglm_core.checkpoint.fairseq import FairseqFile
+from xglm_core.checkpoint.formats import FORMATS, find_format, open_files, shortened
+from xglm_core.checkpoint.mapped import TensorFile, TensorInfo
+from xglm_core.checkpoint.safetensors import write_safetensors
 from xglm_core.config import CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.files import replacing
@@ -37,7 +39,7 @@ class Checkpoint:
         config: its configuration.
     """
 
-    def __init__(self, folder: Path, config: XGLMConfig, files: Sequence[SafetensorsFile]) -> None:
+    def __init__(self, folder: Path, config: XGLMConfig, files: Sequence[TensorFile]) -> None:
         self.folder = folder
         self.config = config
         stored = {name: file for file in files for name in file.tensors}
@@ -58,7 +60,9 @@ class Checkpoint:
         return file.tensors[stored]
 
     def read(self, name: str, dtype: FloatType | None = None) -> np.ndarray:
-        """A tensor in canonical shape: a copy-on-write view of the file, or a copy if `dtype` asks for another type.
+        """A tensor in canonical shape: a copy-on-write view of the file where its format and `dtype` allow that.
+
+        The view of a matrix that Flax and Keras store transposed is not contiguous.
 
         Args:
             name: canonical name.
@@ -74,28 +78,38 @@ class Checkpoint:
         file.release(stored)
 
 
-def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a checkpoint folder; no tensor is read yet.
+def open_checkpoint(folder: str | os.PathLike[str], weights: str | None = None) -> Checkpoint:
+    """Opens a checkpoint folder; no tensor is read yet, and nothing in it is run.
+
+    Args:
+        folder: holds the weights and, unless they are fairseq's, `config.json`.
+        weights: the format to read, one of "safetensors", "torch", "flax", "tf", "fairseq"; None takes the first of
+            these that is there.
 
     Raises:
         CheckpointError: the folder or its weights are missing or damaged.
         ConfigError: its `config.json` does not describe an XGLM model.
+        InputError: `weights` is no format.
+        BackendError: the format needs a package that is not installed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no such folder; expected a checkpoint folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    present = sorted(entry.name for entry in folder.iterdir())
-    if CONFIG_FILE not in present or not (WEIGHTS_FILE in present or INDEX_FILE in present):
+    found = find_format(folder, weights)
+    if found is not None and found.open is FairseqFile:
+        file = FairseqFile(folder / found.file)
+        return Checkpoint(folder, file.config, [file])
+    if found is None or not (folder / CONFIG_FILE).is_file():
+        present = sorted(entry.name for entry in folder.iterdir())
+        others = ", ".join(format.file for format in FORMATS.values() if format.file != WEIGHTS_FILE)
         raise CheckpointError(
-            f"{folder}: no checkpoint here; expected {CONFIG_FILE} and {WEIGHTS_FILE} (or {INDEX_FILE}), "
-            f"found {_shortened(present)}"
+            f"{folder}: no checkpoint here; expected {CONFIG_FILE} and {WEIGHTS_FILE} (or {others}; or shards with "
+            f"their index), found {shortened(present)}"
         )
     config = XGLMConfig.from_pretrained(folder)
-    if WEIGHTS_FILE in present:
-        return Checkpoint(folder, config, [SafetensorsFile(folder / WEIGHTS_FILE)])
-    return Checkpoint(folder, config, _open_shards(folder))
+    return Checkpoint(folder, config, open_files(folder, found))
 
 
 def save_checkpoint(
@@ -158,30 +172,6 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def _open_shards(folder: Path) -> list[SafetensorsFile]:
-    """Opens the files that the index names, and checks that they hold what it says."""
-    path = folder / INDEX_FILE
-    try:
-        weight_map: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path}: expected a JSON object with a 'weight_map' of tensor to file names") from None
-    for name in shards:
-        # A plain file name cannot lead out of the folder.
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise CheckpointError(
-                f"{path}: names the file {name!r}, which is not in the folder; is a download incomplete?"
-            )
-    files = [SafetensorsFile(folder / name) for name in shards]
-    stored = [(name, file.path.name) for file in files for name in file.tensors]
-    different = sorted(set(stored) ^ set(weight_map.items()))
-    if different:
-        raise CheckpointError(
-            f"{path}: index and files disagree on {_shortened([f'{name!r} in {file!r}' for name, file in different])}"
-        )
-    return files
-
-
 def _split(specs: Sequence[WeightSpec], dtype: FloatType, limit: int) -> Iterator[list[WeightSpec]]:
     """Cuts the weights, in order, into files of at most `limit` bytes."""
     shard: list[WeightSpec] = []
@@ -197,9 +187,3 @@ def _split(specs: Sequence[WeightSpec], dtype: FloatType, limit: int) -> Iterato
 
 def _bytes(spec: WeightSpec, dtype: FloatType) -> int:
     return math.prod(spec.shape) * dtype.storage.itemsize
-
-
-def _shortened(items: Sequence[str], most: int = 8) -> str:
-    """The first items of a list in words."""
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return (", ".join(items[:most]) or "nothing") + rest

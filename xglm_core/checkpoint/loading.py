@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import FloatType, float_type
+from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, float_type
 from xglm_core.checkpoint.folder import Checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
 
 _COMPARED_BYTES = 16 * 2**20
+_MOST_LISTED = 1000  # Layers whose weights an error message may list.
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,16 @@ def plan_loading(checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float
             "although the configuration ties them",
             stacklevel=3,  # The line that called a backend's `from_pretrained`.
         )
+    if config.num_layers > max(_MOST_LISTED, len(checkpoint.names)):  # Before all their weights are listed.
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json has {config.num_layers} layers, but there are only "
+            f"{len(checkpoint.names)} tensors; check that config.json and the weights belong together"
+        )
     specs = weight_specs(config, with_head=with_head and not config.tie_word_embeddings)
     _check_weights(checkpoint, specs)
     stored = checkpoint.info(EMBEDDING).dtype
-    wanted = stored if isinstance(dtype, str) and dtype == "auto" else float_type(dtype)
+    # No model has float64.
+    wanted = DTYPES.get(stored.name, FLOAT32) if isinstance(dtype, str) and dtype == "auto" else float_type(dtype)
     return LoadPlan(config, specs, wanted, checkpoint)
 
 
@@ -78,17 +85,24 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
     if not {HEAD, EMBEDDING} <= checkpoint.names:
         return True
     head, embedding = checkpoint.info(HEAD), checkpoint.info(EMBEDDING)
-    return (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and all(
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return False
+    same = all(
         np.array_equal(ours, theirs)
         for ours, theirs in zip(_chunks(checkpoint, HEAD), _chunks(checkpoint, EMBEDDING), strict=True)
     )
+    for name in (HEAD, EMBEDDING):
+        checkpoint.release(name)
+    return same
 
 
 def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, a few megabytes at a time."""
-    data = checkpoint.read(name).reshape(-1).view(np.uint8)
-    for begin in range(0, data.size, _COMPARED_BYTES):
-        yield data[begin : begin + _COMPARED_BYTES]
+    """The bytes of a tensor, some rows at a time."""
+    tensor = checkpoint.read(name)
+    rows = max(1, _COMPARED_BYTES // max(1, tensor[:1].nbytes))
+    for begin in range(0, len(tensor), rows):
+        # Bytes, as a NaN is not equal to itself. Of a tensor that is stored transposed, this copies the rows.
+        yield np.ascontiguousarray(tensor[begin : begin + rows]).view(np.uint8)
 
 
 def _check_weights(checkpoint: Checkpoint, specs: tuple[WeightSpec, ...]) -> None:

@@ -1,0 +1,144 @@
+"""The formats in which checkpoints exist, and which files of a folder hold the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from xglm_core.checkpoint.fairseq import FairseqFile
+from xglm_core.checkpoint.flax_msgpack import FlaxFile
+from xglm_core.checkpoint.keras_h5 import KerasFile
+from xglm_core.checkpoint.mapped import TensorFile
+from xglm_core.checkpoint.safetensors import SafetensorsFile
+from xglm_core.checkpoint.torch_bin import TorchFile
+from xglm_core.errors import CheckpointError, InputError
+
+_MOST_INDEX_BYTES = 6_000_000  # As Python objects, JSON can take 30 times its size.
+
+
+class Reader(Protocol):
+    """Opens a file of a format: a subclass of `TensorFile`."""
+
+    def __call__(self, path: Path) -> TensorFile:
+        """Opens it."""
+
+    @staticmethod
+    def canonical_name(name: str) -> str:
+        """See `TensorFile.canonical_name`."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        name: what users give as `weights`.
+        file: the file that holds all weights.
+        open: opens a file of the format.
+        sharded: whether weights may be in several files, which an index then lists.
+    """
+
+    name: str
+    file: str
+    open: Reader
+    sharded: bool = True
+
+    @property
+    def index(self) -> str:
+        """The file that says which weight is in which file."""
+        return f"{self.file}.index.json"
+
+
+# In the order of preference: first what needs no interpretation, then what most repositories have.
+FORMATS = {
+    format.name: format
+    for format in (
+        Format("safetensors", "model.safetensors", SafetensorsFile),
+        Format("torch", "pytorch_model.bin", TorchFile),
+        Format("flax", "flax_model.msgpack", FlaxFile),
+        Format("tf", "tf_model.h5", KerasFile),
+        Format("fairseq", "model.pt", FairseqFile, sharded=False),
+    )
+}
+
+
+def find_format(folder: Path, weights: str | None) -> Format | None:
+    """The format to read a folder in: the one asked for, or the first that is there; None if there is none.
+
+    Raises:
+        InputError: `weights` is no format.
+        CheckpointError: there are no weights of the format that was asked for, but of others.
+    """
+    present = [
+        format
+        for format in FORMATS.values()
+        if (folder / format.file).is_file() or (format.sharded and (folder / format.index).is_file())
+    ]
+    if weights is None:
+        return present[0] if present else None
+    if weights not in FORMATS:
+        raise InputError(f"weights is {weights!r}, expected one of {', '.join(FORMATS)}, or None to choose")
+    if present and FORMATS[weights] not in present:
+        raise CheckpointError(
+            f"{folder}: no {FORMATS[weights].file} here, found weights in the formats "
+            f"{', '.join(format.name for format in present)}; give one of these as `weights`"
+        )
+    return FORMATS[weights] if present else None
+
+
+def open_files(folder: Path, format: Format) -> list[TensorFile]:
+    """Opens the file of a format, or all that the index lists.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the index does not fit the files.
+    """
+    if (folder / format.file).is_file():
+        return [format.open(folder / format.file)]
+    path = folder / format.index
+    weight_map = _read_index(path)
+    shards = sorted({*weight_map.values()})
+    for name in shards:
+        # A plain file name cannot lead out of the folder.
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(
+                f"{path}: names the file {name!r}, which is not in the folder; is a download incomplete?"
+            )
+    files = [format.open(folder / name) for name in shards]
+    stored = [(name, file.path.name) for file in files for name in file.tensors]
+    listed = [(format.open.canonical_name(name), file) for name, file in weight_map.items()]
+    different = sorted({*stored} ^ {*listed})
+    if different or len({name for name, _ in stored}) < len(stored):
+        names = [f"{name!r} in {file!r}" for name, file in different] or ["a name that is in two files"]
+        raise CheckpointError(f"{path}: index and files disagree on {shortened(names)}")
+    return files
+
+
+def shortened(items: Sequence[str], most: int = 8) -> str:
+    """The first items of a list in words."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return (", ".join(items[:most]) or "nothing") + rest
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """The file of each tensor."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MOST_INDEX_BYTES + 1)
+        if len(text) > _MOST_INDEX_BYTES:
+            raise CheckpointError(f"{path}: has more than {_MOST_INDEX_BYTES} bytes")
+        weight_map: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=_unique)["weight_map"]
+        sorted({*weight_map.values()})  # Fails on anything but names, or numbers, which are no files.
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path}: expected a JSON object with a 'weight_map' of tensor to file names") from None
+    return weight_map
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return dict(pairs)

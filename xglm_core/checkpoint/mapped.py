@@ -1,0 +1,140 @@
+"""What the readers of all formats share: a file mapped into memory, and where each tensor lies in it."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from xglm_core.checkpoint.dtypes import FloatType
+from xglm_core.errors import CheckpointError
+
+LARGEST = 2**48  # Of a size, an offset or a number of elements; far from any overflow.
+
+_MOST_DIMENSIONS = 32  # numpy has a limit too, which differs between its versions.
+_MOST_TENSORS = 100_000  # So that describing them takes tens of megabytes at most; the largest XGLM has 771.
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: the stored type.
+        shape: the canonical shape, which a format may store transposed.
+        begin, end: the byte range within the file that holds the numbers.
+        strides: numbers from one element to the next, by dimension; None for the row-major order.
+    """
+
+    dtype: FloatType
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers, without any between them."""
+        return math.prod(self.shape) * self.dtype.storage.itemsize
+
+
+class TensorFile:
+    """A file mapped into memory; tensors are views of the mapping.
+
+    Views are copy-on-write: writing into one changes this process's memory, never the file. The file must not be
+    truncated while views are in use; renaming another one over it, as `save_checkpoint` does, is safe.
+
+    Args:
+        path: the file.
+        least: bytes that every file of the format has.
+
+    Attributes:
+        path: the file.
+        tensors: the tensors by name; a subclass fills it with names and shapes of the published PyTorch checkpoints.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, or holds something else than tensors.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], least: int) -> None:
+        self.path = Path(path)
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            with open(self.path, "rb") as file:
+                self._size = os.fstat(file.fileno()).st_size
+                if self._size < least:
+                    raise self._damaged(
+                        f"expected at least {least} bytes, found {self._size}; the file is truncated or of another kind"
+                    )
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+
+    @staticmethod
+    def canonical_name(name: str) -> str:
+        """What an index file calls a tensor, as `tensors` has it."""
+        return name
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a copy-on-write view of the file, in its stored type (bfloat16 as uint16 bit patterns)."""
+        info = self.tensors[name]
+        storage = info.dtype.storage
+        strides = None if info.strides is None else tuple(stride * storage.itemsize for stride in info.strides)
+        return np.ndarray(info.shape, storage, self._map, info.begin, strides)
+
+    def release(self, name: str) -> None:
+        """Gives the memory of a tensor's pages back to the system; the next use reads them from the file again.
+
+        For readers that copied the tensor: whatever was written into a view of it is lost.
+        """
+        info = self.tensors[name]
+        self._release(info.begin, info.end)
+
+    def _release(self, begin: int, end: int) -> None:
+        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # Pages shared with a neighbour stay.
+        length = end // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+
+    def _add(self, name: str, info: TensorInfo) -> None:
+        """Enters a tensor, whose name is that of no other."""
+        if not name.isprintable():  # Names are part of other messages, which must stay one line.
+            raise self._damaged(f"the tensor name {shown(name)} is no printable text")
+        if name in self.tensors:
+            raise self._damaged(f"the file has two tensors {shown(name)}")
+        if len(self.tensors) == _MOST_TENSORS:
+            raise self._damaged(f"the file has more than {_MOST_TENSORS} tensors")
+        self.tensors[name] = info
+
+    def _damaged(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {reason if len(reason) <= 300 else reason[:300] + '...'}")
+
+
+def matrix_info(dtype: FloatType, shape: Sequence[int], begin: int, *, transposed: bool) -> TensorInfo:
+    """A tensor whose numbers lie in the row-major order of `shape`; `transposed` makes the other order canonical."""
+    end = begin + math.prod(shape) * dtype.storage.itemsize
+    if transposed and len(shape) == 2:
+        return TensorInfo(dtype, (shape[1], shape[0]), begin, end, (1, shape[1]))
+    return TensorInfo(dtype, tuple(shape), begin, end)
+
+
+def are_sizes(values: Any) -> TypeGuard[Sequence[int]]:
+    """Whether `values` is a list or tuple of a few integers, none of them negative."""
+    few = isinstance(values, list | tuple) and len(values) <= _MOST_DIMENSIONS
+    return few and all(type(value) is int and 0 <= value <= LARGEST for value in values)
+
+
+def is_shape(values: Any) -> TypeGuard[Sequence[int]]:
+    """Whether `values` can be a tensor's shape, even with the dimensions of size 0 left out."""
+    return are_sizes(values) and math.prod(max(1, length) for length in values) <= LARGEST
+
+
+def shown(text: str) -> str:
+    """A text from a file, in quotes, cut and made printable."""
+    return repr(text if len(text) <= 100 else text[:100] + "...")
