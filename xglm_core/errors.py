@@ -10,6 +10,8 @@ from __future__ import annotations
 class XGLMError(Exception):
     """Base of all errors below."""
 
+    __init__ = Exception.__init__  # By this, TensorFlow sees that it can raise one of these again from traced code.
+
 
 class ConfigError(XGLMError, ValueError):
     """A configuration value is impossible, or a configuration file cannot be read."""

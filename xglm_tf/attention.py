@@ -1,69 +1,88 @@
-"""Multi-head self-attention."""
+"""Multi-head attention: to the positions before, and to encoder states."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from xglm_core.config import XGLMConfig
-from xglm_tf.cache import TFXGLMCache
 
 # Low enough that exp() of it is 0 beside any score; finite, so that a row in which it is everywhere stays finite.
 _MASKED = -1e30
 
 
 class TFXGLMAttention(keras.layers.Layer):
-    """softmax(q k^T / sqrt(head_dim) + mask) v, with biased projections, softmax in float32."""
+    """softmax(q k^T / sqrt(head_dim) + mask) v, with biased projections, softmax in float32.
 
-    def __init__(self, config: XGLMConfig, **kwargs: Any) -> None:
+    Args:
+        config: the architecture.
+        heads: which of its heads there are, by their original index.
+        kwargs: see `keras.layers.Layer`.
+    """
+
+    def __init__(self, config: XGLMConfig, heads: Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        width = len(heads) * config.head_dim
         self.config = config
-        self.k_proj = keras.layers.Dense(config.d_model, dtype=self.dtype_policy, name="k_proj")
-        self.v_proj = keras.layers.Dense(config.d_model, dtype=self.dtype_policy, name="v_proj")
-        self.q_proj = keras.layers.Dense(config.d_model, dtype=self.dtype_policy, name="q_proj")
+        self.heads = tuple(heads)
+        self.k_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="k_proj")
+        self.v_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="v_proj")
+        self.q_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="q_proj")
         self.out_proj = keras.layers.Dense(config.d_model, dtype=self.dtype_policy, name="out_proj")
         self.dropout = keras.layers.Dropout(config.attention_dropout, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables."""
-        for projection in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
+        for projection in (self.k_proj, self.v_proj, self.q_proj):
             projection.build((None, None, self.config.d_model))
+        self.out_proj.build((None, None, len(self.heads) * self.config.head_dim))
+
+    def keys_and_values(self, states: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """[batch, length, d_model] -> what there is to attend to, each [batch, heads, length, head_dim]."""
+        return self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
 
     def call(
-        self, hidden_states: tf.Tensor, mask: tf.Tensor, *, cache: TFXGLMCache | None, layer: int
-    ) -> tuple[tf.Tensor, TFXGLMCache | None]:
-        """Attends from each new position to the cached and the new ones.
+        self,
+        hidden_states: tf.Tensor,
+        key: tf.Tensor,
+        value: tf.Tensor,
+        mask: tf.Tensor | None,
+        *,
+        head_mask: tf.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Attends from each position to the keys.
 
         Args:
             hidden_states: [batch, length, d_model].
-            mask: bool [batch, 1, length, keys], True = attend; the keys are the new positions alone if the cache is
-                empty, else all that it has room for.
-            cache: where the new keys and values go, or None.
-            layer: index of this block in the cache.
+            key, value: [batch, heads, keys, head_dim].
+            mask: bool [batch, 1, length or 1, keys], True = attend; None = every key.
+            head_mask: factors of the heads' probabilities [config.attention_heads]; None = 1.
+            output_attentions: whether to return the probabilities.
 
         Returns:
-            [batch, length, d_model], and the cache with the new keys and values.
+            [batch, length, d_model], and the probabilities [batch, heads, length, keys] or None.
         """
         query = self._split_heads(self.q_proj(hidden_states) * self.config.head_dim**-0.5)
-        key = self._split_heads(self.k_proj(hidden_states))
-        value = self._split_heads(self.v_proj(hidden_states))
-        if cache is not None:
-            cache = cache.write(layer, key, value)
-            if not cache.is_empty:
-                key, value = cache.keys[layer], cache.values[layer]
         # Differs: written out, because Keras' fused attention is several times slower for one query on a CPU.
-        scores = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)
-        weights = tf.nn.softmax(tf.where(mask, scores, _MASKED))
-        context = tf.matmul(self.dropout(tf.cast(weights, value.dtype)), value)
-        context = tf.transpose(context, (0, 2, 1, 3))
-        return self.out_proj(tf.reshape(context, keras.ops.shape(hidden_states))), cache
+        weights = tf.cast(_probabilities(query, key, mask), value.dtype)
+        context = tf.matmul(self.dropout(weights), value)
+        if head_mask is not None:
+            # The factor of a head's probabilities is one of its result, which is smaller.
+            factors = tf.cast(tf.gather(head_mask, self.heads), value.dtype)[:, None, None]
+            context *= factors
+            weights = weights * factors if output_attentions else None
+        batch, _, length, _ = keras.ops.shape(query)
+        context = tf.reshape(tf.transpose(context, (0, 2, 1, 3)), (batch, length, query.shape[1] * query.shape[3]))
+        return self.out_proj(context), weights if output_attentions else None
 
     def _split_heads(self, states: tf.Tensor) -> tf.Tensor:
-        """[batch, length, d_model] -> [batch, heads, length, head_dim]."""
+        """[batch, length, width] -> [batch, heads, length, head_dim]."""
         batch, length, _ = keras.ops.shape(states)
-        states = tf.reshape(states, (batch, length, self.config.attention_heads, self.config.head_dim))
+        states = tf.reshape(states, (batch, length, len(self.heads), self.config.head_dim))
         return tf.transpose(states, (0, 2, 1, 3))
 
 
@@ -82,3 +101,9 @@ def attention_mask_for(mask: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor
     slots = tf.range(keras.ops.shape(mask)[1])
     causal = slots <= past + tf.range(length)[:, None]
     return causal & mask[:, None, None, :]
+
+
+def _probabilities(query: tf.Tensor, key: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """float32 [batch, heads, length, keys], of a query that is scaled."""
+    scores = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)
+    return tf.nn.softmax(scores if mask is None else tf.where(mask, scores, _MASKED))

@@ -7,13 +7,18 @@ several ways. Its shapes do not depend on how much it holds, so that compiled co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import keras
+import optree
 import tensorflow as tf
 
 from xglm_core.config import XGLMConfig
+from xglm_core.inputs import check_past_key_values
+
+KeyValue = tuple[tf.Tensor, tf.Tensor]
 
 _BLOCK = 64  # Positions by which storage grows, so that shapes rarely change from one token to the next.
 
@@ -28,61 +33,114 @@ class TFXGLMCache:
         values: the same.
         mask: bool [batch, capacity], False for padding; True where nothing is held yet.
         length: positions held, int32 scalar.
+        encoder: per layer, key and value of the encoder's positions, each [batch, heads, encoder length, head_dim];
+            empty without cross-attention.
+        encoder_mask: bool [batch, encoder length], False for padding; None if there is none.
     """
 
     keys: tuple[tf.Tensor, ...]
     values: tuple[tf.Tensor, ...]
     mask: tf.Tensor
     length: tf.Tensor
+    encoder: tuple[KeyValue, ...] = ()
+    encoder_mask: tf.Tensor | None = None
 
     @property
-    def is_empty(self) -> bool:
-        """Whether it is known, even while tracing, that nothing is held."""
-        return tf.get_static_value(self.length) == 0
+    def batch(self) -> int | None:
+        """Rows; None if unknown while tracing."""
+        return self.keys[0].shape[0]
+
+    @property
+    def known_length(self) -> int | None:
+        """Positions held; None if unknown while tracing."""
+        length = tf.get_static_value(self.length)
+        return None if length is None else int(length)
+
+    @property
+    def encoder_length(self) -> int | None:
+        """Encoder positions held; None without cross-attention, or if unknown while tracing."""
+        return self.encoder[0][0].shape[2] if self.encoder else None
 
     @property
     def capacity(self) -> int | tf.Tensor:
         """Positions that there is room for."""
         return keras.ops.shape(self.mask)[1]
 
-    def write(self, layer: int, key: tf.Tensor, value: tf.Tensor) -> TFXGLMCache:
-        """This cache with a layer's new keys and values, each [batch, heads, new, head_dim], after the older ones."""
-        keys, values = list(self.keys), list(self.values)
-        written = _written if tf.executing_eagerly() else _written_traced
-        keys[layer] = written(keys[layer], key, self.length)
-        values[layer] = written(values[layer], value, self.length)
-        return dataclasses.replace(self, keys=tuple(keys), values=tuple(values))
+    def part(self, layer: int) -> tuple[tf.Tensor, ...]:
+        """Storage of a layer's keys and values, then its keys and values of the encoder, if any."""
+        own = (self.keys[layer], self.values[layer])
+        return (*own, *self.encoder[layer]) if self.encoder else own
+
+    def filled(self, parts: Sequence[tuple[tf.Tensor, ...]], length: tf.Tensor) -> TFXGLMCache:
+        """This cache with the parts of all layers and a length."""
+        encoder = tuple((part[2], part[3]) for part in parts if len(part) == 4)
+        keys, values = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
+        return dataclasses.replace(self, keys=keys, values=values, encoder=encoder, length=length)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, layer: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Key and value of a layer, each [batch, heads, length, head_dim]."""
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+    def __getitem__(self, layer: int) -> tuple[tf.Tensor, ...]:
+        """Key and value of a layer, each [batch, heads, length, head_dim]; then those of the encoder."""
+        key, value, *encoder = self.part(layer)
+        return key[:, :, : self.length], value[:, :, : self.length], *encoder
 
-    def __iter__(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[tf.Tensor, ...]]:
         return (self[layer] for layer in range(len(self)))
 
-    # TensorFlow's protocol for classes that its functions and loops may take and return.
+    # TensorFlow's protocol for classes that its functions and loops may take and return. An absent mask is no part:
+    # loops carry tensors only.
     def __tf_flatten__(self) -> tuple[tuple[()], tuple[Any, ...]]:
-        return (), (self.keys, self.values, self.mask, self.length)
+        encoder_mask = () if self.encoder_mask is None else (self.encoder_mask,)
+        return (), (self.keys, self.values, self.mask, self.length, self.encoder, encoder_mask)
 
     @classmethod
     def __tf_unflatten__(cls, metadata: tuple[()], components: tuple[Any, ...]) -> Self:
-        return cls(*components)
+        *parts, encoder_mask = components
+        return cls(*parts, *encoder_mask)
+
+
+# The same for Keras: what its layers may take and return, and its functional models connect.
+register_tree: Any = functools.partial(optree.register_pytree_node, namespace="keras")
+register_tree(TFXGLMCache, lambda cache: (cache.__tf_flatten__()[1], ()), TFXGLMCache.__tf_unflatten__)
 
 
 def empty_cache(config: XGLMConfig, batch: int | tf.Tensor, capacity: int | tf.Tensor, dtype: str) -> TFXGLMCache:
     """A cache that holds nothing yet, with room for `capacity` positions."""
-    storage = tf.zeros((batch, config.attention_heads, capacity, config.head_dim), dtype)
-    layers = (storage,) * config.num_layers
-    return TFXGLMCache(layers, layers, tf.ones((batch, capacity), tf.bool), tf.constant(0))
+    storage: dict[int, tf.Tensor] = {}  # By number of heads: what is never written may be one for all layers.
+    layers = []
+    for index in range(config.num_layers):
+        heads = len(config.kept_heads(index))
+        if heads not in storage:
+            storage[heads] = tf.zeros((batch, heads, capacity, config.head_dim), dtype)
+        layers.append(storage[heads])
+    return TFXGLMCache(tuple(layers), tuple(layers), tf.ones((batch, capacity), tf.bool), tf.constant(0))
+
+
+def as_cache(past_key_values: Any, config: XGLMConfig) -> TFXGLMCache | None:
+    """A cache from what a caller may pass: a cache, None, or a tuple of per-layer (key, value), which is not copied.
+
+    Differs: the documented form of TensorFlow holds (key, value) of a layer in one tensor, [2, batch, heads, length,
+    head_dim]; it is taken, too.
+
+    Raises:
+        InputError: it is something else, or its shapes do not fit.
+    """
+    if past_key_values is None or isinstance(past_key_values, TFXGLMCache):
+        return past_key_values
+    if isinstance(past_key_values, list | tuple):
+        past_key_values = [tf.unstack(layer) if hasattr(layer, "shape") else layer for layer in past_key_values]
+    check_past_key_values(config, past_key_values)
+    keys, values = tuple(layer[0] for layer in past_key_values), tuple(layer[1] for layer in past_key_values)
+    batch, _, length, _ = keras.ops.shape(keys[0])
+    encoder = tuple((layer[2], layer[3]) for layer in past_key_values if len(layer) == 4)
+    return TFXGLMCache(keys, values, tf.ones((batch, length), tf.bool), tf.convert_to_tensor(length), encoder)
 
 
 def extend_cache(
     past: TFXGLMCache | None, config: XGLMConfig, new: int | tf.Tensor, mask: tf.Tensor, dtype: str
 ) -> TFXGLMCache:
-    """The cache for `new` positions after `past`, to be filled by `TFXGLMCache.write` layer by layer.
+    """The cache for `new` positions after `past`, to be filled by `written` layer by layer.
 
     Its length is still that of `past`. While tracing, `past` keeps its capacity, and the positions must fit.
 
@@ -101,10 +159,10 @@ def extend_cache(
     return dataclasses.replace(past, mask=tf.pad(mask, ((0, 0), (0, unused)), constant_values=True))
 
 
-def with_capacity(cache: TFXGLMCache, capacity: int) -> TFXGLMCache:
+def with_capacity(cache: TFXGLMCache, capacity: int | tf.Tensor) -> TFXGLMCache:
     """The cache with room for `capacity` positions, not fewer than now; itself if it has that."""
     more = capacity - cache.capacity
-    if more == 0:
+    if isinstance(more, int) and more == 0:
         return cache
     return dataclasses.replace(
         cache,
@@ -114,12 +172,21 @@ def with_capacity(cache: TFXGLMCache, capacity: int) -> TFXGLMCache:
     )
 
 
+def written(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+    """`storage` [batch, heads, capacity, head_dim] with `new` [batch, heads, new, head_dim] from `start` on.
+
+    Differs: gradients flow through all of it, as nothing is overwritten.
+    """
+    return (_written if tf.executing_eagerly() else _written_traced)(storage, new, start)
+
+
 @tf.custom_gradient
 def _written(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
-    """`storage` with `new` from position `start` on; gradients flow through the new positions only."""
+    """See `written`; the operation that does it has no gradient in TensorFlow."""
 
-    def gradient(upstream: tf.Tensor) -> tuple[None, tf.Tensor, None]:
-        return None, tf.gather(upstream, start + tf.range(tf.shape(new)[2]), axis=2), None
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, None]:
+        positions = start + tf.range(tf.shape(new)[2])
+        return _written(upstream, tf.zeros_like(new), start), tf.gather(upstream, positions, axis=2), None
 
     return keras.ops.slice_update(storage, (0, 0, start, 0), new), gradient
 

@@ -14,32 +14,33 @@ from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.loop import generate
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
-from xglm_tf.cache import TFXGLMCache
+from xglm_tf.cache import as_cache
 from xglm_tf.decoder import TFXGLMMainLayer
 from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine
-from xglm_tf.pretrained import TFXGLMPreTrainedModel
+from xglm_tf.inputs import check_head_arguments
+from xglm_tf.loss import causal_lm_loss
+from xglm_tf.pretrained import TFXGLMPreTrainedModel, embedding_matrix
+from xglm_tf.weights import name_scopes, unlocked
 
 
+@keras.saving.register_keras_serializable(package="xglm")
 class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
     """Decoder and head: logits of the next token. The head is the embedding matrix if `config.tie_word_embeddings`.
 
     Args:
         config: the architecture; weights are drawn at random, see `from_pretrained` for trained ones.
-        dtype: type of parameters and computation, by name or as a Keras policy.
+        dtype: type of parameters and computation, by name or as a Keras policy; None follows Keras' global policy.
         plan: the checkpoint to take the weights from instead.
+        kwargs: see `keras.Model`.
     """
 
     has_head = True
 
-    def __init__(self, config: XGLMConfig, *, dtype: Any = "float32", plan: LoadPlan | None = None) -> None:
-        super().__init__(config, dtype=dtype)
+    def __init__(self, config: XGLMConfig, *, dtype: Any = None, plan: LoadPlan | None = None, **kwargs: Any) -> None:
+        super().__init__(config, dtype=dtype, **kwargs)
         self.model = TFXGLMMainLayer(config, dtype=self.dtype_policy, name="model")
         # Differs: no layer if tied, because a Keras layer cannot use another's matrix transposed.
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = keras.layers.Dense(
-                config.vocab_size, use_bias=False, dtype=self.dtype_policy, name="lm_head"
-            )
+        self.lm_head = None if config.tie_word_embeddings else self._new_head()
         self.create_weights(plan)
 
     def build(self, input_shape: Any = None) -> None:
@@ -50,41 +51,152 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
 
     def call(
         self,
-        input_ids: tf.Tensor,
+        input_ids: tf.Tensor | None = None,
         attention_mask: tf.Tensor | None = None,
         position_ids: tf.Tensor | None = None,
-        *,
-        past_key_values: TFXGLMCache | None = None,
+        encoder_hidden_states: tf.Tensor | None = None,
+        encoder_attention_mask: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        cross_attn_head_mask: tf.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: tf.Tensor | None = None,
+        labels: tf.Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         training: bool = False,
-        logits_to_keep: int = 0,
-    ) -> CausalLMOutputWithCrossAttentions:
+        *,
+        logits_to_keep: int | tf.Tensor = 0,
+        num_items_in_batch: int | tf.Tensor | None = None,
+    ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Runs the decoder and the head.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, training: see
-                `TFXGLMModel.call`.
-            logits_to_keep: only this many last positions reach the head; 0 means all of them.
+            input_ids, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, head_mask,
+                cross_attn_head_mask, past_key_values, inputs_embeds, use_cache, output_attentions,
+                output_hidden_states, return_dict, training: see `TFXGLMModel.call`.
+            labels: the tokens to predict, integers [batch, length], not shifted; -100 does not count.
+                `labels=input_ids` trains on all of them.
+            logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
+                all of them. With labels, the loss is that of all positions.
+            num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
 
         Returns:
-            The output; logits are [batch, kept positions, vocab_size] in the type of the computation.
+            The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in
+            the type of the computation, the loss is a float32 scalar.
 
         Raises:
-            InputError: see `TFXGLMModel.call`.
+            InputError: see `TFXGLMModel.call`; or labels outside the vocabulary.
         """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        check_head_arguments(self.config, tokens, labels, logits_to_keep)
         outputs = self.model(
             input_ids,
             attention_mask,
             position_ids,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            head_mask,
+            cross_attn_head_mask,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
-        return CausalLMOutputWithCrossAttentions(
-            logits=self._logits(outputs.last_hidden_state[:, -logits_to_keep:]),
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            logits = self._logits(hidden_states)
+            loss = causal_lm_loss(logits, labels, num_items_in_batch)
+            logits = _kept(logits, logits_to_keep)
+        else:
+            logits = self._logits(_kept(hidden_states, logits_to_keep))
+        results = CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+        return results if (self.config.return_dict if return_dict is None else return_dict) else results.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: tf.Tensor,
+        past_key_values: Any = None,
+        attention_mask: tf.Tensor | None = None,
+        inputs_embeds: tf.Tensor | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The arguments of the next call of a decoding loop: the tokens that the cache does not hold yet.
+
+        Args:
+            input_ids: all tokens so far [rows, length].
+            past_key_values: the cache of the earlier ones, or None.
+            attention_mask: 1 for tokens, 0 for padding [rows, length], or None.
+            inputs_embeds: the prompt's embeddings, which take the place of ids in the first call.
+            options: passed on.
+        """
+        past = as_cache(past_key_values, self.config)
+        if past is None and inputs_embeds is not None:
+            tokens = {"inputs_embeds": inputs_embeds}
+        else:
+            tokens = {"input_ids": input_ids if past is None else input_ids[:, past.length :]}
+        return {**options, **tokens, "past_key_values": past, "attention_mask": attention_mask}
+
+    def get_output_embeddings(self) -> keras.layers.Layer:
+        """The head: a `Dense` layer, or the embedding if it is tied."""
+        return self.get_input_embeddings() if self.lm_head is None else self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Takes over the values of a head or an embedding.
+
+        If it is not this model's embedding, the two are not tied any more, and `config.tie_word_embeddings` is False.
+
+        Args:
+            new_embeddings: see `set_input_embeddings`.
+
+        Raises:
+            InputError: the matrix has another shape.
+        """
+        matrix = embedding_matrix(new_embeddings, self.config)
+        self.config.tie_word_embeddings = new_embeddings is self.get_input_embeddings()
+        self.tie_weights()
+        if self.config.tie_word_embeddings:
+            return
+        if self.lm_head is None:
+            with unlocked(self), name_scopes(self.path):
+                self.lm_head = self._new_head()
+                self.lm_head.build((None, None, self.config.d_model))
+            self.forget_compiled()
+        self.lm_head.kernel.assign(tf.transpose(matrix))
+
+    def tie_weights(self) -> None:
+        """Drops the head, in favour of the embedding, if the configuration ties them."""
+        if self.config.tie_word_embeddings and self.lm_head is not None:
+            with unlocked(self):
+                self._tracker.untrack(self.lm_head)
+                del self.lm_head  # TensorFlow forgets what is deleted, not what is replaced.
+                self.lm_head = None
+            self.forget_compiled()
+
+    def forget_compiled(self) -> None:
+        """Drops compiled code, which holds on to variables that have been replaced."""
+        super().forget_compiled()
+        self.__dict__.pop("compiled_engine", None)
+
+    def _new_head(self) -> keras.layers.Dense:
+        """A head without variables; those will be zero unless another initializer is set."""
+        return keras.layers.Dense(
+            self.config.vocab_size,
+            use_bias=False,
+            kernel_initializer="zeros",
+            dtype=self.dtype_policy,
+            name="lm_head",
         )
 
     def _logits(self, hidden_states: tf.Tensor) -> tf.Tensor:
@@ -133,3 +245,10 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
             GenerationConfig.from_model(self.config, max_new_tokens=max_new_tokens, stop_at_eos=stop_at_eos),
         )
         return tf.constant(tokens)
+
+
+def _kept(states: tf.Tensor, logits_to_keep: int | tf.Tensor) -> tf.Tensor:
+    """The positions of [batch, length, width] that `logits_to_keep` asks for."""
+    if isinstance(logits_to_keep, int):
+        return states[:, -logits_to_keep:]
+    return tf.gather(states, logits_to_keep, axis=1)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,20 +11,14 @@ import numpy as np
 import tensorflow as tf
 
 from xglm_core.checkpoint.loading import LoadPlan
-from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
-from xglm_core.inputs import check_attention_mask, check_input_ids, check_positions
+from xglm_core.config import XGLMConfig
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
-from xglm_tf.attention import TFXGLMAttention, attention_mask_for
-from xglm_tf.cache import TFXGLMCache, extend_cache
+from xglm_tf.attention import attention_mask_for
+from xglm_tf.blocks import TFXGLMDecoderLayer, layer_norm
+from xglm_tf.cache import TFXGLMCache, as_cache, extend_cache, with_capacity
+from xglm_tf.inputs import check_arguments, check_position_ids
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
-
-ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
-    "gelu": functools.partial(tf.nn.gelu, approximate=False),
-    "relu": tf.nn.relu,
-    "silu": tf.nn.silu,
-    "gelu_new": functools.partial(tf.nn.gelu, approximate=True),
-}
 
 
 class TFXGLMSinusoidalPositionalEmbedding(keras.layers.Layer):
@@ -44,42 +36,21 @@ class TFXGLMSinusoidalPositionalEmbedding(keras.layers.Layer):
         return tf.gather(self.table, tf.minimum(position_ids + POSITION_OFFSET, len(self.table) - 1))
 
 
-class TFXGLMDecoderLayer(keras.layers.Layer):
-    """One pre-norm block: x + attention(norm(x)), then x + fc2(activation(fc1(norm(x))))."""
+class TFXGLMScaledWordEmbedding(keras.layers.Embedding):
+    """Token embeddings times `embed_scale`: what `inputs_embeds` stands in for.
+
+    Attributes:
+        embed_scale: the factor.
+    """
 
     def __init__(self, config: XGLMConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        activation, dtype = config.activation_function, self.dtype_policy
-        self.config = config
-        self.self_attn = TFXGLMAttention(config, dtype=dtype, name="self_attn")
-        self.self_attn_layer_norm = _layer_norm("self_attn_layer_norm", dtype)
-        self.activation_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-        self.fc1 = keras.layers.Dense(config.ffn_dim, dtype=dtype, name="fc1")
-        self.fc2 = keras.layers.Dense(config.d_model, dtype=dtype, name="fc2")
-        self.final_layer_norm = _layer_norm("final_layer_norm", dtype)
-        self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
-        self.activation_dropout = keras.layers.Dropout(config.activation_dropout, dtype=dtype)
+        super().__init__(config.vocab_size, config.d_model, **kwargs)
+        self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
 
-    def build(self, input_shape: Any = None) -> None:
-        """Creates the variables."""
-        states = (None, None, self.config.d_model)
-        self.self_attn.build(states)
-        self.self_attn_layer_norm.build(states)
-        self.fc1.build(states)
-        self.fc2.build((None, None, self.config.ffn_dim))
-        self.final_layer_norm.build(states)
-
-    def call(
-        self, hidden_states: tf.Tensor, mask: tf.Tensor, *, cache: TFXGLMCache | None, layer: int
-    ) -> tuple[tf.Tensor, TFXGLMCache | None]:
-        """[batch, length, d_model] -> the same, and the cache; see `TFXGLMAttention.call` for the other arguments."""
-        residual = hidden_states
-        hidden_states, cache = self.self_attn(self.self_attn_layer_norm(hidden_states), mask, cache=cache, layer=layer)
-        hidden_states = residual + self.dropout(hidden_states)
-        residual = hidden_states
-        hidden_states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
-        hidden_states = self.fc2(self.activation_dropout(hidden_states))
-        return residual + self.dropout(hidden_states), cache
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """[batch, length, d_model] for ids [batch, length]."""
+        # In float32: in bfloat16 the scale itself would be rounded, by up to 0.2%.
+        return tf.cast(tf.cast(super().call(inputs), tf.float32) * self.embed_scale, self.compute_dtype)
 
 
 class TFXGLMMainLayer(keras.layers.Layer):
@@ -92,14 +63,12 @@ class TFXGLMMainLayer(keras.layers.Layer):
         super().__init__(**kwargs)
         dtype = self.dtype_policy
         self.config = config
-        self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-        self.embed_tokens = keras.layers.Embedding(config.vocab_size, config.d_model, dtype=dtype, name="embed_tokens")
+        self.embed_tokens = TFXGLMScaledWordEmbedding(config, dtype=dtype, name="embed_tokens")
         self.embed_positions = TFXGLMSinusoidalPositionalEmbedding(config, dtype="float32", name="embed_positions")
         self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
-        self.layers = [
-            TFXGLMDecoderLayer(config, dtype=dtype, name=f"layers.{index}") for index in range(config.num_layers)
-        ]
-        self.layer_norm = _layer_norm("layer_norm", dtype)
+        self.layers = [TFXGLMDecoderLayer(config, index, dtype=dtype) for index in range(config.num_layers)]
+        self.layer_norm = layer_norm("layer_norm", dtype)
+        self.seed_generator = keras.random.SeedGenerator()
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables, in the order of the weights in a checkpoint."""
@@ -110,67 +79,144 @@ class TFXGLMMainLayer(keras.layers.Layer):
 
     def call(
         self,
-        input_ids: tf.Tensor,
+        input_ids: tf.Tensor | None = None,
         attention_mask: tf.Tensor | None = None,
         position_ids: tf.Tensor | None = None,
-        *,
-        past_key_values: TFXGLMCache | None = None,
+        encoder_hidden_states: tf.Tensor | None = None,
+        encoder_attention_mask: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        cross_attn_head_mask: tf.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: tf.Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """See `TFXGLMModel.call`."""
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        batch, length = keras.ops.shape(input_ids)
+        given, past_key_values = past_key_values, as_cache(past_key_values, config)
         past = tf.constant(0) if past_key_values is None else past_key_values.length
+        check_arguments(
+            config,
+            past_key_values,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            head_mask=head_mask,
+            cross_attn_head_mask=cross_attn_head_mask,
+            inputs_embeds=inputs_embeds,
+        )
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length, _ = keras.ops.shape(hidden_states)
         mask = _key_mask(attention_mask, past_key_values, batch, length)
         cache = None
         if use_cache or past_key_values is not None:
+            if past_key_values is not given:  # The caller's tensors are full.
+                past_key_values = with_capacity(past_key_values, past_key_values.capacity + length)
             cache = extend_cache(past_key_values, config, length, mask, self.compute_dtype)
-            # An empty cache has no keys but the new ones to attend to.
-            mask = cache.mask[:, :length] if cache.is_empty else cache.mask
+            if encoder_attention_mask is not None:
+                cache = dataclasses.replace(cache, encoder_mask=tf.cast(encoder_attention_mask, tf.bool))
+            encoder_attention_mask = cache.encoder_mask
+            mask = cache.mask[:, :length] if cache.known_length == 0 else cache.mask
         if position_ids is None:
             position_ids = _position_ids(mask, past, length)
-        _check_values(input_ids, position_ids, config)
+        check_position_ids(config, position_ids)
 
-        # Scaled in float32: in bfloat16 the scale itself would be rounded, by up to 0.2%.
-        hidden_states = tf.cast(self.embed_tokens(input_ids), tf.float32) * self.embed_scale
         positions = tf.cast(self.embed_positions(position_ids), self.compute_dtype)
-        hidden_states = self.dropout(tf.cast(hidden_states, self.compute_dtype) + positions)
+        hidden_states = self.dropout(hidden_states + positions)
         if cache is not None and not tf.executing_eagerly():
             # Compiled code cannot raise, and would overwrite the last positions: NaN is better than wrong.
             hidden_states = tf.where(past + length <= cache.capacity, hidden_states, math.nan)
         attend = attention_mask_for(mask, past, length)
-        all_states: list[tf.Tensor] = []
-        for index, layer in enumerate(self.layers):
-            all_states.append(hidden_states)
-            hidden_states, cache = layer(hidden_states, attend, cache=cache, layer=index)
-        if cache is not None:
-            cache = dataclasses.replace(cache, length=past + length)
-        hidden_states = self.layer_norm(hidden_states)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
-            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
+        attend_encoder = (
+            None if encoder_attention_mask is None else tf.cast(encoder_attention_mask, tf.bool)[:, None, None, :]
         )
+        all_states: list[tf.Tensor] = []
+        all_parts: list[tuple[tf.Tensor, ...]] = []
+        all_attentions: list[tf.Tensor] = []
+        all_cross_attentions: list[tf.Tensor] = []
+        for index, layer in enumerate(self.layers):
+            if output_hidden_states:
+                all_states.append(hidden_states)
+            new_states, part, attentions, cross_attentions = layer(
+                hidden_states,
+                attend,
+                None if cache is None else cache.part(index),
+                past,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_mask=attend_encoder,
+                head_mask=None if head_mask is None else head_mask[index],
+                cross_attn_head_mask=None if cross_attn_head_mask is None else cross_attn_head_mask[index],
+                output_attentions=output_attentions,
+            )
+            hidden_states = self._dropped(hidden_states, new_states, training)
+            all_parts.append(part)
+            if attentions is not None:
+                all_attentions.append(attentions)
+            if cross_attentions is not None:
+                all_cross_attentions.append(cross_attentions)
+        hidden_states = self.layer_norm(hidden_states)
+        if tf.executing_eagerly():
+            # Without the room that nothing fills yet. Compiled code, whose shapes are fixed, reports it as zeros.
+            all_attentions = [weights[..., : past + length] for weights in all_attentions]
+        outputs = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states,
+            past_key_values=None if cache is None or not use_cache else cache.filled(all_parts, past + length),
+            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) or None,
+            cross_attentions=tuple(all_cross_attentions) or None,
+        )
+        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+    def _dropped(self, before: tf.Tensor, after: tf.Tensor, training: bool) -> tf.Tensor:
+        """What follows a block: in training, with probability `config.layerdrop`, what came before it.
+
+        The block runs in any case: so the cache has its keys, each parameter has a gradient, and no graph depends on
+        chance.
+        """
+        if not training or self.config.layerdrop == 0:
+            return after
+        return tf.where(keras.random.uniform((), seed=self.seed_generator) < self.config.layerdrop, before, after)
 
 
+@keras.saving.register_keras_serializable(package="xglm")
 class TFXGLMModel(TFXGLMPreTrainedModel):
     """The bare decoder: token ids to hidden states.
 
     Args:
         config: the architecture; weights are drawn at random, see `from_pretrained` for trained ones.
-        dtype: type of parameters and computation, by name or as a Keras policy.
+        embed_tokens: an embedding [vocab_size, d_model] whose values this model starts with; None draws them.
+        dtype: type of parameters and computation, by name or as a Keras policy; None follows Keras' global policy.
         plan: the checkpoint to take the weights from instead.
+        kwargs: see `keras.Model`.
+
+    Raises:
+        InputError: `embed_tokens` has another shape.
     """
 
     has_head = False
 
-    def __init__(self, config: XGLMConfig, *, dtype: Any = "float32", plan: LoadPlan | None = None) -> None:
-        super().__init__(config, dtype=dtype)
+    def __init__(
+        self,
+        config: XGLMConfig,
+        embed_tokens: Any = None,
+        *,
+        dtype: Any = None,
+        plan: LoadPlan | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, dtype=dtype, **kwargs)
         self.model = TFXGLMMainLayer(config, dtype=self.dtype_policy, name="model")
         self.create_weights(plan)
+        if embed_tokens is not None:
+            self.set_input_embeddings(embed_tokens)
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables."""
@@ -178,48 +224,73 @@ class TFXGLMModel(TFXGLMPreTrainedModel):
 
     def call(
         self,
-        input_ids: tf.Tensor,
+        input_ids: tf.Tensor | None = None,
         attention_mask: tf.Tensor | None = None,
         position_ids: tf.Tensor | None = None,
-        *,
-        past_key_values: TFXGLMCache | None = None,
+        encoder_hidden_states: tf.Tensor | None = None,
+        encoder_attention_mask: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        cross_attn_head_mask: tf.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: tf.Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         training: bool = False,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """Runs the decoder.
+
+        Arguments are given by position, by name, or all in the first one: as a mapping by name, or as a list or tuple
+        in this order.
 
         Args:
             input_ids: new tokens, integers [batch, length].
             attention_mask: 1 for tokens, 0 for padding [batch, past + length]; None means no (further) padding.
-            position_ids: positions of the new tokens, integers [batch, length]; None counts the tokens of each row that
-                are not padding.
-            past_key_values: the cache of an earlier call; it stays valid and unchanged.
+            position_ids: positions of the new tokens, integers [batch or 1, length]; None counts the tokens of each row
+                that are not padding.
+            encoder_hidden_states: what cross-attention attends to [batch, encoder length, d_model]; the cache keeps
+                what it needs of them, and later calls need not give them again.
+            encoder_attention_mask: 1 for encoder positions, 0 for padding [batch, encoder length]; None means no
+                padding, or what the cache remembers.
+            head_mask: factors of the attention probabilities [num_layers, attention_heads]: 0 switches a head off.
+            cross_attn_head_mask: the same for cross-attention.
+            past_key_values: the cache of an earlier call, or a tuple with (key, value) of each layer, each [batch,
+                heads, past, head_dim], and then, if any, those of the encoder; it stays valid and unchanged. A pair
+                may be one tensor [2, batch, heads, past, head_dim].
+            inputs_embeds: embeddings instead of `input_ids` [batch, length, d_model], as `get_input_embeddings()` gives
+                them: scaled, without positions.
             use_cache: whether to return a cache; None follows the configuration.
+            output_attentions: whether to return attention probabilities; None follows the configuration. Inside a
+                `tf.function` those after a cache are over all keys that it has room for, 0 where nothing is held.
             output_hidden_states: whether to return the input of each block and the final states; None follows the
                 configuration.
+            return_dict: whether to return an output object rather than a tuple; None follows the configuration.
             training: whether dropout acts.
 
         Returns:
-            The output, its states in the type of the computation.
+            The output, its states in the type of the computation, or the tuple of its results that are not None.
 
         Raises:
-            InputError: ids outside the vocabulary, a mask of another shape, or a position past the limit. Inside a
-                `tf.function` nothing is checked: the result is NaN if a position is past the limit or the cache, which
-                cannot grow there, is full.
+            InputError: arguments are missing, unknown or contradict each other, have another shape, hold ids outside
+                the vocabulary or a position past the limit. Inside a `tf.function` no values are checked: the result is
+                NaN if a position is past the limit or the cache, which cannot grow there, is full.
         """
         return self.model(
             input_ids,
             attention_mask,
             position_ids,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            head_mask,
+            cross_attn_head_mask,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
         )
-
-
-def _layer_norm(name: str, dtype: Any) -> keras.layers.LayerNormalization:
-    return keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPS, dtype=dtype, name=name)
 
 
 def _key_mask(
@@ -227,9 +298,7 @@ def _key_mask(
 ) -> tf.Tensor:
     """The mask over cached and new positions, bool [batch, at least past + length]."""
     if attention_mask is not None:
-        if tf.executing_eagerly():
-            check_attention_mask(attention_mask.shape, batch, 0 if past is None else int(past.length), length)
-        return attention_mask != 0
+        return tf.cast(attention_mask, tf.bool)
     return tf.ones((batch, length), tf.bool) if past is None else past.mask
 
 
@@ -239,10 +308,3 @@ def _position_ids(mask: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor) -> 
     # A slice would do, but XLA would compile it anew for each value of `past`.
     new = past + tf.range(length)
     return tf.gather(counts, tf.minimum(new, keras.ops.shape(mask)[1] - 1), axis=1)
-
-
-def _check_values(input_ids: tf.Tensor, position_ids: tf.Tensor, config: XGLMConfig) -> None:
-    """Checks ids and positions, unless they are being traced."""
-    if tf.executing_eagerly():
-        check_input_ids(input_ids.numpy(), config)
-        check_positions(int(tf.reduce_min(position_ids)), int(tf.reduce_max(position_ids)), config)

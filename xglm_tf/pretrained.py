@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import keras
@@ -14,8 +17,10 @@ from xglm_core.checkpoint.folder import open_checkpoint, save_checkpoint
 from xglm_core.checkpoint.loading import LoadPlan, plan_loading
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.weight_names import EMBEDDING, weight_specs
-from xglm_tf.weights import Initializer, load_weights, read_weight, set_initializer, weights_dtype
+from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
+from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
+from xglm_tf.inputs import named_arguments
+from xglm_tf.weights import Initializer, load_weights, read_weight, set_initializer, weights_dtype, write_weight
 
 
 class TFXGLMPreTrainedModel(keras.Model):
@@ -27,18 +32,33 @@ class TFXGLMPreTrainedModel(keras.Model):
 
     has_head: ClassVar[bool]
 
-    def __init__(self, config: XGLMConfig, *, dtype: Any = "float32") -> None:
-        super().__init__(dtype=dtype)
+    def __init__(self, config: XGLMConfig, *, dtype: Any = None, **kwargs: Any) -> None:
+        super().__init__(dtype=dtype, **kwargs)
         self.config = config
 
+    @tf.autograph.experimental.do_not_convert  # There is nothing to convert, and it would rewrite our messages.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs `call`, see there."""
+        """Runs `call`, see there; its arguments may also be a mapping, or a list or tuple, as the first one."""
+        arguments = self.named_arguments(args, kwargs)
         try:
-            return super().__call__(*args, **kwargs)
+            return super().__call__(**arguments)
         except InputError as error:
             # Keras buries the message in a listing of the arguments. Ours says all in one line.
             ours = error.__context__ if isinstance(error.__context__, InputError) else error
             raise ours from None
+
+    def named_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name; see `xglm_tf.inputs.named_arguments`."""
+        parameters = inspect.signature(self.call).parameters.values()
+        positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        return named_arguments(positional, [parameter.name for parameter in parameters], args, kwargs)
+
+    def predict_step(self, data: Any) -> Any:
+        """The outputs for a batch, without a cache, which nobody could use."""
+        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        arguments = {**self.named_arguments([inputs], {}), "use_cache": False, "training": False}
+        arguments.pop("labels", None)  # A loss per batch cannot be put together with others.
+        return self(**arguments)
 
     @classmethod
     def from_pretrained(
@@ -48,7 +68,8 @@ class TFXGLMPreTrainedModel(keras.Model):
 
         Args:
             folder: holds `config.json` and the weights, in any of the published formats.
-            dtype: type of the parameters, by name or as a TensorFlow type; "auto" keeps the file's.
+            dtype: type of parameters and computation, by name or as a TensorFlow type; "auto" keeps the file's. Or a
+                Keras policy, for example "mixed_bfloat16".
             weights: the format to read if there are several; see `open_checkpoint`.
 
         Returns:
@@ -58,8 +79,11 @@ class TFXGLMPreTrainedModel(keras.Model):
             CheckpointError: the folder holds no checkpoint, or it does not fit the model.
             ConfigError: its configuration is impossible.
         """
-        plan = plan_loading(open_checkpoint(folder, weights), with_head=cls.has_head, dtype=dtype)
-        return cls(plan.config, dtype=plan.dtype.name, plan=plan)  # type: ignore[call-arg]  # Its subclasses have it.
+        is_policy = isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_"))
+        policy = keras.dtype_policies.get(dtype) if is_policy else None
+        held = dtype if policy is None else policy.variable_dtype
+        plan = plan_loading(open_checkpoint(folder, weights), with_head=cls.has_head, dtype=held)
+        return cls(plan.config, dtype=policy or plan.dtype.name, plan=plan)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", dtype: Any = None
@@ -75,15 +99,144 @@ class TFXGLMPreTrainedModel(keras.Model):
             InputError: `dtype` or `max_shard_size` is unknown.
         """
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
-        specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
-        by_name = {spec.name: spec for spec in specs}
+        specs = self._specs()
         save_checkpoint(
-            folder, self.config, specs, stored, lambda name: read_weight(self, by_name[name], stored), max_shard_size
+            folder,
+            self.config,
+            tuple(specs.values()),
+            stored,
+            lambda name: read_weight(self, specs[name], stored),
+            max_shard_size,
         )
+
+    def get_input_embeddings(self) -> keras.layers.Embedding:
+        """The token embedding. Called with ids it gives what `inputs_embeds` takes: scaled embeddings."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, new_embeddings: Any) -> None:
+        """Takes over the values of another embedding; a tied head follows.
+
+        Differs: the values are copied, as Keras variables belong to one model.
+
+        Args:
+            new_embeddings: a layer with `embeddings`, or a `Dense` with a transposed `kernel`, or a matrix
+                [vocab_size, d_model].
+
+        Raises:
+            InputError: the matrix has another shape.
+        """
+        self.get_input_embeddings().embeddings.assign(embedding_matrix(new_embeddings, self.config))
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> keras.layers.Layer | None:
+        """The head; None, as the bare decoder has none."""
+        return None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> keras.layers.Embedding:
+        """Changes the vocabulary: old rows are kept, new ones are drawn from N(0, init_std), a tied head stays tied.
+
+        Variables of another shape are other variables: make the optimizer afterwards.
+
+        Args:
+            new_num_tokens: rows wanted; None keeps their number.
+            pad_to_multiple_of: round the number up to a multiple of this.
+
+        Returns:
+            The input embeddings; `config.vocab_size` is their number.
+
+        Raises:
+            InputError: a number is not a positive integer.
+            ConfigError: `config.pad_token_id` would be outside the vocabulary.
+        """
+        config, specs = resized_config(self.config, new_num_tokens, pad_to_multiple_of), self._specs()
+        for name in (EMBEDDING, HEAD):
+            if name in specs:
+                dtype = weights_dtype(self)
+                write_weight(self, specs[name], resized_rows(read_weight(self, specs[name], dtype), dtype, config))
+        self.config.vocab_size = config.vocab_size
+        self.forget_compiled()
+        return self.get_input_embeddings()
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
+        """Removes self-attention heads for good; the model computes what it would with these heads masked.
+
+        Args:
+            heads_to_prune: heads by the index of their block, numbered as in the unpruned model, as they are in a
+                `head_mask` afterwards, too. `config.pruned_heads` remembers them.
+
+        Raises:
+            ConfigError: there is no such block or head, or a block would have none left.
+        """
+        config, dtype, specs = pruned_config(self.config, heads_to_prune), weights_dtype(self), self._specs()
+        for name, value in pruned_weights(self.config, config, lambda name: read_weight(self, specs[name], dtype)):
+            write_weight(self, specs[name], value)
+        for index, layer in enumerate(self.model.layers):
+            layer.self_attn.heads = tuple(config.kept_heads(index))
+        self.config.pruned_heads = config.pruned_heads
+        self.forget_compiled()
+
+    def export(
+        self,
+        filepath: str | os.PathLike[str],
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes a SavedModel that TensorFlow runs without this package.
+
+        Its signature `serving_default`, which is also its method `serve`, takes `input_ids` and `attention_mask`, int32
+        [batch, length] of any size, and returns the first output by its name. Nothing is checked there: see `call`.
+
+        Args:
+            filepath: the folder to write.
+            format, verbose, kwargs: see `keras.Model.export`, which writes all other formats.
+            input_signature: specifications of other inputs, as `call` takes them.
+        """
+        if format != "tf_saved_model":
+            super().export(filepath, format, verbose, input_signature, **kwargs)
+            return
+
+        def serve(*inputs: Any) -> dict[str, tf.Tensor]:
+            outputs = self(*inputs, use_cache=False, return_dict=True)
+            return {outputs.keys()[0]: outputs[0]}
+
+        if input_signature is None:
+            names = ("input_ids", "attention_mask")
+            input_signature = [tf.TensorSpec((None, None), tf.int32, name) for name in names]
+        archive = keras.export.ExportArchive()
+        archive.track(self)
+        archive.add_endpoint("serve", serve, input_signature)
+        archive.write_out(filepath, verbose=bool(verbose), **kwargs)
 
     def num_parameters(self) -> int:
         """Number of parameters; a tied head counts once."""
         return sum(math.prod(weight.shape) for weight in self.weights)
+
+    def tie_weights(self) -> None:
+        """Does nothing: the bare decoder has no head."""
+
+    def forget_compiled(self) -> None:
+        """Drops compiled code, which holds on to variables that have been replaced."""
+        self.train_function = self.test_function = self.predict_function = None
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` makes the same architecture of, as plain Python objects.
+
+        Raises:
+            ConfigError: the activation is a callable, which cannot be saved.
+        """
+        return {**super().get_config(), "config": json.loads(self.config.to_json_string())}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """A model of the architecture that `get_config` describes, with random weights."""
+        return cls(**{**config, "config": XGLMConfig.from_dict(config["config"])})
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Does nothing: the variables exist from the beginning."""
 
     def create_weights(self, plan: LoadPlan | None) -> None:
         """Creates the variables with their first values: those of a checkpoint, or random ones."""
@@ -98,7 +251,7 @@ class TFXGLMPreTrainedModel(keras.Model):
 
         Differs: Keras gives variables their values when it creates them, by the initializers of their layers.
         """
-        for spec in weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings):
+        for spec in self._specs().values():
             if len(spec.shape) == 2:
                 normal = keras.initializers.RandomNormal(stddev=self.config.init_std)
                 set_initializer(self, spec, self._without_padding(normal) if spec.name == EMBEDDING else normal)
@@ -107,3 +260,22 @@ class TFXGLMPreTrainedModel(keras.Model):
         """An initializer whose row `pad_token_id`, if the vocabulary has one, is zero."""
         rows = tf.range(self.config.vocab_size)[:, None]
         return lambda shape, dtype: tf.where(rows == self.config.pad_token_id, 0, initializer(shape, dtype))
+
+    def _specs(self) -> dict[str, WeightSpec]:
+        """The weights by canonical name."""
+        specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
+        return {spec.name: spec for spec in specs}
+
+
+def embedding_matrix(embeddings: Any, config: XGLMConfig) -> tf.Tensor:
+    """The matrix [vocab_size, d_model] of an embedding, of a `Dense` head, or itself.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    if isinstance(embeddings, keras.layers.Dense):
+        matrix = tf.transpose(embeddings.kernel)
+    else:
+        matrix = tf.convert_to_tensor(getattr(embeddings, "embeddings", embeddings))
+    check_embeddings(matrix.shape, config)
+    return matrix

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -48,6 +49,52 @@ def read_weight(model: keras.Model, spec: WeightSpec, dtype: FloatType) -> np.nd
     return stored.T if spec.transposed else stored
 
 
+def write_weight(model: keras.Model, spec: WeightSpec, value: np.ndarray) -> None:
+    """Replaces a variable by one of another shape, but the same path, place, type and `trainable`.
+
+    Args:
+        model: the model.
+        spec: which weight; its shape is not looked at.
+        value: in canonical shape, in the storage type of `weights_dtype`.
+    """
+    layer, variable = _owner(model, spec)
+    old = getattr(layer, variable)
+    tensor = _as_tensor(value, spec, weights_dtype(model))
+    siblings = layer._trainable_variables
+    place = [sibling is old for sibling in siblings].index(True)
+    # As Keras itself does to quantize a layer that is built.
+    with unlocked(layer), name_scopes(layer.path.rpartition("/")[0]):
+        layer._untrack_variable(old)
+        new = layer.add_weight(name=variable, shape=tensor.shape, initializer=lambda *_, **__: tensor, dtype=old.dtype)
+        siblings.insert(place, siblings.pop())
+        setattr(layer, f"_{variable}" if hasattr(layer, f"_{variable}") else variable, new)
+    new.trainable = old.trainable
+    if isinstance(layer, keras.layers.Embedding):
+        layer.input_dim = len(value)
+    elif spec.transposed:
+        layer.units, width = value.shape
+        layer.input_spec = keras.InputSpec(min_ndim=2, axes={-1: width})
+
+
+@contextlib.contextmanager
+def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
+    """Lets a layer that is built have other variables and layers."""
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
+
+
+@contextlib.contextmanager
+def name_scopes(path: str) -> Iterator[None]:
+    """Has variables created with a path below this one."""
+    with contextlib.ExitStack() as scopes:
+        for name in path.split("/"):
+            scopes.enter_context(keras.name_scope(name))
+        yield
+
+
 def weights_dtype(model: keras.Model) -> FloatType:
     """The type of the model's variables."""
     return DTYPES[model.variable_dtype]
@@ -62,12 +109,18 @@ def _owner(model: keras.Model, spec: WeightSpec) -> tuple[keras.layers.Layer, st
 
 
 def _stored_value(plan: LoadPlan, spec: WeightSpec, shape: tuple[int, ...], dtype: Any) -> tf.Tensor:
-    """The value of a weight in a variable's layout, in memory that the variable will take over."""
-    stored = plan.read(spec)
+    """The value of a weight, for a variable of this shape and type."""
+    value = _as_tensor(plan.read(spec), spec, plan.dtype)
+    plan.release(spec)
+    return value
+
+
+def _as_tensor(stored: np.ndarray, spec: WeightSpec, dtype: FloatType) -> tf.Tensor:
+    """A weight in canonical shape as a tensor in its variable's layout, in memory that a variable will take over."""
+    stored = stored.T if spec.transposed else stored
     memory = np.empty(stored.nbytes + _ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % _ALIGNMENT
-    value = memory[begin : begin + stored.nbytes].view(stored.dtype).reshape(shape)
-    np.copyto(value, stored.T if spec.transposed else stored)
-    plan.release(spec)
+    value = memory[begin : begin + stored.nbytes].view(stored.dtype).reshape(stored.shape)
+    np.copyto(value, stored)
     tensor = tf.experimental.dlpack.from_dlpack(value.__dlpack__())
-    return tf.bitcast(tensor, tf.bfloat16) if plan.dtype is BFLOAT16 else tensor
+    return tf.bitcast(tensor, tf.bfloat16) if dtype is BFLOAT16 else tensor

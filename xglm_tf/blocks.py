@@ -1,0 +1,134 @@
+"""One block: self-attention, cross-attention, and a feed-forward layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
+from xglm_tf.attention import TFXGLMAttention
+from xglm_tf.cache import KeyValue, written
+
+ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+    "gelu": functools.partial(tf.nn.gelu, approximate=False),
+    "relu": tf.nn.relu,
+    "silu": tf.nn.silu,
+    "gelu_new": functools.partial(tf.nn.gelu, approximate=True),
+}
+
+
+class TFXGLMDecoderLayer(keras.layers.Layer):
+    """One pre-norm block: self-attention, attention to encoder states if there are any, and a feed-forward layer.
+
+    Each is x + f(norm(x)); the last is fc2(activation(fc1(norm(x)))).
+    """
+
+    def __init__(self, config: XGLMConfig, index: int, **kwargs: Any) -> None:
+        super().__init__(name=f"layers.{index}", **kwargs)
+        activation, dtype = config.activation_function, self.dtype_policy
+        self.config = config
+        self.self_attn = TFXGLMAttention(config, config.kept_heads(index), dtype=dtype, name="self_attn")
+        if config.add_cross_attention:
+            every = range(config.attention_heads)
+            self.encoder_attn = TFXGLMAttention(config, every, dtype=dtype, name="encoder_attn")
+            self.encoder_attn_layer_norm = layer_norm("encoder_attn_layer_norm", dtype)
+        self.self_attn_layer_norm = layer_norm("self_attn_layer_norm", dtype)
+        self.activation_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.fc1 = keras.layers.Dense(config.ffn_dim, dtype=dtype, name="fc1")
+        self.fc2 = keras.layers.Dense(config.d_model, dtype=dtype, name="fc2")
+        self.final_layer_norm = layer_norm("final_layer_norm", dtype)
+        self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
+        self.activation_dropout = keras.layers.Dropout(config.activation_dropout, dtype=dtype)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the variables."""
+        states = (None, None, self.config.d_model)
+        self.self_attn.build(states)
+        if self.config.add_cross_attention:
+            self.encoder_attn.build(states)
+            self.encoder_attn_layer_norm.build(states)
+        self.self_attn_layer_norm.build(states)
+        self.fc1.build(states)
+        self.fc2.build((None, None, self.config.ffn_dim))
+        self.final_layer_norm.build(states)
+
+    def call(
+        self,
+        hidden_states: tf.Tensor,
+        mask: tf.Tensor,
+        past: tuple[tf.Tensor, ...] | None = None,
+        start: tf.Tensor | None = None,
+        *,
+        encoder_hidden_states: tf.Tensor | None = None,
+        encoder_mask: tf.Tensor | None = None,
+        head_mask: tf.Tensor | None = None,
+        cross_attn_head_mask: tf.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor | None, tf.Tensor | None]:
+        """Runs the block.
+
+        Differs: it is given its own part of a cache and returns the new one. Keras walks through all arguments of each
+        layer, which would take long for a whole cache.
+
+        Args:
+            hidden_states: [batch, length, d_model].
+            mask: see `attention_mask_for`; the keys are the new positions alone if the cache is empty, else all that
+                it has room for.
+            past: storage of keys and values [batch, heads, capacity, head_dim], then the encoder's keys and values if
+                the cache holds any; or None.
+            start: how many positions `past` holds, int32; or None.
+            encoder_hidden_states: [batch, encoder length, d_model], or None.
+            encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
+            head_mask, cross_attn_head_mask: this block's rows, [config.attention_heads], or None.
+            output_attentions: whether to return the probabilities of both attentions.
+
+        Returns:
+            [batch, length, d_model]; `past` with the new keys and values, and with those of the encoder if there are
+            any; the probabilities of self-attention and cross-attention, or None.
+        """
+        residual = hidden_states
+        hidden_states = self.self_attn_layer_norm(hidden_states)
+        key, value = self.self_attn.keys_and_values(hidden_states)
+        present: tuple[tf.Tensor, ...] = ()
+        if past is not None:
+            present = written(past[0], key, start), written(past[1], value, start)
+            if tf.get_static_value(start) != 0:  # An empty cache has no keys but the new ones to attend to.
+                key, value = present
+        hidden_states, attentions = self.self_attn(
+            hidden_states, key, value, mask, head_mask=head_mask, output_attentions=output_attentions
+        )
+        hidden_states = residual + self.dropout(hidden_states)
+
+        cross_attentions = None
+        encoder = self._encoder_keys_and_values(past, encoder_hidden_states)
+        if encoder is not None:
+            residual = hidden_states
+            hidden_states, cross_attentions = self.encoder_attn(
+                self.encoder_attn_layer_norm(hidden_states),
+                *encoder,
+                encoder_mask,
+                head_mask=cross_attn_head_mask,
+                output_attentions=output_attentions,
+            )
+            hidden_states = residual + self.dropout(hidden_states)
+            present = (*present, *encoder)
+
+        residual = hidden_states
+        hidden_states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
+        hidden_states = self.fc2(self.activation_dropout(hidden_states))
+        return residual + self.dropout(hidden_states), present, attentions, cross_attentions
+
+    def _encoder_keys_and_values(self, past: tuple[tf.Tensor, ...] | None, states: tf.Tensor | None) -> KeyValue | None:
+        """What cross-attention attends to: the cache's, or the encoder states'; None if there is neither."""
+        if past is not None and len(past) == 4:
+            return past[2], past[3]
+        return None if states is None else self.encoder_attn.keys_and_values(states)
+
+
+def layer_norm(name: str, dtype: Any) -> keras.layers.LayerNormalization:
+    """The norm of all blocks, which computes in float32."""
+    return keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPS, dtype=dtype, name=name)
