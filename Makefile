@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 comma := ,
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help demo test lint format conformance golden tiny-model test-core test-torch test-tf test-flax clean
+.PHONY: help demo test fuzz lint format conformance golden tiny-model test-core test-torch test-tf test-flax clean
 
 help: ## list the targets
 	@grep -hE '^(# )?[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^(# )?([a-z-]+):.*## (.*)/  make \2|\3/' | column -t -s '|'
@@ -20,6 +20,9 @@ demo: $(READY) ## continue prompts with PyTorch, TensorFlow and JAX from one che
 
 test: $(READY) ## run all tests
 	$(BIN)/python -m pytest
+
+fuzz: $(READY) ## change checkpoint files at random, 20,000 times: each must load or be rejected
+	$(BIN)/python -m tests.fuzz 20000
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Whole folders in each format: the same weights, the same logits."""
 
+import importlib
 import json
 
 import numpy as np
@@ -24,7 +25,6 @@ from xglm_core.checkpoint import plan_loading
 from xglm_core.checkpoint.dtypes import FLOAT32
 from xglm_core.checkpoint.folder import WEIGHTS_FILE
 from xglm_core.checkpoint.formats import FORMATS
-from xglm_core.config import CONFIG_FILE
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.weight_names import EMBEDDING, HEAD
 
@@ -46,7 +46,7 @@ def write_flax_shard(path, flat):
         for key in owners:
             owner = owner.setdefault(key, {})
         owner[last] = array
-    path.write_bytes(__import__("flax").serialization.to_bytes(tree))
+    path.write_bytes(importlib.import_module("flax.serialization").to_bytes(tree))
 
 
 def flat(tree, place=""):
@@ -114,8 +114,8 @@ def written(request, untied, tmp_path_factory):
 class TestEveryLayout:
     def test_weights(self, written, untied):
         checkpoint = open_checkpoint(written)
-        names = checkpoint.names if (written / CONFIG_FILE).exists() else checkpoint.names | {HEAD}
-        assert names == WEIGHTS[untied].keys() | ({HEAD} if names != checkpoint.names or untied else set())
+        always_has_a_head = written.name.startswith("fairseq")
+        assert checkpoint.names == WEIGHTS[untied].keys() | ({HEAD} if always_has_a_head else set())
         for name, array in WEIGHTS[untied].items():
             np.testing.assert_array_equal(checkpoint.read(name), array, err_msg=name)
             assert checkpoint.info(name).shape == array.shape
@@ -180,7 +180,6 @@ class TestDtypes:
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
     @pytest.mark.parametrize("legacy", [False, True])
     def test_torch(self, tmp_path, dtype, legacy):
-        torch = library("torch")
         write_torch(tmp_path / "pytorch_model.bin", WEIGHTS[False], dtype, legacy=legacy)
         CONFIG.save_pretrained(tmp_path)
         checkpoint = open_checkpoint(tmp_path)
@@ -193,7 +192,7 @@ class TestDtypes:
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
     def test_flax(self, tmp_path, dtype):
         library("jax")
-        jnp = __import__("jax.numpy").numpy
+        jnp = importlib.import_module("jax.numpy")
         write_flax(
             tmp_path / "flax_model.msgpack",
             CONFIG,
@@ -247,7 +246,7 @@ class TestPreference:
         with pytest.raises(CheckpointError, match=r"no pytorch_model\.bin here, found weights in the formats safetens"):
             open_checkpoint(tmp_path, "torch")
         (tmp_path / WEIGHTS_FILE).unlink()
-        with pytest.raises(CheckpointError, match="no checkpoint here; expected config.json and model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint here; expected config\.json and model\.safet"):
             open_checkpoint(tmp_path, "torch")
 
 

@@ -102,8 +102,10 @@ class TorchFile(TensorFile):
         for key in keys:
             stored = int.from_bytes(self._map[position : position + _COUNT_BYTES], "little")
             position += _COUNT_BYTES
+            if stored != storages[key].count:
+                raise self._damaged(f"storage {shown(key)}: has {stored} numbers, expected {storages[key].count}")
             size = stored * _ITEM_BYTES[storages[key].kind]
-            self._place(storages[key], position, min(size, self._size - position))
+            self._place(storages[key], position, max(0, min(size, self._size - position)))
             position += size
         if position != self._size:
             raise self._damaged(f"the tensors end at byte {position}, but the file has {self._size}")

@@ -1,0 +1,152 @@
+"""Changes checkpoint files at random: they must load correctly or be rejected in one line, and nothing else.
+
+    python -m tests.fuzz [CASES] [SEED]
+
+runs that many cases, shared among the readers, and prints what came of them.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tests.checkpoint_files import fairseq_checkpoint, library, write_flax, write_keras, write_torch
+from xglm_core import XGLMConfig
+from xglm_core.checkpoint.dtypes import FLOAT32
+from xglm_core.checkpoint.formats import FORMATS
+from xglm_core.checkpoint.mapped import TensorFile
+from xglm_core.checkpoint.safetensors import write_safetensors
+from xglm_core.errors import CheckpointError
+from xglm_core.weight_names import HEAD
+
+CONFIG = XGLMConfig(vocab_size=7, d_model=4, ffn_dim=3, num_layers=1, attention_heads=1)
+RANDOM = np.random.default_rng(0)
+WEIGHTS = {
+    "model.embed_tokens.weight": RANDOM.standard_normal((7, 4), dtype=np.float32),
+    "model.layers.0.fc1.weight": RANDOM.standard_normal((3, 4), dtype=np.float32),
+    "model.layers.0.fc1.bias": RANDOM.standard_normal(3, dtype=np.float32),
+}
+DATASETS = {
+    "model/tfxglm_for_causal_lm/model/embed_tokens/weight:0": WEIGHTS["model.embed_tokens.weight"],
+    "model/tfxglm_for_causal_lm/model/layers.0/fc1/kernel:0": WEIGHTS["model.layers.0.fc1.weight"].T,
+    "lm_head/tfxglm_for_causal_lm/lm_head/kernel:0": WEIGHTS["model.embed_tokens.weight"].T,
+}
+
+# What lengths, offsets and instructions of a pickle turn into.
+BYTES = b"\x00\x01\x02\x07\x08\x7f\x80\xfe\xff(.)0123456789NRQbcehijqrstu}]\x81\x85\x86\x87\x8a\x8b\x93\x94"
+INTEGERS = [0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+def _write_safetensors(path: Path) -> None:
+    with open(path, "wb") as file:
+        write_safetensors(file, [(n, FLOAT32, a.shape) for n, a in WEIGHTS.items()], WEIGHTS.__getitem__)
+
+
+# Name of a kind of file -> its format, and what writes a good one.
+KINDS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "safetensors": ("safetensors", _write_safetensors),
+    "torch": ("torch", lambda path: write_torch(path, WEIGHTS)),
+    "torch-legacy": ("torch", lambda path: write_torch(path, WEIGHTS, legacy=True)),
+    "flax": ("flax", lambda path: write_flax(path, CONFIG, WEIGHTS)),
+    "tf": ("tf", lambda path: write_keras(path, DATASETS)),
+    "tf-new": ("tf", lambda path: write_keras(path, DATASETS, libver="latest")),
+    "fairseq": ("fairseq", lambda path: library("torch").save(fairseq_checkpoint(CONFIG, WEIGHTS), path)),
+}
+
+
+def mutants(whole: bytes, cases: int, seed: int) -> Iterator[bytes]:
+    """Changed copies of a file."""
+    chance = random.Random(seed)
+    for _ in range(cases):
+        mutant = bytearray(whole)
+        for _ in range(chance.choice([1, 1, 1, 2, 4, 16])):
+            _mutate(mutant, chance)
+        yield bytes(mutant)
+
+
+def _mutate(data: bytearray, chance: random.Random) -> None:
+    at = chance.randrange(len(data) + 1)
+    # A part of the file, most often a short one.
+    length = min(len(data), chance.choice([1, 2, 4, 8, 64, 1024]))
+    source = chance.randrange(len(data) - length + 1)
+    match chance.randrange(8):
+        case 0 | 1 | 2 if at < len(data):
+            data[at] = chance.choice(BYTES)
+        case 3 if at < len(data):
+            data[at] ^= 1 << chance.randrange(8)
+        case 4:
+            width = chance.choice([2, 4, 8])
+            number = chance.choice(INTEGERS) % 2 ** (8 * width)
+            data[at : at + width] = number.to_bytes(width, chance.choice(["little", "big"]))
+        case 5:
+            data[at:at] = data[source : source + length]
+        case 6:
+            data[at : at + length] = data[source : source + length]
+        case 7 if chance.random() < 0.5:
+            del data[at:]
+        case _:
+            del data[at : at + length]
+
+
+def outcome(kind: Callable[[Path], TensorFile], path: Path) -> str:
+    """Reads all that a file has: "loaded", or what it was rejected for."""
+    try:
+        file = kind(path)
+    except CheckpointError as error:
+        message = str(error)
+        assert message.startswith(f"{path}: "), message
+        assert message.isprintable(), message
+        assert len(message) < len(str(path)) + 320, message
+        return "rejected"
+    size = path.stat().st_size
+    assert sum(info.nbytes for name, info in file.tensors.items() if name != HEAD) <= size
+    for name, info in file.tensors.items():
+        array = file.read(name)
+        assert array.shape == info.shape
+        assert array.dtype == info.dtype.storage
+        assert array.copy().nbytes == info.nbytes <= size
+        file.release(name)
+    return "loaded"
+
+
+def fuzz(name: str, path: Path, cases: int, seed: int) -> tuple[dict[str, int], float]:
+    """Outcomes of so many cases of one kind, and the time of the slowest in seconds."""
+    format, write = KINDS[name]
+    write(path)
+    counts: dict[str, int] = collections.Counter()
+    slowest = 0.0
+    for case, mutant in enumerate(mutants(path.read_bytes(), cases, seed)):
+        path.unlink()  # Views of the file before may be in use still.
+        path.write_bytes(mutant)
+        begin = time.perf_counter()
+        try:
+            counts[outcome(FORMATS[format].open, path)] += 1
+        except BaseException as error:
+            error.add_note(f"{name}, seed {seed}, case {case}")
+            raise
+        slowest = max(slowest, time.perf_counter() - begin)
+    return counts, slowest
+
+
+def main(cases: int = 20_000, seed: int = 0) -> None:
+    """Runs all kinds and prints a table."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in KINDS:
+            fuzz(name, Path(folder) / "file", 10, seed)  # Loads the libraries.
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for name in KINDS:
+            counts, slowest = fuzz(name, Path(folder) / "file", cases // len(KINDS) + 1, seed)
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+            print(f"{name:13} {dict(counts)}  slowest {1000 * slowest:.0f} ms, memory grown by {grown} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
