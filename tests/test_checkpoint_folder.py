@@ -11,8 +11,9 @@ import pytest
 from tests.frameworks import backends_under_test
 from xglm_core import XGLMConfig, open_checkpoint
 from xglm_core.checkpoint import DTYPES, convert, plan_loading, save_checkpoint
-from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, float_type
+from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, float_type
 from xglm_core.checkpoint.folder import INDEX_FILE, WEIGHTS_FILE, parse_size
+from xglm_core.checkpoint.mapped import copy_numbers
 from xglm_core.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from xglm_core.config import CONFIG_FILE
 from xglm_core.errors import CheckpointError, ConfigError, InputError
@@ -261,12 +262,18 @@ class TestIndex:
             '{"weight_map": []}',
             '{"weight_map": {"a": ["b"]}}',
             '{"weight_map": {"a": 1, "b": "c"}}',
+            '{"weight_map": {"a": "b", "a": "b"}}',
         ],
         ids=lambda text: text[:40],
     )
     def test_no_index(self, folder, text):
         (folder / INDEX_FILE).write_text(text)
         with pytest.raises(CheckpointError, match=f"{INDEX_FILE}: expected a JSON object with a 'weight_map'"):
+            open_checkpoint(folder)
+
+    def test_huge_index(self, folder):
+        (folder / INDEX_FILE).write_text("[" + "[]," * 2_000_001 + "[]]")
+        with pytest.raises(CheckpointError, match=f"{INDEX_FILE}: has more than 6000000 bytes"):
             open_checkpoint(folder)
 
     def test_missing_shard(self, folder):
@@ -468,6 +475,27 @@ class TestPlan:
             self.plan(tmp_path, dtype="float64")
 
 
+class TestHugeConfigurations:
+    """A small file must not make the reader list what no memory holds."""
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"num_layers": 10**12}, "config.json has 1000000000000 layers, but there are only 51 tensors"),
+            (
+                {"d_model": 10**12, "attention_heads": 10**12},
+                r"model.embed_tokens.weight is \[131, 35\], expected \[131, 1",
+            ),
+            ({"vocab_size": 10**15}, r"model.embed_tokens.weight is \[131, 35\], expected \[1000000000000000, 35\]"),
+        ],
+    )
+    def test_sizes(self, tmp_path, change, match):
+        save(tmp_path, random_weights())
+        XGLMConfig.from_dict({**CONFIG.to_dict(), **change}).save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match=match):
+            plan_loading(open_checkpoint(tmp_path), with_head=True)
+
+
 class TestDtypeNames:
     @pytest.mark.parametrize("name", ["float32", "float16"])
     def test_numpy(self, name):
@@ -573,6 +601,30 @@ class TestConversion:
         np.testing.assert_array_equal(convert(converted, target, FLOAT32)[small], array[small])
         rows = [convert(row, FLOAT32, target) for row in array] if len(shape) == 2 and array.size else []
         np.testing.assert_array_equal(converted, rows or converted)
+
+    @pytest.mark.parametrize("shape", [(3, 5), (100, 33), (33, 100), (1, 7), (0, 4)])
+    @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+    def test_copy_of_a_transposed_matrix(self, shape, dtype):
+        array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+        for source in (array, array.T, array[::2], array[:, ::-1]):
+            target = np.full(source.shape, np.nan, dtype)
+            copy_numbers(target, source)
+            np.testing.assert_array_equal(target, source)
+
+    def test_float64(self):
+        values = np.array([1 / 3, 1e300, -1e300, np.nan, 2.0**-24, 1 + 2.0**-30])
+        expected = [np.float32(1 / 3), np.inf, -np.inf, np.nan, 2.0**-24, 1]
+        np.testing.assert_array_equal(convert(values, FLOAT64, FLOAT32), np.array(expected, np.float32))
+        np.testing.assert_array_equal(
+            convert(values, FLOAT64, BFLOAT16), convert(np.array(expected, np.float32), FLOAT32, BFLOAT16)
+        )
+
+    def test_transposed_matrix_stays_transposed(self):
+        """In another order of its numbers, it would be copied once more on the way into Flax or Keras."""
+        array = np.random.default_rng(0).standard_normal((300, 700)).astype(np.float32)
+        converted = convert(array.T, FLOAT32, FLOAT16)
+        assert converted.T.flags.c_contiguous
+        np.testing.assert_array_equal(converted, array.T.astype(np.float16))
 
     def test_other_layouts(self):
         array = np.arange(12, dtype=np.float32).reshape(3, 4)

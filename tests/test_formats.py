@@ -18,6 +18,7 @@ from tests.checkpoint_files import (
     write_shards,
     write_torch,
 )
+from tests.frameworks import Framework, backends_under_test
 from tests.models import CONFIG, IDS, LEFT, changed
 from tests.test_imports import run
 from xglm_core import open_checkpoint
@@ -131,6 +132,16 @@ class TestEveryLayout:
         expected = fw.logits(fw.causal_lm.from_pretrained(tmp_path), IDS, LEFT)
         # The same numbers in the same layout in memory: the same logits, bit for bit.
         np.testing.assert_array_equal(fw.logits(fw.causal_lm.from_pretrained(written), IDS, LEFT), expected)
+
+    def test_memory_layout(self, written):
+        """PyTorch's kernels expect rows of numbers, on addresses of numbers."""
+        if "torch" not in backends_under_test():
+            pytest.skip("not in XGLM_TEST_BACKENDS")
+        torch_lm = Framework("torch").causal_lm
+        for dtype in ("float32", "float16"):
+            for name, parameter in torch_lm.from_pretrained(written, dtype=dtype).named_parameters():
+                assert parameter.is_contiguous(), name
+                assert parameter.data_ptr() % parameter.element_size() == 0, name
 
     def test_bare_decoder(self, fw, written):
         model = fw.decoder.from_pretrained(written)

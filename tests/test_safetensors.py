@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT32
+from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64
 from xglm_core.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from xglm_core.errors import CheckpointError
 from xglm_core.files import replacing
@@ -64,7 +64,7 @@ class TestAgainstTheReferenceLibrary:
             np.testing.assert_array_equal(theirs[name], array)
             assert theirs[name].shape == array.shape
 
-    @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=lambda dtype: dtype.name)
+    @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, FLOAT64], ids=lambda dtype: dtype.name)
     def test_we_read_its(self, path, dtype):
         arrays = {name: np.asarray(array, dtype.storage) for name, array in ARRAYS.items()}
         safetensors.numpy.save_file(arrays, path, metadata={"format": "np", "note": "any"})
@@ -191,7 +191,7 @@ HOSTILE = {
     "entry is a list": ({"a": ["F32", [1], [0, 4]]}, VALUES[:4], "expected dtype, shape and data_offsets"),
     "no dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, VALUES[:4], "expected dtype, shape and data_offsets"),
     "another key": ({"a": {**entry(), "more": 1}}, VALUES[:4], "expected dtype, shape and data_offsets"),
-    "unknown dtype": ({"a": entry(dtype="I64", end=8)}, VALUES, "dtype is 'I64', expected one of F32, F16, BF16"),
+    "unknown dtype": ({"a": entry(dtype="I64", end=8)}, VALUES, "dtype is 'I64', expected one of F32, F16, BF16, F64"),
     "dtype in lower case": ({"a": entry(dtype="f32")}, VALUES[:4], "dtype is 'f32'"),
     "dtype is a number": ({"a": entry(dtype=32)}, VALUES[:4], "dtype is 32"),
     "dtype is a list": ({"a": entry(dtype=["F32"])}, VALUES[:4], "dtype is"),

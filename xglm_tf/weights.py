@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FloatType, convert
 from xglm_core.checkpoint.loading import LoadPlan
+from xglm_core.checkpoint.mapped import copy_numbers
 from xglm_core.weight_names import WeightSpec
 
 Initializer = Callable[..., tf.Tensor]
@@ -121,6 +122,6 @@ def _as_tensor(stored: np.ndarray, spec: WeightSpec, dtype: FloatType) -> tf.Ten
     memory = np.empty(stored.nbytes + _ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % _ALIGNMENT
     value = memory[begin : begin + stored.nbytes].view(stored.dtype).reshape(stored.shape)
-    np.copyto(value, stored)
+    copy_numbers(value, stored)
     tensor = tf.experimental.dlpack.from_dlpack(value.__dlpack__())
     return tf.bitcast(tensor, tf.bfloat16) if dtype is BFLOAT16 else tensor

@@ -8,6 +8,7 @@ from torch import nn
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FloatType
 from xglm_core.checkpoint.loading import LoadPlan
+from xglm_core.checkpoint.mapped import copy_numbers
 
 
 def load_weights(model: nn.Module, plan: LoadPlan) -> None:
@@ -22,10 +23,11 @@ def load_weights(model: nn.Module, plan: LoadPlan) -> None:
     """
     for spec in plan.specs:
         module, name = _owner(model, spec.name)
-        # Differs: the layout is that of safetensors and PyTorch's own files; only what is not is copied.
-        stored = plan.read(spec)
-        array = np.require(stored, requirements=["C", "ALIGNED"])
-        if array is not stored:
+        array = plan.read(spec)
+        # Differs: the layout is that of most files. What a file has transposed or not aligned is copied.
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            stored, array = array, np.empty(array.shape, array.dtype)
+            copy_numbers(array, stored)
             plan.release(spec)
         setattr(module, name, nn.Parameter(_from_numpy(array, plan.dtype)))
 
