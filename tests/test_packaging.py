@@ -37,10 +37,10 @@ def test_the_extra_of_a_backend_is_its_frameworks(backend):
     assert names(EXTRAS[backend.name]) == set(backend.frameworks)
 
 
-def test_all_holds_every_backend():
+def test_all_holds_every_backend_and_format():
     (requirement,) = EXTRAS["all"]
     assert requirement.name == PROJECT["name"] == "xglm"
-    assert requirement.extras == {*BACKENDS, "hub"}
+    assert requirement.extras == {*BACKENDS, "hub", "h5"}
 
 
 def test_cpu_build_of_tensorflow_is_no_part_of_all():

@@ -280,6 +280,15 @@ class TestHostileFiles:
         path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
         self.rejected(path, "not JSON" if length == 1 else f"the header claims {length} bytes, but [0-9]+ follow")
 
+    def test_one_of_many_names_twice(self, path):
+        """In time that grows with their number alone."""
+        names = ",".join(f'"{number}":0' for number in [*range(400_000), 399_999])
+        self.rejected(write_raw(path, b"{%s}" % names.encode()), "the header names '399999' twice")
+
+    def test_many_tensors(self, path):
+        write_raw(path, {str(number): entry(0, 0, [0]) for number in range(60_000)})
+        self.rejected(path, "the file has more than 50000 tensors")
+
     def test_every_truncation(self, path):
         write(path, ARRAYS)
         whole = path.read_bytes()

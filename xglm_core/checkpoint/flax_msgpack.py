@@ -24,7 +24,7 @@ _CHUNKED = "__msgpack_chunked_array__"
 _ARRAY_TYPE = 1
 
 _MOST_DEPTH = 16
-_MOST_ENTRIES = 200_000  # Of all maps together.
+_MOST_ENTRIES = 100_000  # Of all maps together.
 _LONGEST_KEY = 255
 
 # First byte -> kind of value, and how many bytes its length or the number itself has.

@@ -50,7 +50,7 @@ class KerasFile(TensorFile):
         except MemoryError:
             raise self._damaged("the tree of the file is damaged: it claims sizes that no memory holds") from None
         except Exception as error:  # HDF5 and h5py have no closed list of what a damaged file raises.
-            raise self._damaged(f"the tree of the file is damaged: {' '.join(str(error).split())}") from None
+            raise self._damaged(f"the tree of the file is damaged: {shown(str(error))}") from None
         self._check_overlaps()
 
     @staticmethod

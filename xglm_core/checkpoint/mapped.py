@@ -19,7 +19,9 @@ LARGEST = 2**48  # Of a size, an offset or a number of elements; far from any ov
 
 _MOST_DIMENSIONS = 32  # numpy has a limit too, which differs between its versions.
 _COPIED_BYTES = 32  # Of each row; measured to be fastest, 64 takes 10% more.
-_MOST_TENSORS = 100_000  # So that describing them takes tens of megabytes at most; the largest XGLM has 771.
+# So that describing them takes tens of megabytes at most; the largest XGLM has 771, with names of 60 characters.
+_MOST_TENSORS = 50_000
+_LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class TensorFile:
 
     def _add(self, name: str, info: TensorInfo) -> None:
         """Enters a tensor, whose name is that of no other."""
+        if len(name) > _LONGEST_NAME:
+            raise self._damaged(f"tensor {shown(name)}: its name has more than {_LONGEST_NAME} characters")
         if not name.isprintable():  # Names are part of other messages, which must stay one line.
             raise self._damaged(f"the tensor name {shown(name)} is no printable text")
         if name in self.tensors:

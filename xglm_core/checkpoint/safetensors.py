@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import BY_CODE, FloatType
-from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, are_sizes, is_shape
+from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, are_sizes, is_shape, shown
 from xglm_core.errors import CheckpointError
 
 _LENGTH_BYTES = 8
@@ -60,10 +60,11 @@ class SafetensorsFile(TensorFile):
         return _LENGTH_BYTES + length, header
 
     def _unique_names(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise self._damaged(f"the header names {next(n for n in names if names.count(n) > 1)!r} twice")
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise self._damaged(f"the header names {shown(name)} twice")
+            result[name] = value
         return result
 
     def _tensor_info(self, name: str, entry: Any, start: int) -> TensorInfo:
