@@ -1,3 +1,6 @@
+import os
+import tempfile
+
 import pytest
 
 from conformance.random_weights import write_checkpoint
@@ -6,14 +9,24 @@ from tests.models import CONFIG, CROSS_CONFIG
 from xglm_core.backends import require_frameworks
 from xglm_core.errors import BackendError
 
+_COMPILED = tempfile.TemporaryDirectory(prefix="xglm-tests-")
+
 
 def pytest_configure():
     """A backend that was asked for and cannot be imported is an error: its tests must not vanish in silence."""
+    # Many tests, and the commands that some of them run, have JAX compile the same small model.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     for name in backends_under_test():
         try:
             require_frameworks(name)
         except BackendError as error:
             raise pytest.UsageError(f"{error} (or leave {name} out of XGLM_TEST_BACKENDS)") from None
+
+
+def pytest_unconfigure():
+    """Removes what JAX has compiled."""
+    _COMPILED.cleanup()
 
 
 @pytest.fixture(scope="module", params=backends_under_test())

@@ -217,16 +217,17 @@ class TestDtypes:
             np.testing.assert_array_equal(checkpoint.read(name, FLOAT32), expected)
 
 
-class TestPreference:
-    @pytest.fixture(scope="class")
-    def everything(self, tmp_path_factory):
-        """All formats, told apart by their last bias."""
-        folder = tmp_path_factory.mktemp("everything")
-        for index, layout in enumerate(["torch", "flax", "tf", "fairseq"], 1):
-            LAYOUTS[layout](folder, CONFIG, {**WEIGHTS[False], "model.layer_norm.bias": np.full(35, index, np.float32)})
-        write_checkpoint(folder, CONFIG, seed=1)
-        return folder
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """All formats, told apart by their last bias."""
+    folder = tmp_path_factory.mktemp("everything")
+    for index, layout in enumerate(["torch", "flax", "tf", "fairseq"], 1):
+        LAYOUTS[layout](folder, CONFIG, {**WEIGHTS[False], "model.layer_norm.bias": np.full(35, index, np.float32)})
+    write_checkpoint(folder, CONFIG, seed=1)
+    return folder
 
+
+class TestPreference:
     def bias(self, folder, weights=None):
         return float(open_checkpoint(folder, weights).read("model.layer_norm.bias")[0])
 

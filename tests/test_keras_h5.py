@@ -147,7 +147,7 @@ class TestRefused:
         rejected(path, "'a': is a Datatype, expected a dataset")
 
     @pytest.mark.parametrize("data", [b"", b"\x89HDF", b"PK\3\4" * 9, b"\x89HDF\r\n\x1a\n" + bytes(100)])
-    def test_other_kinds(self, path, data):
+    def test_other_kinds(self, path, h5py, data):
         path.write_bytes(data)
         rejected(path, "expected at least 8 bytes|does not begin as an HDF5 file|the tree of the file is damaged")
 

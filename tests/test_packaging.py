@@ -29,7 +29,7 @@ def names(requirements):
 
 
 def test_core_needs_no_framework():
-    assert names(map(Requirement, PROJECT["dependencies"])) == {"numpy", "sentencepiece"}
+    assert names(map(Requirement, PROJECT["dependencies"])) == {"numpy", "sentencepiece", "tokenizers"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)

@@ -1,24 +1,20 @@
-"""XGLMTokenizer, judged by SentencePiece itself and by numbers of transformers."""
+"""Both tokenizers, judged by SentencePiece itself and by numbers of transformers."""
 
-import json
 import pickle
-import shutil
 import subprocess
 import sys
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 
 from tests.frameworks import Framework, backends_under_test
+from tests.tokenizers_under_test import CHECKPOINT, CORPUS, VOCABULARY, json_folder, piece_ids, tokenizer
 from xglm_core import XGLMTokenizer
-from xglm_core.errors import CheckpointError, InputError
+from xglm_core.errors import InputError
 
-CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny_model" / "checkpoint"
-VOCABULARY = CHECKPOINT / "sentencepiece.bpe.model"
-CORPUS = sorted((CHECKPOINT.parent / "corpus").glob("*.txt"))
+__all__ = ["json_folder", "tokenizer"]  # Fixtures.
 
 # The argument that asks for a backend's tensors.
 RETURN_TENSORS = {"torch": "pt", "tf": "tf", "flax": "jax"}
@@ -54,16 +50,6 @@ GOLDEN = [
 @pytest.fixture(scope="module")
 def processor():
     return sentencepiece.SentencePieceProcessor(model_file=str(VOCABULARY))
-
-
-@pytest.fixture
-def tokenizer():
-    return XGLMTokenizer.from_pretrained(CHECKPOINT)
-
-
-def piece_ids(processor, text):
-    """fairseq's ids of SentencePiece's pieces."""
-    return [piece + 1 if piece else 3 for piece in processor.encode(text)]
 
 
 class TestIds:
@@ -107,6 +93,11 @@ class TestIds:
         with pytest.raises(InputError, match="lone surrogate"):
             tokenizer.tokenize(text)
 
+    def test_batches_are_checked_too(self, tokenizer):
+        for bad, message in ((None, r"a text is None \(NoneType\)"), (b"a", "a text is b'a'"), ("\ud800", "lone surr")):
+            with pytest.raises(InputError, match=message):
+                tokenizer(["a"] * 99 + [bad])
+
     @pytest.mark.parametrize("text", [None, 3, b"bytes", ["a", None], [["a"]]])
     def test_what_is_no_text_is_refused(self, tokenizer, text):
         with pytest.raises(InputError, match=r"a text is .*, expected a string"):
@@ -135,14 +126,16 @@ class TestVocabulary:
         assert [getattr(tokenizer, f"{role}_token_id") for role in roles] == [0, 1, 2, 3, 2, 0]
         tokenizer.pad_token = "</s>"
         assert tokenizer.pad_token_id == 2
+        tokenizer.pad_token_id = 0
+        assert tokenizer.pad_token == "<s>"
         tokenizer.pad_token = None
         assert tokenizer.pad_token_id is None
 
-    def test_special_tokens_must_be_in_the_vocabulary(self):
-        with pytest.raises(InputError, match="eos_token is '<end>', expected None or one of <s>, <pad>"):
-            XGLMTokenizer(VOCABULARY, eos_token="<end>")
-        with pytest.raises(InputError, match="additional_special_tokens is '<n>', expected"):
-            XGLMTokenizer(VOCABULARY, additional_special_tokens=["<madeupword0>", "<n>"])
+    def test_a_role_needs_a_special_token(self, tokenizer):
+        with pytest.raises(
+            InputError, match=r"eos_token is '<end>', expected None or one of <s>, <pad>.*; add_special"
+        ):
+            tokenizer.eos_token = "<end>"
 
 
 class TestDecode:
@@ -228,7 +221,11 @@ class TestBatches:
     def test_errors(self, tokenizer):
         with pytest.raises(InputError, match=r"have 2 to \d tokens, so they fit no tensor; use padding=True"):
             tokenizer(self.TEXTS, return_tensors="np")
-        with pytest.raises(InputError, match="padding is 'max_length', expected True, False or 'longest'"):
+        with pytest.raises(InputError, match="padding is 'most', expected True, False, 'longest' or 'max_length'"):
+            tokenizer("a", padding="most")
+        with pytest.raises(
+            InputError, match="padding needs max_length, as the tokenizer's model_max_length is not set"
+        ):
             tokenizer("a", padding="max_length")
         with pytest.raises(InputError, match="padding_side is 'top', expected 'right' or 'left'"):
             tokenizer("a", padding=True, padding_side="top")
@@ -239,88 +236,12 @@ class TestBatches:
             tokenizer(self.TEXTS, padding=True)
 
 
-class TestFiles:
-    def test_round_trip(self, tokenizer, tmp_path):
-        tokenizer.save_pretrained(tmp_path / "new")
-        assert (tmp_path / "new" / VOCABULARY.name).read_bytes() == VOCABULARY.read_bytes()
-        again = XGLMTokenizer.from_pretrained(tmp_path / "new")
-        assert again("The children") == tokenizer("The children")
-        assert again.padding_side == "right"
-        config = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text(encoding="utf-8"))
-        assert config == {
-            "additional_special_tokens": [f"<madeupword{i}>" for i in range(7)],
-            "bos_token": "<s>",
-            "cls_token": "<s>",
-            "eos_token": "</s>",
-            "pad_token": "<pad>",
-            "sep_token": "</s>",
-            "sp_model_kwargs": {},
-            "tokenizer_class": "XGLMTokenizer",
-            "unk_token": "<unk>",
-        }
-
-    def test_keys_survive(self, tmp_path):
-        shutil.copy(VOCABULARY, tmp_path)
-        config = {"model_max_length": 2048, "tokenizer_file": None, "padding_side": "left"}
-        # transformers writes some tokens as objects.
-        config |= {"eos_token": {"__type": "AddedToken", "content": "<s>"}, "sp_model_kwargs": {"alpha": 0.5}}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        tokenizer = XGLMTokenizer.from_pretrained(tmp_path, cls_token=None)
-        assert tokenizer.eos_token_id == 0
-        tokenizer.save_pretrained(tmp_path)
-        saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
-        assert saved == saved | config | {"eos_token": "<s>", "cls_token": None}
-
-    def test_config_is_optional(self, tokenizer, tmp_path):
-        shutil.copy(VOCABULARY, tmp_path)
-        assert XGLMTokenizer.from_pretrained(tmp_path)("The children") == tokenizer("The children")
-
-    def test_pickle(self, tokenizer):
-        tokenizer.padding_side = "left"
-        again = pickle.loads(pickle.dumps(tokenizer))
-        texts = ["The children", "a</s>"]
-        assert again(texts, padding=True) == tokenizer(texts, padding=True)
-
-    def test_missing_vocabulary(self, tmp_path):
-        with pytest.raises(CheckpointError, match=r"sentencepiece\.bpe\.model: cannot be read: No such file"):
-            XGLMTokenizer.from_pretrained(tmp_path)
-
-    @pytest.mark.parametrize("content", [b"", b"\0", b"no model", VOCABULARY.read_bytes()[:-1]])
-    def test_damaged_vocabulary(self, tmp_path, content):
-        path = tmp_path / "vocabulary"
-        path.write_bytes(content)
-        with pytest.raises(
-            CheckpointError, match="vocabulary: expected a SentencePiece model, but it cannot be loaded"
-        ):
-            XGLMTokenizer(path)
-
-    def test_vocabulary_in_another_order(self, tmp_path):
-        path = str(tmp_path / "vocabulary")
-        text = iter(CORPUS[0].read_text(encoding="utf-8").splitlines())
-        with open(path, "wb") as file:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=text, model_writer=file, vocab_size=100, pad_id=0, unk_id=3, minloglevel=2
-            )
-        with pytest.raises(CheckpointError, match=r"begin with .*'<pad>'.*, expected <unk>, <s>, </s>"):
-            XGLMTokenizer(path)
-
-    @pytest.mark.parametrize("text", ["{", "[]", '"text"', "[" * 10**5])
-    def test_damaged_config(self, tmp_path, text):
-        shutil.copy(VOCABULARY, tmp_path)
-        (tmp_path / "tokenizer_config.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: expected a JSON object"):
-            XGLMTokenizer.from_pretrained(tmp_path)
-
-    def test_unknown_sentencepiece_options(self):
-        with pytest.raises(CheckpointError, match=r"cannot be loaded: .*'speed'"):
-            XGLMTokenizer(VOCABULARY, sp_model_kwargs={"speed": 2})
-
-
 def test_only_the_framework_asked_for_is_imported():
     code = """
 import sys, xglm_core
 assert "sentencepiece" not in sys.modules
 xglm_core.XGLMTokenizer.from_pretrained(sys.argv[1])("a", return_tensors="np")
+xglm_core.XGLMTokenizerFast.from_pretrained(sys.argv[1])("a", return_tensors="np")
 assert not {"torch", "tensorflow", "jax"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code, CHECKPOINT], check=True)

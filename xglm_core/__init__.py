@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from xglm_core.checkpoint.folder import open_checkpoint
     from xglm_core.config import XGLMConfig
     from xglm_core.generation.config import GenerationConfig
+    from xglm_core.tokenization.fast import XGLMTokenizerFast
     from xglm_core.tokenization.sentencepiece import XGLMTokenizer
 
 __version__ = "0.1.0"
@@ -18,10 +19,11 @@ _HOMES = {
     "GenerationConfig": "xglm_core.generation.config",
     "XGLMConfig": "xglm_core.config",
     "XGLMTokenizer": "xglm_core.tokenization.sentencepiece",
+    "XGLMTokenizerFast": "xglm_core.tokenization.fast",
     "open_checkpoint": "xglm_core.checkpoint.folder",
 }
 
-__all__ = ["GenerationConfig", "XGLMConfig", "XGLMTokenizer", "open_checkpoint"]
+__all__ = ["GenerationConfig", "XGLMConfig", "XGLMTokenizer", "XGLMTokenizerFast", "open_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,15 @@ prints these without a traceback; any other exception is a defect of this packag
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 
 class XGLMError(Exception):
     """Base of all errors below."""
 
-    __init__ = Exception.__init__  # By this, TensorFlow sees that it can raise one of these again from traced code.
+    if not TYPE_CHECKING:
+        # By this, TensorFlow sees that it can raise one of these again from traced code.
+        __init__ = Exception.__init__
 
 
 class ConfigError(XGLMError, ValueError):

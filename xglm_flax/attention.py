@@ -1,4 +1,4 @@
-"""Multi-head self-attention."""
+"""Multi-head attention: to the positions before, and to encoder states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xglm_core.config import XGLMConfig
-from xglm_flax.cache import FlaxXGLMCache
+from xglm_flax.cache import Length
+from xglm_flax.initialization import kernel_init
 
 # JAX's default lets accelerators round the factors of float32 products to 10 bits (TF32) or 8 (bfloat16).
 PRECISION = jax.lax.Precision.HIGHEST
@@ -20,64 +21,81 @@ class FlaxXGLMAttention(nn.Module):
 
     Attributes:
         config: the architecture.
+        heads: how many of its heads there are.
         dtype: type of the computation.
         param_dtype: type of the parameters.
     """
 
     config: XGLMConfig
+    heads: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
         """Creates the layers, under the checkpoint's names."""
         config = self.config
-        self.k_proj = dense(config, config.d_model, self.dtype, self.param_dtype)
-        self.v_proj = dense(config, config.d_model, self.dtype, self.param_dtype)
-        self.q_proj = dense(config, config.d_model, self.dtype, self.param_dtype)
+        width = self.heads * config.head_dim
+        self.k_proj = dense(config, width, self.dtype, self.param_dtype)
+        self.v_proj = dense(config, width, self.dtype, self.param_dtype)
+        self.q_proj = dense(config, width, self.dtype, self.param_dtype)
         self.out_proj = dense(config, config.d_model, self.dtype, self.param_dtype)
         self.dropout = nn.Dropout(config.attention_dropout)
+
+    def keys_and_values(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[batch, length, d_model] -> what there is to attend to, each [batch, heads, length, head_dim]."""
+        return self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
 
     def __call__(
         self,
         hidden_states: jax.Array,
-        mask: jax.Array,
-        cache: FlaxXGLMCache | None,
-        layer: int,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array | None,
+        *,
+        head_mask: jax.Array | None = None,
+        output_attentions: bool = False,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, FlaxXGLMCache | None]:
-        """Attends from each new position to the cached and the new ones.
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attends from each position to the keys.
 
-        Differs: JAX's fused attention is slow for single queries on a CPU, so the products are written out; a mask is
-        always given; a cache is a pure value, so the written one is returned; `deterministic` switches dropout off.
+        Differs: JAX's fused attention is slow for single queries on a CPU, so the products are written out, and there
+        is no faster path without a mask; `deterministic` switches dropout off.
 
         Args:
             hidden_states: [batch, length, d_model].
-            mask: bool [batch or 1, 1, length, keys], True = attend; the keys are the new positions alone, or all that
-                the cache has room for.
-            cache: where the new keys and values go, or None.
-            layer: index of this block in the cache.
+            key, value: [batch, heads, keys, head_dim].
+            mask: bool [batch or 1, 1, length or 1, keys], True = attend; None = every key.
+            head_mask: factors of these heads' probabilities [heads]; None = 1.
+            output_attentions: whether to return the probabilities.
             deterministic: whether to keep all attention probabilities.
 
         Returns:
-            [batch, length, d_model], and the cache with the new keys and values.
+            [batch, length, d_model], and the probabilities [batch, heads, length, keys] or None.
         """
         query = self._split_heads(self.q_proj(hidden_states))
-        key = self._split_heads(self.k_proj(hidden_states))
-        value = self._split_heads(self.v_proj(hidden_states))
-        if cache is not None:
-            cache = cache.write(layer, key, value)
-            if mask.shape[3] != key.shape[2]:  # A cache that the new positions fill holds no others.
-                key, value = cache.keys[layer], cache.values[layer]
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=PRECISION, preferred_element_type=jnp.float32)
-        # Finite, so that a row without any visible key is a mean of values rather than NaN.
-        scores = jnp.where(mask, scores * self.config.head_dim**-0.5, jnp.finfo(jnp.float32).min)
-        weights = self.dropout(jax.nn.softmax(scores, axis=-1).astype(self.dtype), deterministic=deterministic)
-        context = jnp.einsum("bhqk,bhkd->bqhd", weights, value, precision=PRECISION)
-        return self.out_proj(context.reshape(hidden_states.shape)), cache
+        weights = self._probabilities(query, key, mask)
+        dropped = self.dropout(weights, deterministic=deterministic)
+        context = jnp.einsum("bhqk,bhkd->bhqd", dropped, value, precision=PRECISION)
+        if head_mask is not None:
+            # The factor of a head's probabilities is one of its result, which is smaller.
+            factors = head_mask.astype(self.dtype)[:, None, None]
+            context = context * factors
+            weights = weights * factors
+        states = self.out_proj(context.swapaxes(1, 2).reshape(*hidden_states.shape[:2], -1))
+        return states, weights if output_attentions else None
 
     def _split_heads(self, states: jax.Array) -> jax.Array:
-        """[batch, length, d_model] -> [batch, heads, length, head_dim]."""
-        return states.reshape(*states.shape[:2], self.config.attention_heads, -1).swapaxes(1, 2)
+        """[batch, length, width] -> [batch, heads, length, head_dim]."""
+        return states.reshape(*states.shape[:2], self.heads, -1).swapaxes(1, 2)
+
+    def _probabilities(self, query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """[batch, heads, length, keys] in the type of the computation."""
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=PRECISION, preferred_element_type=jnp.float32)
+        scores = scores * self.config.head_dim**-0.5
+        if mask is not None:
+            # Finite, so that a row without any visible key is a mean of values rather than NaN.
+            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        return jax.nn.softmax(scores, axis=-1).astype(self.dtype)
 
 
 def dense(config: XGLMConfig, features: int, dtype: Any, param_dtype: Any, *, use_bias: bool = True) -> nn.Dense:
@@ -88,11 +106,11 @@ def dense(config: XGLMConfig, features: int, dtype: Any, param_dtype: Any, *, us
         dtype=dtype,
         param_dtype=param_dtype,
         precision=PRECISION,
-        kernel_init=nn.initializers.normal(config.init_std),
+        kernel_init=kernel_init(config),
     )
 
 
-def attention_mask_for(mask: jax.Array | None, past: jax.Array | int, length: int) -> jax.Array:
+def attention_mask_for(mask: jax.Array | None, past: Length, length: int) -> jax.Array:
     """Which keys each new position sees: those up to itself that are not padding.
 
     Args:

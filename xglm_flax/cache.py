@@ -8,14 +8,21 @@ length serves all of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xglm_core.config import XGLMConfig
-from xglm_core.inputs import check_cache
+from xglm_core.inputs import check_cache, check_past_key_values
+from xglm_flax.stacking import by_layer
+
+KeyValue = tuple[jax.Array, jax.Array]
+Length = jax.Array | np.ndarray | int  # A count of positions.
+ByLayer = tuple[jax.Array, ...] | jax.Array  # One array for each layer, or all of them stacked along a first axis.
 
 _BLOCK = 64  # Positions by which storage grows: each capacity is compiled for once.
 
@@ -25,67 +32,112 @@ class FlaxXGLMCache:
     """Keys and values of the positions read so far; also reads as the tuple of per-layer (key, value).
 
     Attributes:
-        keys, values: one array [batch, heads, capacity, head_dim] per layer, of which `length` positions are filled.
+        keys, values: for each layer [batch, heads, capacity, head_dim], of which `length` positions are filled; one
+            array [num_layers, ...] if the layers are scanned.
         mask: bool [batch, capacity], False for padding.
         length: positions held, int32 [].
+        encoder: per layer, key and value of the encoder's positions, each [batch, heads, encoder length, head_dim];
+            empty without cross-attention.
+        encoder_mask: bool [batch, encoder length], False for padding; None if there is none.
         fixed: whether the capacity was chosen by the user and must not grow.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: ByLayer
+    values: ByLayer
     mask: jax.Array
-    length: jax.Array
+    length: Length
+    encoder: tuple[KeyValue, ...] = ()
+    encoder_mask: jax.Array | None = None
     fixed: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.mask.shape[0]
 
     @property
     def capacity(self) -> int:
         """Positions that there is room for."""
         return self.mask.shape[1]
 
-    def write(self, layer: int, key: jax.Array, value: jax.Array) -> FlaxXGLMCache:
-        """This cache with a layer's new keys and values, each [batch, heads, new, head_dim], after the older ones."""
+    @property
+    def encoder_length(self) -> int | None:
+        """Encoder positions held; None without cross-attention."""
+        return self.encoder[0][0].shape[2] if self.encoder else None
+
+    def written(self, keys: ByLayer, values: ByLayer, new: int) -> FlaxXGLMCache:
+        """This cache with `new` more positions.
+
+        Args:
+            keys, values: for each layer [batch, heads, capacity, head_dim], or only as far as they are filled.
+            new: how many of these positions are new.
+        """
         return dataclasses.replace(
             self,
-            keys=_replaced(self.keys, layer, self._written(self.keys[layer], key)),
-            values=_replaced(self.values, layer, self._written(self.values[layer], value)),
+            keys=jax.tree.map(functools.partial(_padded, capacity=self.capacity), keys),
+            values=jax.tree.map(functools.partial(_padded, capacity=self.capacity), values),
+            length=self.length + new,
         )
-
-    def _written(self, states: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(states, new, self.length, axis=2)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, layer: int) -> tuple[jax.Array, jax.Array]:
-        """Key and value of a layer, each [batch, heads, length, head_dim]; of the whole capacity while traced."""
-        filled = self.capacity if is_traced(self.length) else int(self.length)
-        return self.keys[layer][:, :, :filled], self.values[layer][:, :, :filled]
+    def __getitem__(self, layer: int) -> tuple[jax.Array, ...]:
+        """Key and value of a layer, each [batch, heads, length, head_dim]; then those of the encoder.
 
-    def __iter__(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+        While the length is traced, key and value are of the whole capacity.
+        """
+        filled = self.capacity if is_traced(self.length) else int(self.length)
+        own = (self.keys[layer][:, :, :filled], self.values[layer][:, :, :filled])
+        return (*own, *self.encoder[layer]) if self.encoder else own
+
+    def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
         return (self[layer] for layer in range(len(self)))
 
 
-jax.tree_util.register_dataclass(FlaxXGLMCache, data_fields=["keys", "values", "mask", "length"], meta_fields=["fixed"])
+jax.tree_util.register_dataclass(
+    FlaxXGLMCache,
+    data_fields=["keys", "values", "mask", "length", "encoder", "encoder_mask"],
+    meta_fields=["fixed"],
+)
 
 
-def empty_cache(config: XGLMConfig, batch: int, capacity: int, dtype: Any, *, fixed: bool = False) -> FlaxXGLMCache:
-    """A cache that holds nothing yet, with room for `capacity` positions."""
-    shape = (batch, config.attention_heads, capacity, config.head_dim)
-    return FlaxXGLMCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
-        mask=jnp.zeros((batch, capacity), bool),
-        length=jnp.zeros((), jnp.int32),
-        fixed=fixed,
+def empty_cache(
+    config: XGLMConfig, batch: int, capacity: int, dtype: Any, *, stacked: bool = False, fixed: bool = False
+) -> FlaxXGLMCache:
+    """A cache that holds nothing yet, with room for `capacity` positions; `stacked` for scanned layers."""
+    shapes = [(batch, len(config.kept_heads(i)), capacity, config.head_dim) for i in range(config.num_layers)]
+
+    def empty() -> ByLayer:
+        return jnp.zeros((len(shapes), *shapes[0]), dtype) if stacked else tuple(jnp.zeros(s, dtype) for s in shapes)
+
+    # A numpy length is known even while the caller is traced.
+    return FlaxXGLMCache(empty(), empty(), jnp.zeros((batch, capacity), bool), np.zeros((), np.int32), fixed=fixed)
+
+
+def as_cache(past_key_values: Any, config: XGLMConfig, dtype: Any) -> FlaxXGLMCache | None:
+    """A cache from what a caller may pass: a cache, None, or a tuple of per-layer (key, value), cast to `dtype`.
+
+    Raises:
+        InputError: it is something else, or its shapes do not fit.
+    """
+    if past_key_values is None or isinstance(past_key_values, FlaxXGLMCache):
+        return past_key_values
+    check_past_key_values(config, past_key_values)
+    keys, values, *encoder = (
+        tuple(jnp.asarray(array, dtype) for array in arrays) for arrays in zip(*past_key_values, strict=True)
     )
+    batch, length = keys[0].shape[0], keys[0].shape[2]
+    mask, length_ = jnp.ones((batch, length), bool), np.asarray(length, np.int32)
+    return FlaxXGLMCache(keys, values, mask, length_, tuple(zip(*encoder, strict=True)))
 
 
 def extend_cache(
-    past: FlaxXGLMCache | None, config: XGLMConfig, new: int, mask: jax.Array | None, like: jax.Array
+    past: FlaxXGLMCache | None, config: XGLMConfig, new: int, mask: jax.Array | None, like: jax.Array, *, stacked: bool
 ) -> FlaxXGLMCache:
-    """The cache for `new` positions after `past`, to be filled by `FlaxXGLMCache.write` layer by layer.
+    """The cache for `new` positions after `past`, to be filled by `FlaxXGLMCache.written`.
 
-    Differs: `past` has the room already, see `with_room`, and its length stays until all layers have written.
+    Differs: `past` has the room already, see `with_room`, and its length stays until all layers have run.
 
     Args:
         past: what was read before, or None.
@@ -93,12 +145,23 @@ def extend_cache(
         new: positions to add.
         mask: bool [batch, capacity], or [batch, new] without `past`, False for padding; None if there is none.
         like: hidden states [batch, new, d_model], for batch size and type.
+        stacked: whether the layers are scanned.
     """
     if past is None:
-        past = empty_cache(config, len(like), _rounded_up(new), like.dtype)
+        past = empty_cache(config, len(like), _rounded_up(new), like.dtype, stacked=stacked)
     if mask is None:
         mask = jnp.ones((len(like), new), bool)
-    return dataclasses.replace(past, mask=jnp.pad(mask, ((0, 0), (0, past.capacity - mask.shape[1]))))
+    return dataclasses.replace(
+        past,
+        keys=by_layer(past.keys, stacked=stacked),
+        values=by_layer(past.values, stacked=stacked),
+        mask=jnp.pad(mask, ((0, 0), (0, past.capacity - mask.shape[1]))),
+    )
+
+
+def put(states: jax.Array, new: jax.Array, start: Length) -> jax.Array:
+    """Keys or values [..., capacity, head_dim] with those of new positions from `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(states, new, start, axis=states.ndim - 2)
 
 
 def with_room(cache: FlaxXGLMCache, new: int) -> FlaxXGLMCache:
@@ -120,15 +183,20 @@ def with_room(cache: FlaxXGLMCache, new: int) -> FlaxXGLMCache:
 
 def with_capacity(cache: FlaxXGLMCache, capacity: int) -> FlaxXGLMCache:
     """The cache with room for `capacity` positions, not fewer than now; itself if it has that."""
-    more = capacity - cache.capacity
-    if more == 0:
+    if capacity == cache.capacity:
         return cache
     return dataclasses.replace(
         cache,
-        keys=tuple(jnp.pad(states, ((0, 0), (0, 0), (0, more), (0, 0))) for states in cache.keys),
-        values=tuple(jnp.pad(states, ((0, 0), (0, 0), (0, more), (0, 0))) for states in cache.values),
-        mask=jnp.pad(cache.mask, ((0, 0), (0, more))),
+        keys=jax.tree.map(functools.partial(_padded, capacity=capacity), cache.keys),
+        values=jax.tree.map(functools.partial(_padded, capacity=capacity), cache.values),
+        mask=jnp.pad(cache.mask, ((0, 0), (0, capacity - cache.capacity))),
     )
+
+
+def _padded(states: jax.Array, capacity: int) -> jax.Array:
+    """Keys or values [..., positions, head_dim] with room for `capacity` positions."""
+    more = capacity - states.shape[-2]
+    return jnp.pad(states, [(0, 0)] * (states.ndim - 2) + [(0, more), (0, 0)]) if more else states
 
 
 def _rounded_up(length: int) -> int:
@@ -139,7 +207,3 @@ def _rounded_up(length: int) -> int:
 def is_traced(value: Any) -> bool:
     """Whether a value is unknown yet, because jit, grad or vmap is looking at the code."""
     return isinstance(value, jax.core.Tracer)
-
-
-def _replaced(items: tuple[jax.Array, ...], index: int, item: jax.Array) -> tuple[jax.Array, ...]:
-    return (*items[:index], item, *items[index + 1 :])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,13 +13,16 @@ from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.loop import generate
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
+from xglm_core.resizing import check_embeddings
+from xglm_core.weight_names import HEAD
 from xglm_flax.attention import PRECISION, dense
 from xglm_flax.cache import FlaxXGLMCache
 from xglm_flax.decoder import FlaxXGLMModule
 from xglm_flax.generation import FlaxEngine, compile_engine
-from xglm_flax.inputs import prepared_inputs
+from xglm_flax.inputs import check_head_arguments
+from xglm_flax.loss import causal_lm_loss
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
-from xglm_flax.weights import Params
+from xglm_flax.weights import Params, get_parameter
 
 
 class FlaxXGLMForCausalLMModule(nn.Module):
@@ -30,39 +32,76 @@ class FlaxXGLMForCausalLMModule(nn.Module):
         config: the architecture.
         dtype: type of the computation.
         param_dtype: type of the parameters.
+        scan_layers: whether the blocks run in a `jax.lax.scan`; then the parameters may be those of `stack_layers`.
     """
 
     config: XGLMConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    scan_layers: bool = False
 
     def setup(self) -> None:
         """Creates the layers, under the checkpoint's names."""
         config = self.config
-        self.model = FlaxXGLMModule(config, self.dtype, self.param_dtype)
+        self.model = FlaxXGLMModule(config, self.dtype, self.param_dtype, self.scan_layers)
         if not config.tie_word_embeddings:
             self.lm_head = dense(config, config.vocab_size, self.dtype, self.param_dtype, use_bias=False)
 
     def __call__(
         self,
-        input_ids: jax.Array,
+        input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
-        past_key_values: FlaxXGLMCache | None = None,
-        use_cache: bool | None = None,
+        encoder_hidden_states: jax.Array | None = None,
+        encoder_attention_mask: jax.Array | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
         deterministic: bool = True,
-    ) -> CausalLMOutputWithCrossAttentions:
-        """Runs the decoder and the head on traced values; see `FlaxXGLMModule.__call__`."""
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, deterministic
+        past_key_values: FlaxXGLMCache | None = None,
+        *,
+        head_mask: jax.Array | None = None,
+        cross_attn_head_mask: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        use_cache: bool | None = None,
+        labels: jax.Array | None = None,
+        logits_to_keep: int | jax.Array = 0,
+        num_items_in_batch: int | jax.Array | None = None,
+    ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
+        """Runs the decoder and the head on traced values; see `FlaxXGLMModule` and `FlaxXGLMForCausalLM`."""
+        outputs: Any = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+            deterministic=deterministic,
+            past_key_values=past_key_values,
+            head_mask=head_mask,
+            cross_attn_head_mask=cross_attn_head_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
         )
-        return CausalLMOutputWithCrossAttentions(
-            logits=self._head(outputs.last_hidden_state[:, -logits_to_keep:]),
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            logits = self._head(hidden_states)
+            loss = causal_lm_loss(logits, labels, num_items_in_batch)
+            logits = _kept(logits, logits_to_keep)
+        else:
+            logits = self._head(_kept(hidden_states, logits_to_keep))
+        results = CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )
+        return results if (self.config.return_dict if return_dict is None else return_dict) else results.to_tuple()
 
     def _head(self, hidden_states: jax.Array) -> jax.Array:
         if not self.config.tie_word_embeddings:
@@ -82,46 +121,132 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
     has_head = True
     module_class = FlaxXGLMForCausalLMModule
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._engine = compile_engine(self.module)
-
     def __call__(
         self,
-        input_ids: jax.Array,
+        input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
-        *,
-        past_key_values: FlaxXGLMCache | None = None,
-        use_cache: bool | None = None,
+        encoder_hidden_states: jax.Array | None = None,
+        encoder_attention_mask: jax.Array | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
-        params: Params | None = None,
-        dropout_rng: jax.Array | None = None,
+        return_dict: bool | None = None,
         train: bool = False,
-    ) -> CausalLMOutputWithCrossAttentions:
+        params: Params | None = None,
+        past_key_values: Any = None,
+        dropout_rng: jax.Array | None = None,
+        *,
+        head_mask: jax.Array | None = None,
+        cross_attn_head_mask: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        use_cache: bool | None = None,
+        labels: jax.Array | None = None,
+        logits_to_keep: int | jax.Array = 0,
+        num_items_in_batch: int | jax.Array | None = None,
+    ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Runs the decoder and the head.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, params,
-                dropout_rng, train: see `FlaxXGLMModel.__call__`.
-            logits_to_keep: only this many last positions reach the head; 0 means all of them.
+            input_ids, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, output_attentions,
+                output_hidden_states, return_dict, train, params, past_key_values, dropout_rng, head_mask,
+                cross_attn_head_mask, inputs_embeds, use_cache: see `FlaxXGLMModel.__call__`.
+            labels: the tokens to predict, integers [batch, length], not shifted; -100 does not count.
+                `labels=input_ids` trains on all of them.
+            logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
+                all of them. With labels, the loss is that of all positions.
+            num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
 
         Returns:
-            The output; logits are [batch, kept positions, vocab_size] in the type of the computation.
+            The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in
+            the type of the computation, the loss is a float32 scalar.
 
         Raises:
-            InputError: see `FlaxXGLMModel.__call__`.
+            InputError: see `FlaxXGLMModel.__call__`; or labels outside the vocabulary.
         """
-        return self._apply(
-            self._params_or_own(params),
-            *prepared_inputs(self.config, input_ids, attention_mask, position_ids, past_key_values),
-            dropout_rng=dropout_rng,
-            train=train,
-            use_cache=use_cache,
+        check_head_arguments(self.config, input_ids if inputs_embeds is None else inputs_embeds, labels, logits_to_keep)
+        return self._call(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            logits_to_keep=logits_to_keep,
+            return_dict=return_dict,
+            train=train,
+            params=params,
+            past_key_values=past_key_values,
+            dropout_rng=dropout_rng,
+            head_mask=head_mask,
+            cross_attn_head_mask=cross_attn_head_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            labels=labels,
+            num_items_in_batch=num_items_in_batch,
+            **_traced_or_static(logits_to_keep),
         )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: jax.Array, max_length: int, attention_mask: jax.Array | None = None
+    ) -> dict[str, Any]:
+        """The arguments, besides the tokens, of the first call of a decoding loop, whose shapes never change.
+
+        Differs: compiled loops carry a cache of fixed capacity, and a mask for all of it.
+
+        Args:
+            input_ids: prompts [rows, length].
+            max_length: positions to make room for.
+            attention_mask: 1 for tokens, 0 for padding [rows, length]; None means no padding.
+        """
+        rows, length = input_ids.shape
+        prompt = (
+            jnp.ones((rows, length), jnp.int32) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
+        )
+        return {
+            "past_key_values": self.init_cache(rows, max_length),
+            "attention_mask": jnp.pad(prompt, ((0, 0), (0, max_length - length)), constant_values=1),
+            "position_ids": jnp.maximum(jnp.cumsum(prompt, axis=1) - 1, 0),
+        }
+
+    def update_inputs_for_generation(self, model_outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, besides the token, of the next call, which reads one token.
+
+        Args:
+            model_outputs: what the call before returned.
+            model_kwargs: its arguments, from here or from `prepare_inputs_for_generation`.
+        """
+        return {
+            **model_kwargs,
+            "past_key_values": model_outputs.past_key_values,
+            "position_ids": model_kwargs["position_ids"][:, -1:] + 1,
+        }
+
+    def get_output_embeddings(self) -> jax.Array:
+        """The head [vocab_size, d_model]: the token embedding if it is tied, else the transpose of the parameter."""
+        if self.config.tie_word_embeddings:
+            return self.get_input_embeddings()
+        return get_parameter(self._params_or_own(None), self._specs()[HEAD]).T
+
+    def set_output_embeddings(self, new_embeddings: jax.Array) -> None:
+        """Replaces the head [vocab_size, d_model].
+
+        If it is not this model's embedding matrix, the two are not tied any more, and `config.tie_word_embeddings` is
+        False.
+
+        Raises:
+            InputError: it has another shape, or there are no parameters.
+        """
+        check_embeddings(np.shape(new_embeddings), self.config)
+        self.config.tie_word_embeddings = new_embeddings is self.get_input_embeddings()
+        self.tie_weights()
+        if not self.config.tie_word_embeddings:
+            self._set_matrix(HEAD, new_embeddings)
+
+    def tie_weights(self) -> None:
+        """Makes head and embedding one parameter again, if the configuration ties them."""
+        if self.config.tie_word_embeddings:
+            self.params = {name: tree for name, tree in self._params_or_own(None).items() if name != "lm_head"}
+        self._make_module()
 
     def generate(
         self,
@@ -157,9 +282,20 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         )
         return jnp.asarray(tokens)
 
+    def _make_module(self) -> None:
+        super()._make_module()
+        self._engine = compile_engine(self.module)
 
-jax.tree_util.register_dataclass(
-    CausalLMOutputWithCrossAttentions,
-    data_fields=[field.name for field in dataclasses.fields(CausalLMOutputWithCrossAttentions)],
-    meta_fields=[],
-)
+
+def _kept(states: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:
+    """The positions of [batch, length, width] that `logits_to_keep` asks for."""
+    if isinstance(logits_to_keep, int):
+        return states[:, -logits_to_keep:]
+    return jnp.take(states, logits_to_keep, axis=1)
+
+
+def _traced_or_static(logits_to_keep: int | jax.Array) -> dict[str, Any]:
+    """A count is part of what is compiled; positions are not."""
+    if isinstance(logits_to_keep, int):
+        return {"static": {"logits_to_keep": logits_to_keep}}
+    return {"static": {}, "logits_to_keep": logits_to_keep}

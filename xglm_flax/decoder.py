@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
+from xglm_core.config import XGLMConfig
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
-from xglm_flax.attention import FlaxXGLMAttention, attention_mask_for, dense
-from xglm_flax.cache import FlaxXGLMCache, extend_cache
-from xglm_flax.inputs import prepared_inputs
+from xglm_flax.attention import attention_mask_for
+from xglm_flax.blocks import BlockInputs, FlaxXGLMDecoderLayers, layer_norm
+from xglm_flax.cache import ByLayer, FlaxXGLMCache, Length, extend_cache
+from xglm_flax.initialization import embedding_init
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
 from xglm_flax.weights import Params
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-}
 
 
 class FlaxXGLMSinusoidalPositionalEmbedding(nn.Module):
@@ -47,70 +40,6 @@ class FlaxXGLMSinusoidalPositionalEmbedding(nn.Module):
         return jnp.take(self.weights, position_ids + POSITION_OFFSET, axis=0, mode="fill", fill_value=jnp.nan)
 
 
-class FlaxXGLMDecoderLayer(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + fc2(activation(fc1(norm(x))))."""
-
-    config: XGLMConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    def setup(self) -> None:
-        """Creates the layers, under the checkpoint's names."""
-        config = self.config
-        activation = config.activation_function
-        self.self_attn = FlaxXGLMAttention(config, self.dtype, self.param_dtype)
-        self.self_attn_layer_norm = layer_norm(self.dtype, self.param_dtype)
-        self.activation_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-        self.fc1 = dense(config, config.ffn_dim, self.dtype, self.param_dtype)
-        self.fc2 = dense(config, config.d_model, self.dtype, self.param_dtype)
-        self.final_layer_norm = layer_norm(self.dtype, self.param_dtype)
-        self.dropout = nn.Dropout(config.dropout)
-        self.activation_dropout = nn.Dropout(config.activation_dropout)
-
-    def __call__(
-        self,
-        hidden_states: jax.Array,
-        mask: jax.Array,
-        cache: FlaxXGLMCache | None,
-        layer: int,
-        deterministic: bool = True,
-    ) -> tuple[jax.Array, FlaxXGLMCache | None]:
-        """[batch, length, d_model] -> the same; see `FlaxXGLMAttention.__call__` for the cache and the rest."""
-        residual = hidden_states
-        normed = self.self_attn_layer_norm(hidden_states)
-        hidden_states, cache = self.self_attn(normed, mask, cache, layer, deterministic)
-        hidden_states = residual + self.dropout(hidden_states, deterministic)
-        residual = hidden_states
-        hidden_states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
-        hidden_states = self.fc2(self.activation_dropout(hidden_states, deterministic))
-        return residual + self.dropout(hidden_states, deterministic), cache
-
-
-class FlaxXGLMDecoderLayers(nn.Module):
-    """The blocks. Differs: Linen would name the items of a list "layers_0"; published trees have layers/0."""
-
-    config: XGLMConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    def setup(self) -> None:
-        """Creates the layers, under the checkpoint's names."""
-        self.blocks = [
-            FlaxXGLMDecoderLayer(self.config, self.dtype, self.param_dtype, name=str(index))
-            for index in range(self.config.num_layers)
-        ]
-
-    def __call__(
-        self, hidden_states: jax.Array, mask: jax.Array, cache: FlaxXGLMCache | None, deterministic: bool = True
-    ) -> tuple[list[jax.Array], FlaxXGLMCache | None]:
-        """The input of the first block and the output of each, [batch, length, d_model], and the written cache."""
-        states = [hidden_states]
-        for index, block in enumerate(self.blocks):
-            hidden_states, cache = block(hidden_states, mask, cache, index, deterministic)
-            states.append(hidden_states)
-        return states, cache
-
-
 class FlaxXGLMModule(nn.Module):
     """The bare decoder as a Linen module: what `FlaxXGLMModel` compiles.
 
@@ -118,11 +47,13 @@ class FlaxXGLMModule(nn.Module):
         config: the architecture.
         dtype: type of the computation.
         param_dtype: type of the parameters.
+        scan_layers: whether the blocks run in a `jax.lax.scan`; then the parameters may be those of `stack_layers`.
     """
 
     config: XGLMConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    scan_layers: bool = False
 
     def setup(self) -> None:
         """Creates the layers, under the checkpoint's names."""
@@ -133,57 +64,99 @@ class FlaxXGLMModule(nn.Module):
             config.d_model,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            embedding_init=functools.partial(_embedding_init, config),
+            embedding_init=embedding_init(config),
         )
         self.embed_positions = FlaxXGLMSinusoidalPositionalEmbedding(config)
-        self.layers = FlaxXGLMDecoderLayers(config, self.dtype, self.param_dtype)
+        self.layers = FlaxXGLMDecoderLayers(config, self.dtype, self.param_dtype, self.scan_layers)
         self.layer_norm = layer_norm(self.dtype, self.param_dtype)
         self.dropout = nn.Dropout(config.dropout)
 
     def __call__(
         self,
-        input_ids: jax.Array,
+        input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
-        past_key_values: FlaxXGLMCache | None = None,
-        use_cache: bool | None = None,
+        encoder_hidden_states: jax.Array | None = None,
+        encoder_attention_mask: jax.Array | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         deterministic: bool = True,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        past_key_values: FlaxXGLMCache | None = None,
+        *,
+        head_mask: jax.Array | None = None,
+        cross_attn_head_mask: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        use_cache: bool | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """Runs the decoder on traced values: nothing is checked, and a cache has to have room; see `FlaxXGLMModel`.
 
         Args:
-            input_ids, position_ids, use_cache, output_hidden_states: see `FlaxXGLMModel.__call__`.
+            input_ids, position_ids, encoder_hidden_states, encoder_attention_mask, output_attentions,
+                output_hidden_states, return_dict, head_mask, cross_attn_head_mask, inputs_embeds, use_cache: see
+                `FlaxXGLMModel.__call__`.
             attention_mask: as there, or for all positions that `past_key_values` has room for.
-            past_key_values: the cache of an earlier call.
             deterministic: whether dropout is off.
+            past_key_values: the cache of an earlier call.
         """
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        batch, length = input_ids.shape
+        if inputs_embeds is None:
+            hidden_states = self.embed_tokens(input_ids) * self.embed_scale
+        else:
+            hidden_states = jnp.asarray(inputs_embeds, self.dtype)
+        batch, length, _ = hidden_states.shape
         past = 0 if past_key_values is None else past_key_values.length
         mask = _key_mask(attention_mask, past_key_values, batch, length)
         if position_ids is None:
             position_ids = _position_ids(mask, past, length)
 
-        hidden_states = self.embed_tokens(input_ids) * self.embed_scale
         hidden_states = hidden_states + self.embed_positions(position_ids).astype(hidden_states.dtype)
         hidden_states = self.dropout(hidden_states, deterministic)
+        own = BlockInputs(
+            head_mask=_kept(head_mask, config),
+            cross_attn_head_mask=cross_attn_head_mask,
+        )
         cache = None
         if use_cache or past_key_values is not None:
-            cache = extend_cache(past_key_values, config, length, mask, hidden_states)
+            cache = extend_cache(past_key_values, config, length, mask, hidden_states, stacked=self.scan_layers)
+            if encoder_attention_mask is not None:
+                cache = dataclasses.replace(cache, encoder_mask=encoder_attention_mask.astype(bool))
+            encoder_attention_mask = cache.encoder_mask
+            if past_key_values is not None:
+                own = own._replace(keys=cache.keys, values=cache.values)
+            if cache.encoder:
+                keys, values = zip(*cache.encoder, strict=True)
+                own = own._replace(encoder_keys=keys, encoder_values=values)
             # Compiled code cannot raise, and would overwrite the last positions: NaN is better than wrong.
             hidden_states = jnp.where(past + length <= cache.capacity, hidden_states, jnp.nan)
-        states, cache = self.layers(hidden_states, attention_mask_for(mask, past, length), cache, deterministic)
+        hidden_states, results = self.layers(
+            hidden_states,
+            attention_mask_for(mask, past, length),
+            own,
+            wanted=_wanted_fields(cache is not None, output_attentions, output_hidden_states),
+            past=past,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_mask=None if encoder_attention_mask is None else encoder_attention_mask.astype(bool)[:, None, None],
+            output_attentions=output_attentions,
+            deterministic=deterministic,
+        )
+        hidden_states = self.layer_norm(hidden_states)
         if cache is not None:
-            cache = dataclasses.replace(cache, length=cache.length + length)
-        hidden_states = self.layer_norm(states[-1])
-        return BaseModelOutputWithPastAndCrossAttentions(
+            cache = cache.written(results.keys, results.values, length)
+            if results.encoder_keys is not None:
+                encoder = tuple(zip(results.encoder_keys, results.encoder_values, strict=True))
+                cache = dataclasses.replace(cache, encoder=encoder)
+        outputs = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*states[:-1], hidden_states) if output_hidden_states else None,
+            hidden_states=(*results.hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=_as_tuple(results.attentions),
+            cross_attentions=_as_tuple(results.cross_attentions),
         )
+        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
 
 class FlaxXGLMModel(FlaxXGLMPreTrainedModel):
@@ -197,65 +170,101 @@ class FlaxXGLMModel(FlaxXGLMPreTrainedModel):
 
     def __call__(
         self,
-        input_ids: jax.Array,
+        input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
-        *,
-        past_key_values: FlaxXGLMCache | None = None,
-        use_cache: bool | None = None,
+        encoder_hidden_states: jax.Array | None = None,
+        encoder_attention_mask: jax.Array | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        params: Params | None = None,
-        dropout_rng: jax.Array | None = None,
+        return_dict: bool | None = None,
         train: bool = False,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        params: Params | None = None,
+        past_key_values: Any = None,
+        dropout_rng: jax.Array | None = None,
+        *,
+        head_mask: jax.Array | None = None,
+        cross_attn_head_mask: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
+        use_cache: bool | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
         """Runs the decoder.
 
         Args:
             input_ids: new tokens, integers [batch, length].
             attention_mask: 1 for tokens, 0 for padding [batch, past + length]; None means no (further) padding. With a
-                cache whose length is traced, it covers all positions that there is room for: [batch, capacity].
-            position_ids: positions of the new tokens, integers [batch, length]; None counts the tokens of each row that
-                are not padding.
-            past_key_values: the cache of an earlier call, or of `init_cache`; it stays valid and unchanged.
-            use_cache: whether to return a cache; None follows the configuration.
+                cache of `init_cache` it may cover all positions that there is room for, [batch, max_length], and with
+                a cache whose length is traced it has to.
+            position_ids: positions of the new tokens, integers [batch or 1, length]; None counts the tokens of each row
+                that are not padding.
+            encoder_hidden_states: what cross-attention attends to [batch, encoder length, d_model]; the cache keeps
+                what it needs of them, and later calls need not give them again.
+            encoder_attention_mask: 1 for encoder positions, 0 for padding [batch, encoder length]; None means no
+                padding, or what the cache remembers.
+            output_attentions: whether to return attention probabilities; None follows the configuration. With a cache
+                whose length is traced, they are over all that it has room for.
             output_hidden_states: whether to return the input of each block and the final states; None follows the
                 configuration.
-            params: the parameters; None means the model's.
-            dropout_rng: a key of `jax.random`, needed to train with dropout.
+            return_dict: whether to return an output object rather than a tuple; None follows the configuration.
             train: whether dropout acts.
+            params: the parameters; None means the model's.
+            past_key_values: the cache of an earlier call, or of `init_cache`, or a tuple with (key, value) of each
+                layer, each [batch, heads, past, head_dim], and then, if any, those of the encoder; it stays valid and
+                unchanged.
+            dropout_rng: a key of `jax.random`, needed to train with dropout.
+            head_mask: factors of the attention probabilities [num_layers, attention_heads]: 0 switches a head off.
+            cross_attn_head_mask: the same for cross-attention.
+            inputs_embeds: embeddings instead of `input_ids` [batch, length, d_model]: rows of `get_input_embeddings()`,
+                times sqrt(d_model) if `config.scale_embedding`, without positions.
+            use_cache: whether to return a cache; None follows the configuration.
 
         Returns:
-            The output, its states in the type of the computation.
+            The output, its states in the type of the computation, or the tuple of its results that are not None.
 
         Raises:
-            InputError: ids outside the vocabulary, a mask of another shape, a position past the limit, more tokens than
-                the cache has room for, no parameters, or no `dropout_rng`.
+            InputError: arguments are missing or contradict each other, have another shape, hold ids outside the
+                vocabulary or a position past the limit; there are more tokens than the cache has room for, no
+                parameters, or no `dropout_rng`.
         """
-        return self._apply(
-            self._params_or_own(params),
-            *prepared_inputs(self.config, input_ids, attention_mask, position_ids, past_key_values),
-            dropout_rng=dropout_rng,
-            train=train,
-            use_cache=use_cache,
+        return self._call(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            train=train,
+            params=params,
+            past_key_values=past_key_values,
+            dropout_rng=dropout_rng,
+            head_mask=head_mask,
+            cross_attn_head_mask=cross_attn_head_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            static={},
         )
 
 
-jax.tree_util.register_dataclass(
-    BaseModelOutputWithPastAndCrossAttentions,
-    data_fields=[field.name for field in dataclasses.fields(BaseModelOutputWithPastAndCrossAttentions)],
-    meta_fields=[],
-)
+def _wanted_fields(cache: bool, attentions: bool, hidden_states: bool) -> tuple[str, ...]:
+    """The fields of `BlockResults` to keep: a scan would stack the others, too."""
+    return (
+        *(("keys", "values", "encoder_keys", "encoder_values") if cache else ()),
+        *(("attentions", "cross_attentions") if attentions else ()),
+        *(("hidden_states",) if hidden_states else ()),
+    )
 
 
-def layer_norm(dtype: Any, param_dtype: Any) -> nn.LayerNorm:
-    """The norm of all blocks. Differs: Flax's default variance, E[x^2] - E[x]^2, cancels digits."""
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)
+def _as_tuple(items: ByLayer | None) -> tuple[jax.Array, ...] | None:
+    return None if items is None else tuple(items)
 
 
-def _embedding_init(config: XGLMConfig, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    weight = nn.initializers.normal(config.init_std)(key, shape, dtype)
-    return weight if config.pad_token_id is None else weight.at[config.pad_token_id].set(0)
+def _kept(head_mask: jax.Array | None, config: XGLMConfig) -> ByLayer | None:
+    """The factors of the heads that each block has."""
+    if head_mask is None or not config.pruned_heads:
+        return head_mask
+    return tuple(head_mask[index, np.array(config.kept_heads(index))] for index in range(config.num_layers))
 
 
 def _key_mask(
@@ -272,7 +281,7 @@ def _key_mask(
     return jax.lax.dynamic_update_slice_in_dim(past.mask, jnp.ones((batch, length), bool), past.length, axis=1)
 
 
-def _position_ids(mask: jax.Array | None, past: jax.Array | int, length: int) -> jax.Array:
+def _position_ids(mask: jax.Array | None, past: Length, length: int) -> jax.Array:
     """Counts each row's tokens that are not padding: [batch or 1, length]; padding repeats the position before it."""
     if mask is None:
         return jnp.arange(length)[None]

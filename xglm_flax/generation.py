@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from xglm_core.generation.loop import BLOCK
 from xglm_flax.cache import FlaxXGLMCache, with_capacity
+from xglm_flax.stacking import stack_layers
 from xglm_flax.weights import Params
 
 
@@ -68,16 +69,18 @@ def _prefill(
     module: nn.Module, params: Params, input_ids: jax.Array, attention_mask: jax.Array, *, capacity: int
 ) -> tuple[jax.Array, FlaxXGLMCache]:
     """Reads ids [rows, length]; returns the likeliest next ids [rows, 1] and a cache with room for `capacity`."""
-    outputs: Any = module.apply({"params": params}, input_ids, attention_mask, use_cache=True, logits_to_keep=1)
+    outputs: Any = module.apply(
+        {"params": params}, input_ids, attention_mask, use_cache=True, logits_to_keep=1, return_dict=True
+    )
     return _likeliest(outputs.logits), with_capacity(outputs.past_key_values, capacity)
 
 
 def _advance(
-    module: nn.Module, params: Params, tokens: jax.Array, cache: FlaxXGLMCache, steps: jax.Array
+    module: Any, params: Params, tokens: jax.Array, cache: FlaxXGLMCache, steps: jax.Array
 ) -> tuple[jax.Array, jax.Array, FlaxXGLMCache]:
     """Feeds the last ids [rows, 1] and selects the next, `steps` times.
 
-    `steps` is traced, so that one compilation serves all counts.
+    `steps` is traced, so that one compilation serves all counts. Layers to be scanned are stacked once for all steps.
 
     Returns:
         The selected ids [rows, BLOCK], of which the first `steps` columns count, the last of these [rows, 1], and the
@@ -88,11 +91,15 @@ def _advance(
         index: jax.Array, state: tuple[jax.Array, jax.Array, FlaxXGLMCache]
     ) -> tuple[jax.Array, jax.Array, FlaxXGLMCache]:
         selected, tokens, cache = state
-        outputs: Any = module.apply({"params": params}, tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        outputs: Any = module.apply(
+            {"params": params}, tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True
+        )
         tokens = _likeliest(outputs.logits)
         selected = jax.lax.dynamic_update_slice_in_dim(selected, tokens, index, axis=1)
         return selected, tokens, outputs.past_key_values
 
+    if module.scan_layers:
+        params = stack_layers(params)
     selected = jnp.zeros((len(tokens), BLOCK), jnp.int32)
     return jax.lax.fori_loop(0, steps, step, (selected, tokens, cache))
 

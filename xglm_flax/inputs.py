@@ -1,6 +1,6 @@
-"""What a model call does before compiled code takes over.
+"""What a model call does before compiled code takes over: the checks of `xglm_core.inputs`, and fixed shapes.
 
-Differs: PyTorch checks values on the way. Compiled code has shapes but no values, so here the checks come first.
+Differs: PyTorch checks values on the way. Compiled code has shapes but no values, so here all checks come first.
 """
 
 from __future__ import annotations
@@ -11,56 +11,119 @@ import jax
 import numpy as np
 
 from xglm_core.config import XGLMConfig
-from xglm_core.inputs import check_attention_mask, check_input_ids, check_positions
+from xglm_core.errors import InputError
+from xglm_core.inputs import (
+    check_cache_batch,
+    check_input_ids,
+    check_labels,
+    check_labels_shape,
+    check_logits_to_keep,
+    check_positions,
+    check_shapes,
+)
 from xglm_flax.cache import FlaxXGLMCache, is_traced, with_room
 
+Arguments = dict[str, Any]  # By name; None is not given.
 
-def prepared_inputs(
-    config: XGLMConfig,
-    input_ids: jax.Array,
-    attention_mask: jax.Array | None,
-    position_ids: jax.Array | None,
-    past: FlaxXGLMCache | None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None, FlaxXGLMCache | None]:
-    """Checks the arguments of a model call and brings them into the shapes that the compiled code knows.
+
+def prepared_arguments(config: XGLMConfig, past: FlaxXGLMCache | None, arguments: Arguments) -> Arguments:
+    """Checks the arguments of the decoder and brings them into the shapes that the compiled code knows.
 
     Returns:
-        `input_ids`, the mask, if there is one, over all that the cache has room for, `position_ids`, and the cache.
+        The arguments; the mask, if there is one, is over all that the cache has room for; and the cache, with room.
+
+    Raises:
+        InputError: see `xglm_core.inputs`.
     """
-    if not is_traced(input_ids):
-        check_input_ids(np.asarray(input_ids), config)
-    batch, length = input_ids.shape
+    seen = check_arguments(config, past, **arguments)
+    length = _tokens(arguments).shape[1]
+    mask = arguments["attention_mask"]
     if past is not None:
         past = with_room(past, length)
-    seen = 0 if past is None else past.capacity - length if is_traced(past.length) else int(past.length)
-    mask: Any = attention_mask
-    if mask is not None:
-        check_attention_mask(mask.shape, batch, seen, length)
-        if past is not None and not is_traced(mask):
+        if mask is not None and has_values(mask):
             # Without this, each further token would be another shape, and another compilation.
-            mask = np.pad(np.asarray(mask) != 0, ((0, 0), (0, past.capacity - seen - length)))
-    _check_positions(config, mask, position_ids, past, seen, length)
-    return input_ids, mask, position_ids, past
+            mask = np.asarray(mask) != 0
+            mask = np.pad(mask, ((0, 0), (0, past.capacity - mask.shape[1])))
+    check_position_ids(config, arguments["position_ids"], mask, past, seen, length)
+    return {**arguments, "attention_mask": mask, "past_key_values": past}
 
 
-def _check_positions(
+def check_arguments(config: XGLMConfig, past: FlaxXGLMCache | None, **arguments: Any) -> int:
+    """Checks which arguments of the decoder are given, their shapes, and the ids; returns the cached positions.
+
+    Raises:
+        InputError: see `xglm_core.inputs`.
+    """
+    shapes = {name: np.shape(array) for name, array in arguments.items() if array is not None}
+    tokens = shapes.get("input_ids", shapes.get("inputs_embeds", ()))
+    seen, covered = _cached(past, length=tokens[1] if len(tokens) > 1 else 0, mask=shapes.get("attention_mask"))
+    check_shapes(config, shapes, past=covered, encoder_length=None if past is None else past.encoder_length)
+    if past is not None:
+        check_cache_batch(past.batch, tokens[0])
+    input_ids = arguments["input_ids"]
+    if input_ids is not None and has_values(input_ids):
+        check_input_ids(np.asarray(input_ids), config)
+    return seen
+
+
+def check_position_ids(
     config: XGLMConfig,
-    mask: jax.Array | None,
     position_ids: jax.Array | None,
+    mask: Any,
     past: FlaxXGLMCache | None,
     seen: int,
     length: int,
 ) -> None:
-    """Checks the positions given or counted, unless they are being traced."""
+    """Checks the positions, given or counted, unless they are being traced."""
     if position_ids is not None:
-        if not is_traced(position_ids):
+        if has_values(position_ids):
             check_positions(int(np.min(position_ids)), int(np.max(position_ids)), config)
-    elif is_traced(mask) or (past is not None and is_traced(past.length)):
+    elif not has_values(mask) or (past is not None and is_traced(past.length)):
         return
     elif mask is not None:
-        check_positions(0, int(np.count_nonzero(mask, axis=1).max()) - 1, config)
-    elif past is not None:
+        check_positions(0, int(np.count_nonzero(np.asarray(mask)[:, : seen + length], axis=1).max()) - 1, config)
+    elif past is not None and has_values(past.mask):
         known = np.count_nonzero(np.asarray(past.mask)[:, :seen], axis=1).max()
         check_positions(0, int(known) + length - 1, config)
-    else:
+    elif past is None:
         check_positions(0, length - 1, config)
+
+
+def check_head_arguments(config: XGLMConfig, tokens: Any, labels: Any, logits_to_keep: Any) -> None:
+    """Checks what only the causal language model takes; `tokens` are ids or embeddings, checked elsewhere."""
+    if tokens is None:
+        return
+    if labels is not None:
+        check_labels_shape(labels.shape, tokens.shape)
+        if has_values(labels):
+            check_labels(np.asarray(labels), config)
+    if has_values(logits_to_keep):
+        check_logits_to_keep(logits_to_keep, tokens.shape[1])
+
+
+def check_dropout(config: XGLMConfig, train: bool, dropout_rng: jax.Array | None) -> None:
+    """Raises `InputError` if dropout is to act without a key. Differs: the others keep one behind the scenes."""
+    rates = (config.dropout, config.attention_dropout, config.activation_dropout, config.layerdrop)
+    if train and dropout_rng is None and any(rates):
+        raise InputError("train is True but dropout_rng is None, expected a key: dropout_rng=jax.random.key(0)")
+
+
+def has_values(array: Any) -> bool:
+    """Whether the values of an array can be looked at."""
+    return not is_traced(array)
+
+
+def _tokens(arguments: Arguments) -> Any:
+    return arguments["inputs_embeds"] if arguments["input_ids"] is None else arguments["input_ids"]
+
+
+def _cached(past: FlaxXGLMCache | None, length: int, mask: tuple[int, ...] | None) -> tuple[int, int]:
+    """How many positions are cached, and how many of them a mask has to cover besides the new ones."""
+    if past is None:
+        return 0, 0
+    rest = past.capacity - length
+    if is_traced(past.length):
+        return rest, rest
+    seen = int(past.length)
+    # Loops that were written for one shape give the mask of all positions to come.
+    return seen, rest if past.fixed and mask is not None and mask[1:] == (past.capacity,) else seen

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from xglm_core.checkpoint.dtypes import float_type
@@ -15,9 +18,22 @@ from xglm_core.checkpoint.folder import open_checkpoint, save_checkpoint
 from xglm_core.checkpoint.loading import plan_loading
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.weight_names import weight_specs
-from xglm_flax.cache import FlaxXGLMCache, empty_cache
-from xglm_flax.weights import Params, load_weights, read_weight, weights_dtype
+from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
+from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
+from xglm_flax.cache import FlaxXGLMCache, as_cache, empty_cache, is_traced
+from xglm_flax.inputs import Arguments, check_dropout, prepared_arguments
+from xglm_flax.stacking import check_stackable, stack_layers, unstack_layers
+from xglm_flax.weights import (
+    Params,
+    cast,
+    get_parameter,
+    initial_params,
+    load_weights,
+    read_weight,
+    set_parameter,
+    weights_dtype,
+    write_weight,
+)
 
 
 class FlaxXGLMPreTrainedModel:
@@ -25,16 +41,20 @@ class FlaxXGLMPreTrainedModel:
 
     Args:
         config: the architecture.
-        input_shape: batch and length of the input that initialisation traces; the parameters do not depend on it.
+        input_shape: has no effect, as the parameters do not depend on it.
         seed: of the random parameters.
         dtype: type of the computation, by name or as a JAX type.
         _do_init: whether to draw parameters; if not, `params` is None and every call has to pass some.
         param_dtype: type of the parameters that are drawn, by name or as a JAX type.
+        scan_layers: whether the blocks run in a `jax.lax.scan`, which compiles about as fast as one block. The
+            parameters are those of any other model, or what `stack_layers` makes of them, which spares each call the
+            stacking.
 
     Attributes:
-        config: the architecture.
+        config: the architecture. What a call returns unless it says so itself (`output_attentions`, `use_cache`, ...)
+            may be changed here.
         dtype: type of the computation.
-        module: the Linen module.
+        module: the Linen module; another one after a change of the architecture.
         params: its parameters, or None.
     """
 
@@ -48,17 +68,29 @@ class FlaxXGLMPreTrainedModel:
         seed: int = 0,
         dtype: Any = jnp.float32,
         _do_init: bool = True,
+        *,
         param_dtype: Any = jnp.float32,
+        scan_layers: bool = False,
     ) -> None:
         self.config = config
         self.dtype = jnp.dtype(float_type(dtype).name)
-        self.module = self.module_class(config, self.dtype, jnp.dtype(float_type(param_dtype).name))
+        self.param_dtype = jnp.dtype(float_type(param_dtype).name)
+        self.scan_layers = scan_layers
+        self._make_module()
         self.params = self.init_weights(jax.random.key(seed), input_shape) if _do_init else None
-        # Compiled once for each combination of shapes and static arguments.
-        self._apply = jax.jit(
-            functools.partial(_apply, self.module),
-            static_argnames=("use_cache", "output_hidden_states", "train", "logits_to_keep"),
+
+    def _make_module(self) -> None:
+        """Makes the module, and what is compiled of it, as the configuration now is.
+
+        The module has a copy: what is compiled must not depend on what may change.
+        """
+        if self.scan_layers:
+            check_stackable(self.config)
+        self.module = self.module_class(
+            copy.copy(self.config), self.dtype, self.param_dtype, scan_layers=self.scan_layers
         )
+        # Compiled once for each combination of shapes and static arguments.
+        self._apply = jax.jit(functools.partial(_apply, self.module), static_argnames=_STATIC)
 
     @classmethod
     def from_pretrained(
@@ -67,6 +99,7 @@ class FlaxXGLMPreTrainedModel:
         *,
         dtype: Any = "float32",
         param_dtype: Any = None,
+        scan_layers: bool = False,
         weights: str | None = None,
     ) -> Self:
         """Loads a checkpoint folder.
@@ -75,6 +108,7 @@ class FlaxXGLMPreTrainedModel:
             folder: holds `config.json` and the weights, in any of the published formats.
             dtype: type of the computation, by name or as a JAX type.
             param_dtype: type of the parameters; None means float32, "auto" keeps the file's.
+            scan_layers: see the class.
             weights: the format to read if there are several; see `open_checkpoint`.
 
         Returns:
@@ -87,7 +121,7 @@ class FlaxXGLMPreTrainedModel:
         """
         wanted = "float32" if param_dtype is None else param_dtype
         plan = plan_loading(open_checkpoint(folder, weights), with_head=cls.has_head, dtype=wanted)
-        model = cls(plan.config, dtype=dtype, _do_init=False, param_dtype=plan.dtype.name)
+        model = cls(plan.config, dtype=dtype, _do_init=False, param_dtype=plan.dtype.name, scan_layers=scan_layers)
         model.params = load_weights(plan, bare=not cls.has_head)
         return model
 
@@ -112,10 +146,14 @@ class FlaxXGLMPreTrainedModel:
         """
         params = self._params_or_own(params)
         stored = weights_dtype(params) if dtype is None else float_type(dtype)
-        specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
-        by_name = {spec.name: spec for spec in specs}
+        specs = self._specs()
         save_checkpoint(
-            folder, self.config, specs, stored, lambda name: read_weight(params, by_name[name], stored), max_shard_size
+            folder,
+            self.config,
+            tuple(specs.values()),
+            stored,
+            lambda name: read_weight(params, specs[name], stored),
+            max_shard_size,
         )
 
     def num_parameters(self) -> int:
@@ -123,21 +161,170 @@ class FlaxXGLMPreTrainedModel:
         return sum(leaf.size for leaf in jax.tree.leaves(self._params_or_own(None)))
 
     def init_cache(self, batch_size: int, max_length: int) -> FlaxXGLMCache:
-        """An empty cache with room for `max_length` tokens in each row; it does not grow, so no shape ever changes."""
-        return empty_cache(self.config, batch_size, max_length, self.dtype, fixed=True)
+        """An empty cache with room for `max_length` tokens in each row; it does not grow, so no shape ever changes.
 
-    def init_weights(self, rng: jax.Array, input_shape: tuple[int, int] = (1, 1)) -> Params:
+        The part for encoder states is filled by the first call that gives some.
+        """
+        return empty_cache(self.config, batch_size, max_length, self.dtype, stacked=self.scan_layers, fixed=True)
+
+    def init_weights(
+        self, rng: jax.Array, input_shape: tuple[int, int] = (1, 1), params: Params | None = None
+    ) -> Params:
         """Draws matrices from N(0, init_std); biases and the padding row of the embedding are zero.
 
         Args:
             rng: a key of `jax.random`.
-            input_shape: batch and length of the input that is traced.
+            input_shape: has no effect.
+            params: parameters to keep; only those that are missing are drawn.
 
         Returns:
-            The parameters; those of the model are left alone.
+            The parameters; those of the model, and `params`, are left alone.
         """
-        variables: Any = self.module.init(rng, jnp.zeros(input_shape, jnp.int32))
-        return variables["params"]
+        specs = tuple(self._specs().values())
+        given = unstack_layers(params) if params else {}
+        return initial_params(self.config, specs, rng, self.param_dtype, given, bare=not self.has_head)
+
+    def to_bf16(self, params: Params, mask: Any = None) -> Params:
+        """A tree with parameters in bfloat16. Differs: here one model may run with any tree.
+
+        Args:
+            params: the parameters, which are left alone.
+            mask: booleans in a tree of the same structure: which of them to cast; None means all.
+        """
+        return cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Params, mask: Any = None) -> Params:
+        """As `to_bf16`, in float16."""
+        return cast(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Params, mask: Any = None) -> Params:
+        """As `to_bf16`, in float32."""
+        return cast(params, jnp.float32, mask)
+
+    def get_input_embeddings(self) -> jax.Array:
+        """The token embedding [vocab_size, d_model]. Differs: parameters are no part of a module, so it is an array."""
+        return get_parameter(self._params_or_own(None), self._specs()[EMBEDDING])
+
+    def set_input_embeddings(self, new_embeddings: jax.Array) -> None:
+        """Replaces the token embedding [vocab_size, d_model]; a tied head follows.
+
+        Raises:
+            InputError: it has another shape, or there are no parameters.
+        """
+        self._set_matrix(EMBEDDING, new_embeddings)
+
+    def get_output_embeddings(self) -> jax.Array | None:
+        """The head; None, as the bare decoder has none."""
+        return None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> jax.Array:
+        """Changes the vocabulary: old rows are kept, new ones are drawn from N(0, init_std), a tied head stays tied.
+
+        Parameters of another shape are other parameters: initialise the optimizer afterwards.
+
+        Args:
+            new_num_tokens: rows wanted; None keeps their number.
+            pad_to_multiple_of: round the number up to a multiple of this.
+
+        Returns:
+            The input embeddings; `config.vocab_size` is their number.
+
+        Raises:
+            InputError: a number is not a positive integer, or there are no parameters.
+            ConfigError: `config.pad_token_id` would be outside the vocabulary.
+        """
+        config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
+        params, specs = self._params_or_own(None), self._specs()
+        for name in (EMBEDDING, HEAD) if HEAD in specs else (EMBEDDING,):
+            dtype = weights_dtype(params, specs[name])
+            rows = resized_rows(read_weight(params, specs[name]), dtype, config)
+            params = write_weight(params, specs[name], rows, dtype)
+        self.params = params
+        self.config.vocab_size = config.vocab_size
+        self._make_module()
+        return self.get_input_embeddings()
+
+    def tie_weights(self) -> None:
+        """Does nothing: the bare decoder has no head."""
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
+        """Removes self-attention heads for good; the model computes what it would with these heads masked.
+
+        Args:
+            heads_to_prune: heads by the index of their block, numbered as in the unpruned model, as they are in a
+                `head_mask` afterwards, too. `config.pruned_heads` remembers them.
+
+        Raises:
+            ConfigError: there is no such block or head, a block would have none left, or the blocks would differ in
+                shape, which `scan_layers` does not allow.
+            InputError: there are no parameters.
+        """
+        config, own, specs = pruned_config(self.config, heads_to_prune), self._params_or_own(None), self._specs()
+        if self.scan_layers:
+            check_stackable(config)
+        params = before = unstack_layers(own)
+        for name, value in pruned_weights(self.config, config, lambda name: read_weight(before, specs[name])):
+            params = write_weight(params, specs[name], value, weights_dtype(before, specs[name]))
+        self.params = params if before is own else stack_layers(params)
+        self.config.pruned_heads = config.pruned_heads
+        self._make_module()
+
+    def _set_matrix(self, name: str, matrix: Any) -> None:
+        """Replaces the embedding, or the head's matrix [vocab_size, d_model], by canonical name."""
+        check_embeddings(np.shape(matrix), self.config)
+        params, spec = self._params_or_own(None), self._specs()[name]
+        new = jnp.asarray(matrix, self.get_input_embeddings().dtype)
+        self.params = set_parameter(params, spec, new.T if spec.transposed else new)
+
+    def _specs(self) -> dict[str, WeightSpec]:
+        """The model's weights by canonical name."""
+        with_head = self.has_head and not self.config.tie_word_embeddings
+        return {spec.name: spec for spec in weight_specs(self.config, with_head=with_head)}
+
+    def _call(
+        self,
+        *,
+        params: Params | None,
+        train: bool,
+        dropout_rng: jax.Array | None,
+        past_key_values: Any,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        return_dict: bool | None,
+        static: dict[str, Any],
+        **arguments: Any,
+    ) -> Any:
+        """What both models do in a call: checks, compiled code, and the results in the form asked for.
+
+        Differs: the configuration is asked here, as compiled code would go on with what it said at first.
+
+        Args:
+            params, train, dropout_rng, past_key_values, use_cache, output_attentions, output_hidden_states,
+                return_dict: see `FlaxXGLMModel.__call__`.
+            static: further arguments of the module that are part of what is compiled.
+            arguments: its other arguments, arrays or None.
+        """
+        config, params = self.config, self._params_or_own(params)
+        past = as_cache(past_key_values, config, self.dtype)
+        arguments = prepared_arguments(config, past, arguments)
+        check_dropout(config, train, dropout_rng)
+        outputs = self._apply(
+            params,
+            arguments,
+            dropout_rng,
+            train=train,
+            use_cache=config.use_cache if use_cache is None else use_cache,
+            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            **static,
+        )
+        if past is not None and outputs.attentions is not None and not is_traced(past.length):
+            keys = int(past.length) + outputs.attentions[0].shape[2]
+            outputs = outputs._replace(attentions=tuple(layer[..., :keys] for layer in outputs.attentions))
+        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     def _params_or_own(self, params: Params | None) -> Params:
         """`params`, or the model's own if it is None.
@@ -151,17 +338,18 @@ class FlaxXGLMPreTrainedModel:
         return params
 
 
+_STATIC = ("train", "use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
+
+
 def _apply(
     module: nn.Module,
     params: Params,
-    *inputs: Any,
+    arguments: Arguments,
     dropout_rng: jax.Array | None,
+    *,
     train: bool,
-    **options: Any,
+    **static: Any,
 ) -> Any:
-    """What a model call compiles. Differs: dropout needs a key, which PyTorch and Keras keep behind the scenes."""
-    config: XGLMConfig = module.config
-    if train and dropout_rng is None and any((config.dropout, config.attention_dropout, config.activation_dropout)):
-        raise InputError("train is True but dropout_rng is None, expected a key: dropout_rng=jax.random.key(0)")
+    """What a model call compiles."""
     rngs = {"dropout": dropout_rng} if train and dropout_rng is not None else {}
-    return module.apply({"params": params}, *inputs, deterministic=not rngs, rngs=rngs, **options)
+    return module.apply({"params": params}, **arguments, **static, return_dict=True, deterministic=not rngs, rngs=rngs)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FloatType
+from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT32, FloatType
 from xglm_core.checkpoint.loading import LoadPlan
+from xglm_core.checkpoint.mapped import copy_numbers
+from xglm_core.config import XGLMConfig
 from xglm_core.weight_names import WeightSpec
+from xglm_flax.initialization import initializer_of
+from xglm_flax.stacking import is_stacked
 
 # Differs: parameters are no part of a module but a tree beside it, as in params["model"]["layers"]["3"]["fc1"]["bias"].
 Params = dict[str, Any]
@@ -39,17 +43,98 @@ def load_weights(plan: LoadPlan, *, bare: bool) -> Params:
     return params
 
 
-def read_weight(params: Params, spec: WeightSpec, dtype: FloatType) -> np.ndarray:
-    """A parameter in canonical shape and in `dtype.storage`."""
-    leaf = functools.reduce(operator.getitem, _path(spec, bare="model" not in params), params)
-    array = np.asarray(jnp.asarray(leaf, dtype.name))
+def initial_params(
+    config: XGLMConfig, specs: Sequence[WeightSpec], rng: jax.Array, dtype: Any, given: Params, *, bare: bool
+) -> Params:
+    """Draws the parameters that are not given.
+
+    Args:
+        config: the architecture.
+        specs: the model's weights.
+        rng: a key of `jax.random`.
+        dtype: type of the parameters that are drawn.
+        given: parameters to keep, or an empty tree; it is left alone.
+        bare: whether the tree is that of the bare decoder, without the level "model".
+    """
+    initializer = initializer_of(config)
+    params = given
+    for spec, key in zip(specs, jax.random.split(rng, len(specs)), strict=True):
+        path = _path(spec, bare=bare)
+        if _find(given, path) is None:
+            shape = spec.shape[::-1] if spec.transposed else spec.shape
+            params = _replaced(params, path, initializer(spec)(key, shape, dtype))
+    return params
+
+
+def read_weight(params: Params, spec: WeightSpec, dtype: FloatType | None = None) -> np.ndarray:
+    """A parameter in canonical shape and in `dtype.storage`; None means its own type."""
+    dtype = weights_dtype(params, spec) if dtype is None else dtype
+    array = np.asarray(jnp.asarray(get_parameter(params, spec), dtype.name))
     stored = array.view(np.uint16) if dtype is BFLOAT16 else array
     return stored.T if spec.transposed else stored
 
 
-def weights_dtype(params: Params) -> FloatType:
-    """The type of the parameters."""
-    return DTYPES[str(jax.tree.leaves(params)[0].dtype)]
+def write_weight(params: Params, spec: WeightSpec, value: np.ndarray, dtype: FloatType) -> Params:
+    """The parameters with one replaced.
+
+    Args:
+        params: the parameters, which are left alone.
+        spec: which one.
+        value: in canonical shape and in `dtype.storage`.
+        dtype: the type of its numbers.
+    """
+    return set_parameter(params, spec, _to_jax(value.T if spec.transposed else value, dtype))
+
+
+def weights_dtype(params: Params, spec: WeightSpec | None = None) -> FloatType:
+    """The type of a parameter, or one that holds all of them. Differs: users may cast a part of the tree."""
+    leaves = jax.tree.leaves(params) if spec is None else [get_parameter(params, spec)]
+    names = {str(leaf.dtype) for leaf in leaves}
+    return DTYPES[names.pop()] if len(names) == 1 else FLOAT32
+
+
+def get_parameter(params: Params, spec: WeightSpec) -> jax.Array:
+    """A parameter as it is in the tree; its part of one that is stacked."""
+    tree: Any = params
+    index = None
+    for key in _path(spec, bare="model" not in params):
+        if key.isdecimal() and is_stacked(tree):
+            index = int(key)
+        else:
+            tree = tree[key]
+    return tree if index is None else tree[index]
+
+
+def set_parameter(params: Params, spec: WeightSpec, value: Any) -> Params:
+    """A new tree with another parameter; `params`, with blocks that are not stacked, is left alone."""
+    return _replaced(params, _path(spec, bare="model" not in params), value)
+
+
+def cast(params: Any, dtype: Any, mask: Any = None) -> Any:
+    """A tree with floating-point leaves of another type.
+
+    Args:
+        params: the tree, which is left alone.
+        dtype: the type.
+        mask: booleans in a tree of the same structure: which leaves to cast; None means all of them.
+    """
+
+    def leaf_cast(leaf: jax.Array, wanted: bool) -> jax.Array:
+        return leaf.astype(dtype) if wanted and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(leaf_cast, params, jax.tree.map(lambda _: True, params) if mask is None else mask)
+
+
+def _find(tree: Any, path: tuple[str, ...]) -> Any:
+    """The leaf at a path, or None."""
+    return functools.reduce(lambda found, key: found.get(key) if found else None, path, tree)
+
+
+def _replaced(tree: Any, path: tuple[str, ...], value: Any) -> Any:
+    if not path:
+        return value
+    key, *rest = path
+    return {**tree, key: _replaced(tree.get(key, {}), tuple(rest), value)}
 
 
 def _path(spec: WeightSpec, *, bare: bool) -> tuple[str, ...]:
@@ -61,7 +146,7 @@ def _path(spec: WeightSpec, *, bare: bool) -> tuple[str, ...]:
 def _to_jax(array: np.ndarray, dtype: FloatType) -> jax.Array:
     """A copy of an array on the default device."""
     copy = _aligned_empty(array.shape, array.dtype)
-    np.copyto(copy, array)
+    copy_numbers(copy, array)
     if dtype is BFLOAT16:
         copy = copy.view(jnp.dtype("bfloat16"))
     # On a CPU, JAX takes over what is aligned well; anything else it would copy once more. Waiting until the copy to

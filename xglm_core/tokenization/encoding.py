@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import numpy as np
 
@@ -13,7 +13,16 @@ from xglm_core.errors import InputError
 
 
 class BatchEncoding(dict[str, Any]):
-    """The inputs of a model, for `model(**inputs)`; `inputs["input_ids"]` is `inputs.input_ids`, too."""
+    """The inputs of a model, for `model(**inputs)`; `inputs["input_ids"]` is `inputs.input_ids`, too.
+
+    Args:
+        values: the inputs.
+        word_ids: for each row, the word that each token belongs to, None for special tokens.
+    """
+
+    def __init__(self, values: dict[str, Any], word_ids: list[list[int | None]] | None = None) -> None:
+        super().__init__(values)
+        self._word_ids = word_ids
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -21,45 +30,62 @@ class BatchEncoding(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"this BatchEncoding has no {name!r}, only {', '.join(self)}") from None
 
+    def __reduce__(self) -> Any:
+        return BatchEncoding, (dict(self), self._word_ids)
 
-def encode_batch(
-    rows: Sequence[list[int]], *, pad_token_id: int | None, padding_side: str, return_tensors: str | None
-) -> BatchEncoding:
-    """Collects rows of token ids into model inputs.
+    @property
+    def data(self) -> dict[str, Any]:
+        """The inputs as a plain dictionary."""
+        return dict(self)
+
+    def word_ids(self, batch_index: int = 0) -> list[int | None]:
+        """The word that each token of a row belongs to, None for special tokens and padding.
+
+        Raises:
+            InputError: the text was not split into words.
+        """
+        if self._word_ids is None:
+            raise InputError("word_ids: the text was not split into words; pass words and is_split_into_words=True")
+        return self._word_ids[batch_index]
+
+    def to(self, device: Any) -> Self:
+        """Moves PyTorch's tensors to a device, in place; returns itself.
+
+        Raises:
+            InputError: the inputs are not PyTorch's tensors.
+        """
+        for name, value in self.items():
+            if not hasattr(value, "to"):
+                raise InputError(f"{name} is a {type(value).__name__}, which moves nowhere; use return_tensors='pt'")
+            self[name] = value.to(device)
+        return self
+
+
+def as_tensors(columns: dict[str, list[Any]], return_tensors: str) -> dict[str, Any]:
+    """Turns rows of integers into tensors.
 
     Args:
-        rows: token ids, one list per text.
-        pad_token_id: id to pad the rows with to the length of the longest; None leaves them as they are.
-        padding_side: "right" or "left".
-        return_tensors: None for lists; "np", "pt", "tf" or "jax" for integer tensors [rows, length], int64 in numpy and
-            PyTorch, int32 in TensorFlow and JAX.
-
-    Returns:
-        `input_ids`, and `attention_mask` with 1 for tokens and 0 for padding.
+        columns: under each name, rows of equal length, or one integer per row.
+        return_tensors: "np", "pt", "tf" or "jax" for tensors [rows, length, ...], int64 in numpy and PyTorch, int32 in
+            TensorFlow and JAX.
 
     Raises:
-        InputError: `padding_side` or `return_tensors` is unknown, or the rows differ in length and are to be tensors.
+        InputError: `return_tensors` is unknown, or the rows differ in length.
         BackendError: the framework is not installed.
     """
-    if padding_side not in ("right", "left"):
-        raise InputError(f"padding_side is {padding_side!r}, expected 'right' or 'left'")
-    ids, masks = [list(row) for row in rows], [[1] * len(row) for row in rows]
-    if pad_token_id is not None:
-        longest = max(map(len, rows), default=0)
-        ids = [_padded(row, longest, pad_token_id, padding_side) for row in ids]
-        masks = [_padded(row, longest, 0, padding_side) for row in masks]
-    if return_tensors is None:
-        return BatchEncoding(input_ids=ids, attention_mask=masks)
     to_tensor = _tensor_maker(return_tensors)
-    lengths = sorted({len(row) for row in ids})
+    lengths = sorted({len(row) for row in columns["input_ids"]})
     if len(lengths) > 1:
         raise InputError(
             f"the texts have {lengths[0]} to {lengths[-1]} tokens, so they fit no tensor; use padding=True"
         )
-    # Reshaping keeps the two axes where there is no row or no token.
-    shape = (len(ids), *lengths) if lengths else (0, 0)
-    arrays = {"input_ids": ids, "attention_mask": masks}
-    return BatchEncoding({name: to_tensor(np.array(x, np.int64).reshape(shape)) for name, x in arrays.items()})
+    arrays = {name: np.array(rows, np.int64) for name, rows in columns.items()}
+    for name, rows in columns.items():
+        if not rows:  # Keeps the two axes where there is no row.
+            arrays[name] = arrays[name].reshape(0, 0)
+        elif isinstance(rows[0], list) and not rows[0]:
+            arrays[name] = arrays[name].reshape(len(rows), 0, *([2] if name == "offset_mapping" else []))
+    return {name: to_tensor(array) for name, array in arrays.items()}
 
 
 def as_ids(ids: Any, vocab_size: int) -> np.ndarray:
@@ -80,11 +106,6 @@ def as_ids(ids: Any, vocab_size: int) -> np.ndarray:
         bad = next(value for value in values if type(value) is not int or not 0 <= value < vocab_size)
         raise InputError(f"{bad!r} is no token id, expected integers from 0 to {vocab_size - 1}")
     return array.astype(np.int64)
-
-
-def _padded(row: list[int], length: int, value: int, side: str) -> list[int]:
-    padding = [value] * (length - len(row))
-    return row + padding if side == "right" else padding + row
 
 
 def _tensor_maker(name: str) -> Callable[[np.ndarray], Any]:

@@ -1,113 +1,220 @@
-"""A SentencePiece model with fairseq's ids.
-
-Special tokens come first, and SentencePiece's pieces follow one place further than in the SentencePiece model itself,
-which begins with `<unk>`, `<s>`, `</s>`:
-
-    id               0    1      2     3      4 ... len(pieces)        len(pieces) + 1 ... len(pieces) + 7
-    token            <s>  <pad>  </s>  <unk>  piece 3 ... last piece   <madeupword0> ... <madeupword6>
-
-The madeupwords made the size of the published vocabulary a multiple of 8; no text contains them.
-"""
+"""The vocabulary: text to ids and back to tokens, on the SentencePiece library."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from xglm_core.errors import CheckpointError, InputError
+from xglm_core.errors import InputError
+from xglm_core.tokenization.added_tokens import AddedToken, TokenFinder
 
-_FIRST_IDS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
-_UNKNOWN = _FIRST_IDS["<unk>"]
-_OFFSET = 1  # From a piece's number in SentencePiece to its id.
-_MADEUP_WORDS = 7
+_OPTIONS = ("enable_sampling", "nbest_size", "alpha", "num_threads")
+
+# Below this many texts the threads of SentencePiece's batches cost more than they save.
+_FEW_TEXTS = 64
+
+Offsets = list[tuple[int, int]]
 
 
 class Vocabulary:
     """Tokens and their ids.
 
     Args:
-        model: the bytes of a SentencePiece model.
-        source: where they come from, for messages.
+        model: a SentencePiece model, in the order of the ids.
+        added: further tokens, by id; special ones may be within the model.
         options: arguments of `SentencePieceProcessor`.
 
     Attributes:
         model: as given.
-        processor: the SentencePiece processor.
-        size: number of ids, special ones included.
-        special_ids: id of each special token; these are found in a text before SentencePiece sees it.
-        special_tokens: the inverse.
+        processor: the SentencePiece processor of the model; its numbers are our ids.
+        base_size: number of tokens of the model.
+        tokens: all tokens, by id.
+        byte_tokens: those that stand for a byte of a character that is not in the vocabulary.
+        added: the tokens that follow those of the model, by id.
+        special_ids: id of each special token.
 
     Raises:
-        CheckpointError: `model` is no SentencePiece model, or does not begin with `<unk>`, `<s>`, `</s>`.
+        ValueError: `model` is no SentencePiece model, or the ids of `added` do not fit it.
+        InputError: an option is unknown, or has an impossible value.
     """
 
-    def __init__(self, model: bytes, source: str, options: dict[str, Any]) -> None:
+    def __init__(self, model: bytes, added: dict[int, AddedToken], options: dict[str, Any]) -> None:
+        for name in options:
+            if name not in _OPTIONS:
+                raise InputError(f"sp_model_kwargs has {name!r}, expected {', '.join(_OPTIONS)}")
         self.model = model
-        self._source = source
         self._options = options
         try:
             self.processor = SentencePieceProcessor(**options)
             self.processor.load_from_serialized_proto(model)
         except (RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{source}: expected a SentencePiece model, but it cannot be loaded: {reason}"
-            ) from None
-        pieces = len(self.processor)
-        first = [self.processor.id_to_piece(i) for i in range(min(3, pieces))]
-        if first != ["<unk>", "<s>", "</s>"]:
-            raise CheckpointError(
-                f"{source}: the pieces begin with {first}, expected <unk>, <s>, </s>, as fairseq's ids do"
-            )
-        self.size = pieces + _OFFSET + _MADEUP_WORDS
-        madeup_words = {f"<madeupword{i}>": pieces + _OFFSET + i for i in range(_MADEUP_WORDS)}
-        self.special_ids = _FIRST_IDS | madeup_words
-        self.special_tokens = {number: token for token, number in self.special_ids.items()}
-        # The group keeps the special tokens in the result of the split.
-        self._split = re.compile(f"({'|'.join(map(re.escape, self.special_ids))})").split
+            raise ValueError(" ".join(str(error).split())) from None
+        try:
+            self.processor.encode("a")
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"sp_model_kwargs is {options}, which fails: {' '.join(str(error).split())}") from None
+        numbers = list(range(len(self.processor)))
+        self.base_size = len(numbers)
+        self.tokens: list[str] = self.processor.id_to_piece(numbers)
+        self.unknown_id: int = self.processor.unk_id()
+        are_bytes = zip(self.tokens, self.processor.is_byte(numbers), strict=True)
+        self.byte_tokens = frozenset(token for token, is_byte in are_bytes if is_byte)
+        self.added: dict[int, AddedToken] = {}
+        self._added_ids: dict[str, int] = {}
+        self._found = {
+            number: AddedToken(self.tokens[number], special=True)
+            for number, control in enumerate(self.processor.is_control(numbers))
+            if control or number == self.unknown_id
+        }
+        for number, token in sorted(added.items()):
+            if number > len(self.tokens):
+                raise ValueError(f"the added token {token.content!r} has id {number}, expected {len(self.tokens)}")
+            if number < self.base_size and self.tokens[number] != token.content:
+                raise ValueError(
+                    f"the added token {token.content!r} has id {number}, but that is {self.tokens[number]!r}"
+                )
+            if token.special or number >= self.base_size:  # SentencePiece finds user-defined pieces itself.
+                self._put(number, token)
+        self._update()
 
     # SentencePiece's own pickling would forget the options.
     def __reduce__(self) -> Any:
-        return Vocabulary, (self.model, self._source, self._options)
+        return Vocabulary, (self.model, self._found, self._options)
 
-    def encode(self, text: str) -> list[int]:
+    def add(self, tokens: Iterable[AddedToken]) -> int:
+        """Adds tokens behind the last one; a known one only becomes special, if it is to be.
+
+        Returns:
+            How many are new.
+        """
+        size = len(self.tokens)
+        for token in tokens:
+            self._check(token.content)
+            number = self.id_of(token.content)
+            if self.tokens[number] != token.content:
+                self._put(len(self.tokens), token)
+            elif token.special:
+                self._put(number, token)
+        self._update()
+        return len(self.tokens) - size
+
+    def encode(self, text: str, line_break: int | None = None) -> list[int]:
         """The ids of a text.
+
+        Args:
+            text: any text.
+            line_break: the id that stands for a run of line breaks; None leaves them to SentencePiece, as spaces.
 
         Raises:
             InputError: `text` is no string, or has no UTF-8 encoding.
         """
-        ids: list[int] = []
-        for part in self._parts(text):
-            special = self.special_ids.get(part)
-            ids += map(self._piece_id, self.processor.encode(part)) if special is None else [special]
-        return ids
+        if not isinstance(text, str):
+            self._check(text)
+        try:
+            if not self._finder.may_find(text, line_breaks=line_break is not None):
+                return self._encode(text)
+            ids: list[int] = []
+            for start, stop, number in self._finder.split(text, line_break):
+                ids += self._encode(text[start:stop]) if number is None else [number]
+            return ids
+        except (TypeError, RuntimeError):
+            self._check(text)
+            raise
 
-    def tokenize(self, text: str) -> list[str]:
+    def encode_batch(self, texts: Sequence[str], line_break: int | None = None) -> list[list[int]]:
+        """The ids of several texts; arguments and errors as of `encode`."""
+        try:
+            breaks = line_break is not None
+            if len(texts) >= _FEW_TEXTS and not self._finder.may_find("".join(texts), line_breaks=breaks):
+                rows: list[list[int]] = self.processor.encode(list(texts))
+                return rows
+        except (TypeError, RuntimeError):
+            pass  # One of them is no text; this finds which.
+        return [self.encode(text, line_break) for text in texts]
+
+    def encode_with_offsets(self, text: str, line_break: int | None = None) -> tuple[list[int], Offsets]:
+        """The ids of a text, and where each token stands in it: begin and end [characters]; see `encode`."""
+        self._check(text)
+        ids: list[int] = []
+        offsets: Offsets = []
+        for start, stop, number in self._finder.split(text, line_break):
+            if number is None:
+                part_ids, part_offsets = self._locate(text[start:stop])
+                ids += part_ids
+                offsets += [(start + begin, start + end) for begin, end in part_offsets]
+            else:
+                ids.append(number)
+                offsets.append((start, stop))
+        return ids, offsets
+
+    def tokenize(self, text: str, line_break: int | None = None) -> list[str]:
         """The tokens of a text; one that is not in the vocabulary appears as the text's own characters.
 
         Raises:
             InputError: see `encode`.
         """
+        self._check(text)
         tokens: list[str] = []
-        for part in self._parts(text):
-            tokens += [part] if part in self.special_ids else self.processor.encode(part, out_type=str)
+        for start, stop, number in self._finder.split(text, line_break):
+            tokens += self.processor.encode(text[start:stop], out_type=str) if number is None else [self.tokens[number]]
         return tokens
 
     def id_of(self, token: str) -> int:
-        """The id of a token; that of `<unk>` for one that is not in the vocabulary."""
-        special = self.special_ids.get(token)
-        return self._piece_id(self.processor.piece_to_id(token)) if special is None else special
+        """The id of a token; that of `<unk>` for one that is not in the vocabulary.
 
-    def token_of(self, number: int) -> str:
-        """The token of an id, which must be in the vocabulary."""
-        special = self.special_tokens.get(number)
-        return self.processor.id_to_piece(number - _OFFSET) if special is None else special
+        Raises:
+            InputError: `token` is no string, or has no UTF-8 encoding.
+        """
+        number = self._added_ids.get(token) if isinstance(token, str) else None
+        if number is None:
+            self._check(token)
+            number = int(self.processor.piece_to_id(token))
+        return number
 
-    def _parts(self, text: str) -> Iterator[str]:
-        """Special tokens, and the stretches of text between them."""
+    def _put(self, number: int, token: AddedToken) -> None:
+        self._found[number] = token
+        if number >= self.base_size:
+            self.added[number] = token
+            self._added_ids[token.content] = number
+        if number == len(self.tokens):
+            self.tokens.append(token.content)
+
+    def _update(self) -> None:
+        self._finder = TokenFinder((token, number) for number, token in self._found.items())
+        self.special_ids = {token.content: number for number, token in sorted(self._found.items()) if token.special}
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.processor.encode(text)
+        return ids
+
+    def _locate(self, text: str) -> tuple[list[int], Offsets]:
+        """The ids and offsets of a text without added tokens."""
+        pieces = self.processor.encode(text, out_type=str)
+        # With sampling, another call would give another division.
+        ids = self.processor.piece_to_id(pieces) if self._options.get("enable_sampling") else self._encode(text)
+        normalized, begins = self.processor.normalize(text, with_offsets=True)
+        ends = begins[1:]
+        for place in range(len(ends) - 2, -1, -1):
+            # Several characters that one has become, as "ﬁ" became "fi", end where it ends.
+            if ends[place] == begins[place]:
+                ends[place] = ends[place + 1]
+        offsets: Offsets = []
+        place = bytes_left = 0
+        for piece, number in zip(pieces, ids, strict=True):
+            if self.processor.is_byte(number):
+                bytes_left = (bytes_left or len(normalized[place].encode())) - 1
+                offsets.append((begins[place], ends[place]))
+                place += not bytes_left
+            else:
+                offsets.append((begins[place], ends[place + len(piece) - 1]))
+                place += len(piece)
+        return ids, offsets
+
+    @staticmethod
+    def _check(text: Any) -> None:
+        """Refuses what SentencePiece cannot read, in words of ours."""
         if not isinstance(text, str):
             raise InputError(f"a text is {text!r:.80} ({type(text).__name__}), expected a string")
         try:
@@ -117,9 +224,3 @@ class Vocabulary:
                 f"a text has the lone surrogate {text[error.start]!r} at character {error.start}, which UTF-8 cannot "
                 "encode; was it decoded with errors='surrogateescape'?"
             ) from None
-        return filter(None, self._split(text))
-
-    @staticmethod
-    def _piece_id(piece: int) -> int:
-        # SentencePiece numbers the unknown piece 0.
-        return piece + _OFFSET if piece else _UNKNOWN

@@ -1,0 +1,89 @@
+"""`XGLMTokenizerFast`: the tokenizer of `tokenizer.json`, the file of the `tokenizers` library."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xglm_core.errors import CheckpointError, InputError
+from xglm_core.tokenization.base import TOKENIZER_FILE, VOCAB_FILE, Tokenizer
+from xglm_core.tokenization.tokenizer_json import make_tokenizer
+from xglm_core.tokenization.vocabulary_file import VocabularyFile
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class XGLMTokenizerFast(Tokenizer):
+    """The ids, tokens and texts of `XGLMTokenizer`, from and to `tokenizer.json`.
+
+    SentencePiece divides the texts here, too. The `tokenizers` library adds scores in float64 where SentencePiece does
+    in float32, so it divides "cececece" elsewhere than SentencePiece, depending on what precedes it; its normaliser
+    leaves Korean and Vietnamese in NFD apart; and it is several times slower (`bench/tokenizers.py`). It reads and
+    writes the file, and `backend_tokenizer` is its tokenizer.
+
+    Args:
+        vocab_file: the SentencePiece model; not needed beside `tokenizer_file`.
+        tokenizer_file: `tokenizer.json`, which takes precedence.
+        bos_token, eos_token, sep_token, cls_token, unk_token, pad_token, kwargs: see `XGLMTokenizer`.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is neither.
+        InputError: there is no file, or an argument is outside what it can be.
+    """
+
+    is_fast = True
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike[str] | None = None,
+        tokenizer_file: str | os.PathLike[str] | None = None,
+        bos_token: Any = "<s>",
+        eos_token: Any = "</s>",
+        sep_token: Any = "</s>",
+        cls_token: Any = "<s>",
+        unk_token: Any = "<unk>",
+        pad_token: Any = "<pad>",
+        **kwargs: Any,
+    ) -> None:
+        path = tokenizer_file or vocab_file
+        if path is None:
+            raise InputError("XGLMTokenizerFast needs vocab_file or tokenizer_file, but both are None")
+        roles = {
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+            "sep_token": sep_token,
+            "cls_token": cls_token,
+            "unk_token": unk_token,
+            "pad_token": pad_token,
+        }
+        super().__init__(VocabularyFile.read(path), roles, {}, **kwargs)
+        self.vocab_file = None if vocab_file is None else str(vocab_file)
+
+    @classmethod
+    def _files_of(cls, folder: str | os.PathLike[str]) -> dict[str, Any]:
+        published, other = Path(folder) / VOCAB_FILE, Path(folder) / TOKENIZER_FILE
+        if published.exists() and not other.exists():
+            return {"vocab_file": published, "tokenizer_file": None}
+        return {"vocab_file": published if published.exists() else None, "tokenizer_file": other}
+
+    def _vocabulary_files(self) -> dict[str, bytes]:
+        files = {TOKENIZER_FILE: self.backend_tokenizer.to_str().encode()}
+        if self._file.published is not None:
+            files[VOCAB_FILE] = self._file.published
+        return files
+
+    @property
+    def backend_tokenizer(self) -> tokenizers.Tokenizer:
+        """A new tokenizer of the `tokenizers` library with this vocabulary, in the form of the published file.
+
+        Its ids differ from ours where its normaliser or its arithmetic differs from SentencePiece's.
+
+        Raises:
+            CheckpointError: that form cannot express the vocabulary.
+        """
+        try:
+            return make_tokenizer(self.vocabulary.model, self.vocabulary.added, self.sep_token)
+        except ValueError as error:
+            raise CheckpointError(f"{self._file.path}: {error}") from None

@@ -1,0 +1,97 @@
+"""The files of a tokenizer beside its vocabulary: how they are read from a checkpoint folder, and written into one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from xglm_core.errors import CheckpointError
+from xglm_core.files import replacing
+from xglm_core.tokenization.roles import ROLES
+
+CONFIG_FILE = "tokenizer_config.json"
+_ROLES_FILE = "special_tokens_map.json"
+_ADDED_FILE = "added_tokens.json"
+_MODEL_CONFIG_FILE = "config.json"
+
+# No limit; the number that transformers writes for it.
+NO_LIMIT = int(1e30)
+
+
+def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """A tokenizer's constructor arguments, from the files of a folder that there are.
+
+    `special_tokens_map.json` takes precedence over a `tokenizer_config.json` that does not list the added tokens, as
+    older versions of transformers wrote them. Where no file gives `model_max_length`, the model's configuration does.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected the folder of a checkpoint, but there is none")
+    settings = _read_object(folder / CONFIG_FILE)
+    roles = _read_object(folder / _ROLES_FILE)
+    settings = {**roles, **settings} if "added_tokens_decoder" in settings else {**settings, **roles}
+    added = settings.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: added_tokens_decoder is no object")
+    for token, number in _read_object(folder / _ADDED_FILE).items():
+        added.setdefault(str(number), token)
+    if added:
+        settings["added_tokens_decoder"] = added
+    if settings.get("model_max_length") is None:
+        settings["model_max_length"] = _read_object(folder / _MODEL_CONFIG_FILE).get("max_position_embeddings")
+    return settings
+
+
+def settings_files(tokenizer: Any) -> dict[str, bytes]:
+    """The content of the files by name; `read_settings` reads the same tokenizer from them."""
+    values = {
+        "additional_special_tokens": tokenizer.additional_special_tokens,
+        **tokenizer.init_kwargs,
+        **{role: getattr(tokenizer, role) for role in ROLES},
+        "tokenizer_class": type(tokenizer).__name__,
+    }
+    # Absent from the published files unless they differ from what these take for granted.
+    usual = {"padding_side": "right", "truncation_side": "right", "newline": "space", "model_max_length": NO_LIMIT}
+    for name, value in usual.items():
+        if getattr(tokenizer, name) != value:
+            values[name] = getattr(tokenizer, name)
+    files = {_ROLES_FILE: tokenizer.special_tokens_map}
+    if added := tokenizer.vocabulary.added:
+        values["added_tokens_decoder"] = {str(number): token.as_json() for number, token in added.items()}
+        files[_ADDED_FILE] = tokenizer.get_added_vocab()
+    return {name: _as_json(value) for name, value in {CONFIG_FILE: values, **files}.items()}
+
+
+def write_files(folder: str | os.PathLike[str], files: dict[str, bytes], prefix: str | None = None) -> tuple[str, ...]:
+    """Writes files into a folder, created if it is missing; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, content in files.items():
+        path = folder / (f"{prefix}-{name}" if prefix else name)
+        with replacing(path) as file:
+            file.write(content)
+        paths.append(str(path))
+    return tuple(paths)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected a JSON object, but it cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found a {type(values).__name__}")
+    return values
+
+
+def _as_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,133 @@
+"""`tokenizer.json`, the file of the `tokenizers` library: the same vocabulary and rules of normalisation."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from xglm_core.tokenization.added_tokens import AddedToken
+from xglm_core.tokenization.model_file import Kind, Piece, read_model, unigram_model
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>").fullmatch
+# What `Precompiled` leaves to do, in the forms that the published files have; SentencePiece does it anyway.
+_HARMLESS = ("Replace", "Strip", "WhitespaceSplit")
+
+
+def read_tokenizer_json(content: bytes) -> tuple[bytes, dict[int, AddedToken]]:
+    """A SentencePiece model of the same vocabulary, in the order of the ids, and the added tokens.
+
+    Raises:
+        ValueError: the content is not that of a unigram tokenizer with SentencePiece's normalisation.
+    """
+    try:
+        data = json.loads(content)
+        model = data["model"]
+        if model["type"] != "Unigram":
+            raise ValueError(f"the model is {model['type']}, expected Unigram")
+        added = {int(token["id"]): AddedToken.of(token) for token in data.get("added_tokens") or []}
+        byte_fallback = bool(model.get("byte_fallback"))
+        normal = int(Kind.NORMAL)
+        pieces = [Piece(str(token), float(score), normal) for token, score in model["vocab"]]
+        for number, kind in _kinds(pieces, model["unk_id"], added, byte_fallback).items():
+            pieces[number] = pieces[number]._replace(kind=kind)
+        charsmap, dummy_prefix = b"", False
+        for step in [*_steps(data.get("normalizer")), *_steps(data.get("pre_tokenizer"))]:
+            if step["type"] == "Precompiled":
+                charsmap = base64.b64decode(step["precompiled_charsmap"] or "", validate=True)
+            elif step["type"] == "Metaspace":
+                # Before version 0.15 of tokenizers it was a truth value.
+                scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space") else "never")
+                dummy_prefix = scheme != "never"
+            elif step["type"] not in _HARMLESS:
+                raise ValueError(f"{step['type']} is no part of SentencePiece's normalisation")
+        return unigram_model(pieces, charsmap, dummy_prefix=dummy_prefix, byte_fallback=byte_fallback), added
+    except KeyError as error:
+        raise ValueError(f"{error} is missing") from None
+    except (TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def make_tokenizer(model: bytes, added: dict[int, AddedToken], sep_token: str | None) -> tokenizers.Tokenizer:
+    """The tokenizer of the `tokenizers` library, in the published form.
+
+    Args:
+        model: a SentencePiece model, in the order of the ids.
+        added: further tokens and their ids, which follow those of the model.
+        sep_token: what begins a text.
+
+    Raises:
+        ValueError: the form cannot say what the model says.
+    """
+    from tokenizers import AddedToken as TheirToken
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    pieces, settings = read_model(model)
+    for name, expressible in {
+        "a model that is not a unigram model": settings.unigram,
+        "remove_extra_whitespaces=false": settings.remove_spaces,
+        "escape_whitespaces=false": settings.escape_spaces,
+        "treat_whitespace_as_suffix=true": not settings.spaces_at_ends,
+        "unused pieces": all(piece.kind != Kind.UNUSED for piece in pieces),
+    }.items():
+        if not expressible:
+            raise ValueError(f"tokenizer.json cannot express {name}; save the SentencePiece model")
+    kinds = [piece.kind for piece in pieces]
+    tokenizer = Tokenizer(
+        models.Unigram(
+            [(piece.token, piece.score) for piece in pieces],
+            unk_id=kinds.index(Kind.UNKNOWN),
+            byte_fallback=settings.byte_fallback,
+        )
+    )
+    steps: list[Any] = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
+    if settings.charsmap:
+        steps.insert(0, normalizers.Precompiled(settings.charsmap))
+    scheme: Any = "always" if settings.dummy_prefix else "never"
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)
+    metaspace = decoders.Metaspace(replacement="▁", prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), metaspace]) if settings.byte_fallback else metaspace
+    of_model = {
+        number: AddedToken(piece.token, special=piece.kind != Kind.USER_DEFINED)
+        for number, piece in enumerate(pieces)
+        if piece.kind in (Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED)
+    }
+    for _, token in sorted((of_model | added).items()):
+        values = token.as_json()
+        tokenizer.add_tokens([TheirToken(values.pop("content"), **values)])
+    if sep_token is not None:
+        number = tokenizer.token_to_id(sep_token)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[sep_token, "$A"],
+            pair=[sep_token, "$A", sep_token, sep_token, "$B:0"],
+            special_tokens=[(sep_token, number)],
+        )
+    return tokenizer
+
+
+def _kinds(
+    pieces: list[Piece], unknown: int | None, added: dict[int, AddedToken], byte_fallback: bool
+) -> dict[int, Kind]:
+    """The kinds of the pieces that are not normal ones, by id."""
+    kinds = {number: Kind.BYTE for number, piece in enumerate(pieces) if byte_fallback and _BYTE(piece.token)}
+    for number, token in added.items():
+        if 0 <= number < len(pieces):
+            kinds[number] = Kind.CONTROL if token.special else Kind.USER_DEFINED
+    if unknown is None or not 0 <= unknown < len(pieces):
+        raise ValueError(f"unk_id is {unknown}, expected the id of a token")
+    return kinds | {unknown: Kind.UNKNOWN}
+
+
+def _steps(step: Any) -> Iterator[Any]:
+    """The steps of a normalizer or pre-tokenizer, which may be None, one step, or nested sequences."""
+    if step is not None and step["type"] == "Sequence":
+        for inner in step.get("normalizers") or step.get("pretokenizers") or []:
+            yield from _steps(inner)
+    elif step is not None:
+        yield step
