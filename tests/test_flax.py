@@ -14,7 +14,8 @@ if "flax" not in backends_under_test():
 import jax
 import jax.numpy as jnp
 
-from conformance.random_weights import write_checkpoint
+from tests import models
+from tests.models import CONFIG
 from xglm_core import XGLMConfig
 from xglm_core.checkpoint.dtypes import FLOAT32
 from xglm_core.errors import InputError
@@ -22,20 +23,11 @@ from xglm_core.weight_names import weight_specs
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMModel
 from xglm_flax.weights import load_weights
 
-CONFIG = XGLMConfig(vocab_size=131, max_position_embeddings=61, d_model=35, ffn_dim=53, num_layers=3, attention_heads=5)
-IDS = np.random.RandomState(0).randint(4, CONFIG.vocab_size, (2, 11)).astype(np.int32)
-MASK = np.array([[0, 0, 0] + [1] * 8, [1] * 11])
+IDS, MASK = models.IDS.astype(np.int32), models.LEFT
 REAL = MASK.astype(bool)
 
 # Two orders of the same float32 sums differ by rounding alone: a few units in the last place per layer.
 SAME = {"rtol": 0, "atol": 1e-5}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(path, CONFIG, seed=1)
-    return path
 
 
 @pytest.fixture(scope="module")

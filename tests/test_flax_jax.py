@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from conformance.random_weights import write_checkpoint
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMForCausalLMModule, FlaxXGLMModel
 from xglm_flax.cache import FlaxXGLMCache
 
@@ -26,9 +25,7 @@ REAL = LEFT.astype(bool)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder, CONFIG, seed=1)
+def model(folder):
     return FlaxXGLMForCausalLM.from_pretrained(folder)
 
 

@@ -30,13 +30,6 @@ def assert_same(ours, theirs):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(path, CONFIG, seed=1)
-    return path
-
-
-@pytest.fixture(scope="module")
 def model(folder):
     return TFXGLMForCausalLM.from_pretrained(folder)
 
