@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
@@ -23,7 +24,7 @@ VOCAB_FILE = "sentencepiece.bpe.model"  # The published name, although the model
 TOKENIZER_FILE = "tokenizer.json"
 
 
-class Tokenizer(Encoder):
+class Tokenizer(Encoder, abc.ABC):
     """Text to token ids and back; see `XGLMTokenizer`.
 
     Args:
@@ -83,9 +84,9 @@ class Tokenizer(Encoder):
         return cls(**{**read_settings(folder), **cls._files_of(folder), **kwargs})
 
     @classmethod
+    @abc.abstractmethod
     def _files_of(cls, folder: str | os.PathLike[str]) -> dict[str, Any]:
         """The constructor arguments that name the vocabulary in a folder."""
-        raise NotImplementedError
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> tuple[str, ...]:
         """Writes the vocabulary and all settings into `folder`, created if it is missing; returns the paths."""
@@ -102,9 +103,9 @@ class Tokenizer(Encoder):
         """
         return write_files(save_directory, self._vocabulary_files(), filename_prefix)
 
+    @abc.abstractmethod
     def _vocabulary_files(self) -> dict[str, bytes]:
         """The content of the vocabulary's files by name."""
-        raise NotImplementedError
 
     def decode(
         self,
