@@ -1,7 +1,6 @@
 """The blocks of the decoder, one after the other or as one in a scan.
 
-Differs: elsewhere a block is part of decoder.py. Here it takes what it needs of a cache and returns what is new, both
-in forms that `jax.lax.scan` can slice.
+Differs: a block takes what it needs of a cache and returns what is new, both in forms that `jax.lax.scan` can slice.
 """
 
 from __future__ import annotations
@@ -168,6 +167,8 @@ class FlaxXGLMDecoderLayer(nn.Module):
 
     def _dropped(self, before: jax.Array, after: jax.Array) -> jax.Array:
         """What follows a block: with probability `config.layerdrop`, what came before it.
+
+        Differs: the block decides, as in a scan each has a key of its own.
 
         The block runs in any case: so the cache has its keys, each parameter has a gradient, and no shape depends on
         chance.

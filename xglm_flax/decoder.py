@@ -116,7 +116,7 @@ class FlaxXGLMModule(nn.Module):
         hidden_states = hidden_states + self.embed_positions(position_ids).astype(hidden_states.dtype)
         hidden_states = self.dropout(hidden_states, deterministic)
         own = BlockInputs(
-            head_mask=_kept(head_mask, config),
+            head_mask=_of_kept_heads(head_mask, config),
             cross_attn_head_mask=cross_attn_head_mask,
         )
         cache = None
@@ -260,7 +260,7 @@ def _as_tuple(items: ByLayer | None) -> tuple[jax.Array, ...] | None:
     return None if items is None else tuple(items)
 
 
-def _kept(head_mask: jax.Array | None, config: XGLMConfig) -> ByLayer | None:
+def _of_kept_heads(head_mask: jax.Array | None, config: XGLMConfig) -> ByLayer | None:
     """The factors of the heads that each block has."""
     if head_mask is None or not config.pruned_heads:
         return head_mask

@@ -156,51 +156,6 @@ class FlaxXGLMPreTrainedModel:
             max_shard_size,
         )
 
-    def num_parameters(self) -> int:
-        """Number of parameters; a tied head counts once."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self._params_or_own(None)))
-
-    def init_cache(self, batch_size: int, max_length: int) -> FlaxXGLMCache:
-        """An empty cache with room for `max_length` tokens in each row; it does not grow, so no shape ever changes.
-
-        The part for encoder states is filled by the first call that gives some.
-        """
-        return empty_cache(self.config, batch_size, max_length, self.dtype, stacked=self.scan_layers, fixed=True)
-
-    def init_weights(
-        self, rng: jax.Array, input_shape: tuple[int, int] = (1, 1), params: Params | None = None
-    ) -> Params:
-        """Draws matrices from N(0, init_std); biases and the padding row of the embedding are zero.
-
-        Args:
-            rng: a key of `jax.random`.
-            input_shape: has no effect.
-            params: parameters to keep; only those that are missing are drawn.
-
-        Returns:
-            The parameters; those of the model, and `params`, are left alone.
-        """
-        specs = tuple(self._specs().values())
-        given = unstack_layers(params) if params else {}
-        return initial_params(self.config, specs, rng, self.param_dtype, given, bare=not self.has_head)
-
-    def to_bf16(self, params: Params, mask: Any = None) -> Params:
-        """A tree with parameters in bfloat16. Differs: here one model may run with any tree.
-
-        Args:
-            params: the parameters, which are left alone.
-            mask: booleans in a tree of the same structure: which of them to cast; None means all.
-        """
-        return cast(params, jnp.bfloat16, mask)
-
-    def to_fp16(self, params: Params, mask: Any = None) -> Params:
-        """As `to_bf16`, in float16."""
-        return cast(params, jnp.float16, mask)
-
-    def to_fp32(self, params: Params, mask: Any = None) -> Params:
-        """As `to_bf16`, in float32."""
-        return cast(params, jnp.float32, mask)
-
     def get_input_embeddings(self) -> jax.Array:
         """The token embedding [vocab_size, d_model]. Differs: parameters are no part of a module, so it is an array."""
         return get_parameter(self._params_or_own(None), self._specs()[EMBEDDING])
@@ -246,9 +201,6 @@ class FlaxXGLMPreTrainedModel:
         self._make_module()
         return self.get_input_embeddings()
 
-    def tie_weights(self) -> None:
-        """Does nothing: the bare decoder has no head."""
-
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
         """Removes self-attention heads for good; the model computes what it would with these heads masked.
 
@@ -270,6 +222,54 @@ class FlaxXGLMPreTrainedModel:
         self.params = params if before is own else stack_layers(params)
         self.config.pruned_heads = config.pruned_heads
         self._make_module()
+
+    def to_bf16(self, params: Params, mask: Any = None) -> Params:
+        """A tree with parameters in bfloat16. Differs: here one model may run with any tree.
+
+        Args:
+            params: the parameters, which are left alone.
+            mask: booleans in a tree of the same structure: which of them to cast; None means all.
+        """
+        return cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Params, mask: Any = None) -> Params:
+        """As `to_bf16`, in float16."""
+        return cast(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Params, mask: Any = None) -> Params:
+        """As `to_bf16`, in float32."""
+        return cast(params, jnp.float32, mask)
+
+    def init_cache(self, batch_size: int, max_length: int) -> FlaxXGLMCache:
+        """An empty cache with room for `max_length` tokens in each row; it does not grow, so no shape ever changes.
+
+        The part for encoder states is filled by the first call that gives some.
+        """
+        return empty_cache(self.config, batch_size, max_length, self.dtype, stacked=self.scan_layers, fixed=True)
+
+    def num_parameters(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self._params_or_own(None)))
+
+    def tie_weights(self) -> None:
+        """Does nothing: the bare decoder has no head."""
+
+    def init_weights(
+        self, rng: jax.Array, input_shape: tuple[int, int] = (1, 1), params: Params | None = None
+    ) -> Params:
+        """Draws matrices from N(0, init_std); biases and the padding row of the embedding are zero.
+
+        Args:
+            rng: a key of `jax.random`.
+            input_shape: has no effect.
+            params: parameters to keep; only those that are missing are drawn.
+
+        Returns:
+            The parameters; those of the model, and `params`, are left alone.
+        """
+        specs = tuple(self._specs().values())
+        given = unstack_layers(params) if params else {}
+        return initial_params(self.config, specs, rng, self.param_dtype, given, bare=not self.has_head)
 
     def _set_matrix(self, name: str, matrix: Any) -> None:
         """Replaces the embedding, or the head's matrix [vocab_size, d_model], by canonical name."""

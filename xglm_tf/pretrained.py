@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import keras
@@ -49,9 +50,7 @@ class TFXGLMPreTrainedModel(keras.Model):
 
     def named_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name; see `xglm_tf.inputs.named_arguments`."""
-        parameters = inspect.signature(self.call).parameters.values()
-        positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-        return named_arguments(positional, [parameter.name for parameter in parameters], args, kwargs)
+        return named_arguments(*_parameters_of(type(self).call), args, kwargs)
 
     def predict_step(self, data: Any) -> Any:
         """The outputs for a batch, without a cache, which nobody could use."""
@@ -265,6 +264,14 @@ class TFXGLMPreTrainedModel(keras.Model):
         """The weights by canonical name."""
         specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
         return {spec.name: spec for spec in specs}
+
+
+@functools.cache
+def _parameters_of(call: Callable[..., Any]) -> tuple[list[str], list[str]]:
+    """The names of what a method takes by position, and of all that it takes."""
+    parameters = list(inspect.signature(call).parameters.values())[1:]
+    positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    return positional, [parameter.name for parameter in parameters]
 
 
 def embedding_matrix(embeddings: Any, config: XGLMConfig) -> tf.Tensor:
