@@ -65,7 +65,7 @@ def contenders(vocabulary: Path, folder: Path) -> dict[str, tuple[Encode, Encode
     found: dict[str, tuple[Encode, EncodeBatch, float]] = {
         "sentencepiece": (processor.encode, lambda lines: processor.encode(lines, num_threads=1), 1),
         "XGLMTokenizer": (slow.encode, lambda lines: slow(lines, return_attention_mask=False), 1),
-        "  with mask": (slow, slow, 1),
+        "  calls with mask": (slow, slow, 1),
         "XGLMTokenizerFast": (fast.encode, lambda lines: fast(lines, return_attention_mask=False), 1),
         "tokenizers": (
             lambda text: backend.encode(text).ids,

@@ -1,6 +1,7 @@
 """What a call of a tokenizer takes and gives: pairs, truncation, padding, words, offsets, masks, newlines."""
 
 import copy
+import gc
 import itertools
 import pickle
 
@@ -431,6 +432,24 @@ class TestObjects:
         assert tokenizer.sp_model is tokenizer.sp_model
         again = pickle.loads(pickle.dumps(tokenizer)).sp_model
         assert len({tuple(again.encode(LONG)) for _ in range(20)}) > 1
+
+    def test_garbage_collector(self, tokenizer):
+        runs = []
+        gc.callbacks.append(lambda phase, info: runs.append(phase))
+        try:
+            tokenizer([SHORT] * 5_000)  # Some rows: the collector would come a dozen times.
+        finally:
+            gc.callbacks.pop()
+        assert len(runs) <= 2  # One run, when it is started again.
+        with pytest.raises(InputError, match="expected a string"):
+            tokenizer([1])
+        assert gc.isenabled()
+        gc.disable()
+        try:
+            tokenizer("a")
+            assert not gc.isenabled()
+        finally:
+            gc.enable()
 
     def test_texts_of_tokens(self, tokenizer):
         assert tokenizer.convert_tokens_to_string(["▁a", "b", "▁c"]) == "ab c"

@@ -12,6 +12,7 @@ from xglm_core.tokenization.arguments import as_batch, as_lists, one_of
 from xglm_core.tokenization.batching import SPECIAL, STRATEGIES, Columns, Truncation
 from xglm_core.tokenization.encoding import BatchEncoding, as_tensors
 from xglm_core.tokenization.layout import Layout
+from xglm_core.tokenization.memory import without_collection
 from xglm_core.tokenization.pretrained import NO_LIMIT
 
 _SIDES = ("right", "left")
@@ -31,6 +32,7 @@ class Encoder(Layout):
     model_max_length: int
     newline: str
 
+    @without_collection
     def __call__(
         self,
         text: Any,
@@ -134,8 +136,9 @@ class Encoder(Layout):
         """The ids of a text or a pair: a list, or a tensor [1, length]; arguments and errors as of a call."""
         if text_pair is None and not kwargs and isinstance(text, str):
             ids = self.vocabulary.encode(text, self._line_break(None))
-            if self.sep_token_id is not None:
-                ids.insert(0, self.sep_token_id)
+            sep = self.sep_token_id
+            if sep is not None:
+                ids.insert(0, sep)
             return ids
         return self(text, text_pair, **kwargs).input_ids
 

@@ -114,10 +114,11 @@ class Vocabulary:
             self._check(text)
         try:
             if not self._finder.may_find(text, line_breaks=line_break is not None):
-                return self._encode(text)
-            ids: list[int] = []
+                ids: list[int] = self.processor.encode(text)
+                return ids
+            ids = []
             for start, stop, number in self._finder.split(text, line_break):
-                ids += self._encode(text[start:stop]) if number is None else [number]
+                ids += self.processor.encode(text[start:stop]) if number is None else [number]
             return ids
         except (TypeError, RuntimeError):
             self._check(text)
@@ -185,15 +186,12 @@ class Vocabulary:
         self._finder = TokenFinder((token, number) for number, token in self._found.items())
         self.special_ids = {token.content: number for number, token in sorted(self._found.items()) if token.special}
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.processor.encode(text)
-        return ids
-
     def _locate(self, text: str) -> tuple[list[int], Offsets]:
         """The ids and offsets of a text without added tokens."""
         pieces = self.processor.encode(text, out_type=str)
         # With sampling, another call would give another division.
-        ids = self.processor.piece_to_id(pieces) if self._options.get("enable_sampling") else self._encode(text)
+        sampling = self._options.get("enable_sampling")
+        ids = self.processor.piece_to_id(pieces) if sampling else self.processor.encode(text)
         normalized, begins = self.processor.normalize(text, with_offsets=True)
         ends = begins[1:]
         for place in range(len(ends) - 2, -1, -1):
