@@ -101,9 +101,27 @@ class Framework:
     def logits(self, model: Any, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> np.ndarray:
         return self.numpy(self.call(model, input_ids, attention_mask, **kwargs).logits)
 
-    def generate(self, model: Any, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> np.ndarray:
-        mask = None if attention_mask is None else self.tensor(attention_mask)
-        return self.numpy(model.generate(self.tensor(input_ids), attention_mask=mask, **kwargs))
+    def generate(self, model: Any, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> np.ndarray:
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        return self.numpy(
+            model.generate(**{name: self.tensors(value) for name, value in arguments.items() if value is not None})
+        )
+
+    def engine(self, model: Any) -> Any:
+        """A fresh engine of `generate`."""
+        return _ENGINE[self.name](model)
+
+
+def _torch_engine(model: Any) -> Any:
+    return importlib.import_module("xglm_torch.generation").TorchEngine(model)
+
+
+def _tf_engine(model: Any) -> Any:
+    return importlib.import_module("xglm_tf.generation").TFEngine(model.compiled_engine)
+
+
+def _flax_engine(model: Any) -> Any:
+    return importlib.import_module("xglm_flax.generation").FlaxEngine(model.compiled_engine, model.params)
 
 
 def _torch_tensor(array: np.ndarray) -> Any:
@@ -185,4 +203,5 @@ def embed_scale(config: XGLMConfig) -> float:
 _TRAIN_CALL = {"torch": _torch_train_call, "tf": _tf_train_call, "flax": _flax_train_call}
 _FRESH = {"torch": _torch_fresh, "tf": _tf_fresh, "flax": _flax_fresh}
 _GRADIENTS = {"torch": _torch_gradients, "tf": _tf_gradients, "flax": _flax_gradients}
+_ENGINE = {"torch": _torch_engine, "tf": _tf_engine, "flax": _flax_engine}
 _TENSOR = {"torch": _torch_tensor, "tf": _tf_tensor, "flax": _jax_tensor}

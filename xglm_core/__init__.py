@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from xglm_core.checkpoint.folder import open_checkpoint
     from xglm_core.config import XGLMConfig
     from xglm_core.generation.config import GenerationConfig
+    from xglm_core.generation.streaming import TextStreamer
     from xglm_core.tokenization.fast import XGLMTokenizerFast
     from xglm_core.tokenization.sentencepiece import XGLMTokenizer
 
@@ -17,13 +18,21 @@ __version__ = "0.1.0"
 # Loaded on first use, so that `import xglm_core` costs next to nothing.
 _HOMES = {
     "GenerationConfig": "xglm_core.generation.config",
+    "TextStreamer": "xglm_core.generation.streaming",
     "XGLMConfig": "xglm_core.config",
     "XGLMTokenizer": "xglm_core.tokenization.sentencepiece",
     "XGLMTokenizerFast": "xglm_core.tokenization.fast",
     "open_checkpoint": "xglm_core.checkpoint.folder",
 }
 
-__all__ = ["GenerationConfig", "XGLMConfig", "XGLMTokenizer", "XGLMTokenizerFast", "open_checkpoint"]
+__all__ = [
+    "GenerationConfig",
+    "TextStreamer",
+    "XGLMConfig",
+    "XGLMTokenizer",
+    "XGLMTokenizerFast",
+    "open_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

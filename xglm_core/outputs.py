@@ -106,5 +106,23 @@ class CausalLMOutputWithCrossAttentions(ModelOutput):
     __slots__ = ()
 
 
+class GenerateOutput(ModelOutput):
+    """Result of `generate` with `return_dict_in_generate=True`.
+
+    Attributes:
+        sequences: ids [rows, prompt + new]; the rows of a prompt's `num_return_sequences` follow each other.
+        sequences_scores: of a beam search, the log-probability of each row's new tokens, divided by their number to the
+            power `length_penalty` [rows].
+        scores: if asked for, what each step chose from: log-probabilities of a beam search, logits otherwise, with
+            penalties and bans; a tuple of float32 [rows or beams, vocab_size].
+        logits: if asked for, the same as they left the model.
+        beam_indices: of a beam search, the beam, counted over all prompts, that each new token continued [rows, new]; -1
+            after the end.
+    """
+
+    names = ("sequences", "sequences_scores", "scores", "logits", "beam_indices")
+    __slots__ = ()
+
+
 def _unpickled(cls: type[ModelOutput], results: dict[str, Any]) -> ModelOutput:
     return cls(**results)

@@ -149,6 +149,23 @@ def extend_cache(
     return XGLMCache(storage, start, length, mask, past.encoder, past.encoder_mask)
 
 
+def reordered(cache: XGLMCache, config: XGLMConfig, rows: torch.Tensor) -> XGLMCache:
+    """A cache of these rows of another one, integers [new rows], with room for as many positions."""
+    storage, length = cache._storage, cache.length
+    fresh = _allocated(config, len(rows), storage.capacity, like=storage.keys[0])
+    for ours, theirs in zip(fresh.keys + fresh.values, storage.keys + storage.values, strict=True):
+        ours[:, :, :length] = theirs[rows, :, :length]
+    fresh.filled = length
+    return XGLMCache(
+        fresh,
+        length,
+        length,
+        None if cache.mask is None else cache.mask[rows],
+        tuple((key[rows], value[rows]) for key, value in cache.encoder),
+        None if cache.encoder_mask is None else cache.encoder_mask[rows],
+    )
+
+
 def _allocated(config: XGLMConfig, batch: int, capacity: int, like: torch.Tensor) -> _Storage:
     shapes = [(batch, len(config.kept_heads(i)), capacity, config.head_dim) for i in range(config.num_layers)]
     return _Storage([like.new_empty(shape) for shape in shapes], [like.new_empty(shape) for shape in shapes], filled=0)

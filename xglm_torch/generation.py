@@ -1,49 +1,131 @@
-"""The generation engine: prefill, steps and token selection on the device."""
+"""The generation engine: reading, one token at a time, and selection on the device."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from xglm_torch.cache import XGLMCache, empty_cache
+from xglm_core.generation.engine import Processor
+from xglm_core.generation.rules import Rules
+from xglm_torch import selection
+from xglm_torch.cache import XGLMCache, empty_cache, reordered
 
 if TYPE_CHECKING:
     from xglm_torch.causal_lm import XGLMForCausalLM
 
 
 class TorchEngine:
-    """Implements `xglm_core.generation.loop.Engine`.
+    """Implements `xglm_core.generation.engine.Engine`.
 
     Differs: nothing is compiled and shapes are free, so `bucket` is 1 and the steps are a Python loop.
+
+    Args:
+        model: what continues the texts.
+        past: a cache to go on from, which stays as it is; None to begin.
     """
 
     bucket = 1
+    logits: torch.Tensor
 
-    def __init__(self, model: XGLMForCausalLM) -> None:
-        self.model = model
+    def __init__(self, model: XGLMForCausalLM, past: XGLMCache | None = None) -> None:
+        self._model = model
+        self._cache = past
+        self._seen: torch.Tensor | None = None
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.model.embed_tokens.weight.device
 
     @torch.inference_mode()
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, capacity: int) -> np.ndarray:
+    def prefill(self, tokens: np.ndarray, attention_mask: np.ndarray, capacity: int, seen: np.ndarray | None) -> None:
         """See `Engine.prefill`."""
-        weight = self.model.model.embed_tokens.weight
-        cache = empty_cache(self.model.config, len(input_ids), capacity, like=weight)
-        mask = torch.from_numpy(attention_mask).to(weight.device)
-        self._step(torch.from_numpy(input_ids).to(weight.device), mask, cache)
-        return self._tokens[:, 0].numpy(force=True)
+        weight = self._model.model.embed_tokens.weight
+        if self._cache is None:
+            self._cache = empty_cache(self._model.config, len(tokens), capacity, like=weight)
+        given = torch.from_numpy(tokens).to(self._device)
+        mask = torch.from_numpy(attention_mask).to(self._device)
+        if tokens.ndim == 3:
+            self._read(mask, inputs_embeds=given.to(weight.dtype))
+        else:
+            self._read(mask, input_ids=given)
+        if seen is not None:
+            nothing = self.logits.new_zeros(self.logits.shape, dtype=torch.bool)
+            self._seen = selection.mark_seen(nothing, self._tensor(seen))
 
     @torch.inference_mode()
-    def advance(self, steps: int) -> np.ndarray:
-        """See `Engine.advance`."""
-        selected = []
-        for _ in range(steps):
-            self._step(self._tokens, None, self._cache)
-            selected.append(self._tokens)
-        return torch.cat(selected, dim=1).numpy(force=True)
+    def reorder(self, rows: np.ndarray) -> None:
+        """See `Engine.reorder`."""
+        places = self._tensor(rows)
+        self._cache = reordered(self._cache, self._model.config, places)
+        self.logits = self.logits[places]
+        self._seen = None if self._seen is None else self._seen[places]
 
-    def _step(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: XGLMCache) -> None:
-        """Reads ids [rows, length]; afterwards `_tokens` holds the likeliest next ids [rows, 1]."""
-        outputs = self.model(input_ids, attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self._cache: XGLMCache = outputs.past_key_values
-        self._tokens: torch.Tensor = outputs.logits.argmax(dim=-1)
+    @torch.inference_mode()
+    def feed(self, tokens: np.ndarray) -> None:
+        """See `Engine.feed`."""
+        self._feed(self._tensor(tokens))
+
+    @torch.inference_mode()
+    def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
+        """See `Engine.select`."""
+        return self._select(rules, self._tensor(keys)).numpy(force=True)
+
+    @torch.inference_mode()
+    def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
+        """See `Engine.advance`."""
+        last, words, selected = self._tensor(tokens), self._tensor(keys), []
+        for step in range(keys.shape[1]):
+            self._feed(last)
+            selected.append(self._select(rules, words[:, step]))
+            last = selected[-1].clamp(min=0)  # A code that stands for no token.
+        return torch.stack(selected, dim=1).numpy(force=True)
+
+    @torch.inference_mode()
+    def candidates(
+        self, rules: Rules, totals: np.ndarray, keys: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.candidates`."""
+        scores = selection.process(self.logits, self._seen, rules)
+        sums = torch.from_numpy(totals).to(self._device)
+        sums, index = selection.choose_candidates(scores, rules, sums, self._tensor(keys), count)
+        return sums.numpy(force=True), index.numpy(force=True)
+
+    @torch.inference_mode()
+    def scores(self, rules: Rules) -> torch.Tensor:
+        """See `Engine.scores`."""
+        return selection.narrowed(selection.process(self.logits, self._seen, rules), rules)
+
+    @torch.inference_mode()
+    def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
+        """See `Engine.process`."""
+        ids: Any = self._tensor(texts)
+        for processor in processors:
+            self.logits = processor(ids, self.logits)
+
+    def _select(self, rules: Rules, keys: torch.Tensor) -> torch.Tensor:
+        return selection.choose(selection.process(self.logits, self._seen, rules), rules, keys)
+
+    def _feed(self, tokens: torch.Tensor) -> None:
+        if self._seen is not None:
+            self._seen = self._seen.scatter(1, tokens[:, None], True)
+        self._read(None, input_ids=tokens[:, None])
+
+    def _read(self, attention_mask: torch.Tensor | None, **tokens: torch.Tensor) -> None:
+        """Runs the model; afterwards `logits` are those of the last token of each row."""
+        outputs = self._model(
+            attention_mask=attention_mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+            **tokens,
+        )
+        self._cache = outputs.past_key_values
+        self.logits = outputs.logits[:, 0]
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        """Integers on the model's device."""
+        return torch.from_numpy(array.astype(np.int64)).to(self._device)

@@ -11,6 +11,7 @@ import numpy as np
 
 from conformance.calls import CallCase
 from conformance.cases import Case
+from conformance.generation import CONFIG, GENERATE_CASES, SEEDS, prompts
 from conformance.random_weights import random_weights
 from xglm_core.config import XGLMConfig
 
@@ -20,6 +21,7 @@ GREEDY_CASE = "untied_head"
 NEW_TOKENS = 13
 
 CALLS_PATH = FOLDER / "calls.npz"
+GENERATE_PATH = FOLDER / "generate.npz"
 
 # Of the larger outputs only a part is stored, so that all files together stay below a megabyte.
 _LONG = 100
@@ -80,6 +82,13 @@ def case_digest(case: Case) -> str:
 def call_digest(case: CallCase) -> str:
     """The same for a call."""
     return _digest(case.config, case.seed, case.arguments.values())
+
+
+def generate_digest() -> str:
+    """The same for all calls of `generate`."""
+    inputs = [array for seed in SEEDS for array in (*random_weights(CONFIG, seed).values(), *prompts(seed))]
+    options = repr([(case.name, sorted(case.options.items())) for case in GENERATE_CASES]).encode()
+    return _digest(CONFIG, SEEDS[0], [*inputs, np.frombuffer(options, np.uint8)])
 
 
 def load_call(case: CallCase) -> dict[str, np.ndarray]:

@@ -12,14 +12,17 @@ import transformers
 
 from conformance.calls import CALL_CASES, CallCase
 from conformance.cases import CASES, Case
+from conformance.generation import CONFIG, GENERATE_CASES, SEEDS, GenerateCase, prompts
 from conformance.golden import (
     CALLS_PATH,
+    GENERATE_PATH,
     GREEDY_CASE,
     NEW_TOKENS,
     Golden,
     call_digest,
     call_numbers,
     case_digest,
+    generate_digest,
     golden_path,
     kept_columns,
     kept_positions,
@@ -39,6 +42,9 @@ def main() -> None:
     calls = {f"{case.name}/{key}": value for case in CALL_CASES for key, value in compute_call(case).items()}
     np.savez_compressed(CALLS_PATH, **calls)
     print(f"calls: {CALLS_PATH.stat().st_size} bytes")
+    texts = {f"{case.name}/{seed}": compute_text(case, seed) for seed in SEEDS for case in GENERATE_CASES}
+    np.savez_compressed(GENERATE_PATH, digest=generate_digest(), versions=_versions(), **texts)
+    print(f"generate: {GENERATE_PATH.stat().st_size} bytes")
 
 
 def compute(case: Case) -> Golden:
@@ -86,6 +92,21 @@ def compute_call(case: CallCase) -> dict[str, Any]:
         gradients,
     )
     return {**numbers, "digest": call_digest(case), "versions": _versions()}
+
+
+def compute_text(case: GenerateCase, seed: int) -> np.ndarray:
+    """What transformers generates: int64 [rows, prompt + new]."""
+    model, (ids, mask) = _model(CONFIG, seed), prompts(seed)
+    options = {name: value for name, value in case.options.items() if value is not None}
+    if not case.alone:
+        output = model.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **options)
+        return np.asarray(output)
+    rows = []
+    for row, keep in zip(ids, mask == 1, strict=True):
+        for text in model.generate(torch.from_numpy(row[keep])[None], **options).tolist():
+            rows.append([*row[~keep].tolist(), *text])
+    longest = max(map(len, rows))
+    return np.array([row + [CONFIG.pad_token_id] * (longest - len(row)) for row in rows])
 
 
 def _model(config: XGLMConfig, seed: int) -> Any:

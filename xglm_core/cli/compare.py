@@ -135,7 +135,7 @@ def _check(prompts: Prompts, config: XGLMConfig, new_tokens: int) -> None:
     """Raises `InputError` now for what a backend would refuse later."""
     check_input_ids(prompts.input_ids, config)
     if new_tokens:
-        GenerationConfig.from_model(config, max_new_tokens=new_tokens)
+        GenerationConfig(max_new_tokens=new_tokens).check()
     longest = int(prompts.attention_mask.sum(axis=1).max())
     check_positions(0, longest + new_tokens - 1, config)
 

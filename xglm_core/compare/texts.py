@@ -46,7 +46,7 @@ def find_partings(
         For each row where it parts, or None.
     """
     width = max(ids.shape[1] for ids in generated.values())
-    pad = GenerationConfig.from_model(config).pad_token_id  # What a row that ended is filled with anyway.
+    pad = GenerationConfig.from_model(config).filler  # As after the end of a row.
     rows = np.stack(
         [np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=pad) for ids in generated.values()]
     )

@@ -1,38 +1,297 @@
-"""`GenerationConfig`: the options of `generate`."""
+"""`GenerationConfig`: the options of `generate`, and the file that keeps them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from xglm_core.config import XGLMConfig
-from xglm_core.errors import InputError
+from xglm_core.errors import ConfigError, InputError
+from xglm_core.files import replacing
+
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+_DEFAULT_NEW_TOKENS = 20
+_PUBLISHED_VOCABULARY = 256_008
+_MADEUP_WORDS = 7  # The last ids of that vocabulary, which no text contains.
 
 
-@dataclass(frozen=True)
+@dataclass
 class GenerationConfig:
-    """How to continue a text.
+    """How to continue a text. The names and defaults are those of transformers where it has the option.
 
     Attributes:
-        max_new_tokens: most tokens to add to each row.
-        eos_token_id: ids that end a row; empty to go on to `max_new_tokens`.
+        max_new_tokens: most tokens to add to each row; None follows `max_length`, or is 20 without that.
+        max_length: most columns of the result, prompt and its padding included.
+        min_new_tokens: tokens before which no row ends.
+        eos_token_id: the id, or several ids, that end a row.
+        stop_at_eos: False goes on after `eos_token_id`, which for XGLM is the line break, too.
+        stop_strings: a string, or several, that end a row when they appear in the new text; needs a tokenizer.
         pad_token_id: id that fills a row after its end.
-
-    Raises:
-        InputError: `max_new_tokens` is not a positive integer.
+        do_sample: whether to draw tokens by their probabilities; otherwise the likeliest is taken.
+        temperature: divides the logits before drawing; below 1 is more cautious.
+        top_k: draws from this many likeliest tokens; 0 from all of them.
+        top_p: draws from the likeliest tokens that together have this probability.
+        min_p: draws from tokens with at least this share of the largest probability; None from all.
+        typical_p: draws from the tokens whose information is closest to the expected one, and that together have this
+            probability.
+        seed: of sampling; the same seed gives the same texts; None draws a seed.
+        num_beams: beams of a beam search; 1 for none.
+        length_penalty: a finished beam's log-probability is divided by its length to this power.
+        early_stopping: True ends the search when there are `num_beams` finished beams, False when no better one is
+            likely, "never" when no better one is possible.
+        num_return_sequences: continuations of each prompt; their rows follow each other.
+        repetition_penalty: tokens that the text contains become less likely by this factor; 1 for none.
+        no_repeat_ngram_size: no sequence of this many tokens occurs twice; 0 for no such rule.
+        bad_words_ids: sequences of ids that are not generated.
+        suppress_tokens: ids that are not generated; of the published vocabulary the seven words that no text has.
+        forced_bos_token_id: the first new token.
+        return_dict_in_generate: whether to return a `GenerateOutput` in place of the ids alone.
+        output_scores, output_logits: whether that has the scores and logits of each step, which takes their memory.
+        other: further keys of `generation_config.json`, which are kept for the file.
     """
 
-    max_new_tokens: int = 20
-    eos_token_id: tuple[int, ...] = ()
-    pad_token_id: int = 1
-
-    def __post_init__(self) -> None:
-        count = self.max_new_tokens
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(f"max_new_tokens is {count!r}, expected a positive integer")
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    eos_token_id: int | Sequence[int] | None = None
+    stop_at_eos: bool = True
+    stop_strings: str | Sequence[str] | None = None
+    pad_token_id: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float | None = None
+    typical_p: float = 1.0
+    seed: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_return_sequences: int = 1
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    forced_bos_token_id: int | None = None
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
+    other: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_model(cls, config: XGLMConfig, *, max_new_tokens: int = 20, stop_at_eos: bool = True) -> GenerationConfig:
-        """The options for a model: its special ids, and what the caller asks for."""
-        eos = config.eos_token_ids
-        pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), 0)
-        return cls(max_new_tokens, eos if stop_at_eos else (), pad)
+    def from_model(cls, config: XGLMConfig, folder: str | os.PathLike[str] | None = None) -> GenerationConfig:
+        """The options for a model: its special ids, and what `generation_config.json` in `folder`, if any, says.
+
+        Raises:
+            ConfigError: see `from_pretrained`.
+        """
+        options: dict[str, Any] = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        if config.vocab_size == _PUBLISHED_VOCABULARY:
+            options["suppress_tokens"] = list(range(config.vocab_size - _MADEUP_WORDS, config.vocab_size))
+        if folder is not None and (Path(folder) / GENERATION_CONFIG_FILE).is_file():
+            options |= _read(Path(folder) / GENERATION_CONFIG_FILE)
+        return cls.from_dict(options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
+        """Reads `generation_config.json` in a folder.
+
+        Raises:
+            ConfigError: the file is missing or is no JSON object.
+        """
+        return cls.from_dict(_read(Path(folder) / GENERATION_CONFIG_FILE))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GenerationConfig:
+        """The options in a dictionary; None means the default, unknown keys are kept in `other`."""
+        known = {item.name for item in dataclasses.fields(cls)} - {"other"}
+        options = {name: value for name, value in values.items() if name in known and value is not None}
+        return cls(**options, other={name: value for name, value in values.items() if name not in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that differ from the defaults, and `other`."""
+        defaults = GenerationConfig()
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "other"}
+        return self.other | {name: value for name, value in values.items() if value != getattr(defaults, name)}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `generation_config.json` into a folder, created if it is missing."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with replacing(Path(folder) / GENERATION_CONFIG_FILE) as file:
+            file.write((json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode())
+
+    def updated(self, options: dict[str, Any]) -> GenerationConfig:
+        """A copy with the options of a call.
+
+        Raises:
+            InputError: an option is unknown, has an impossible value, or contradicts another one.
+        """
+        known = {item.name for item in dataclasses.fields(self)} - {"other"}
+        for name in options:
+            if name not in known:
+                raise InputError(f"{name} is no option of generate; expected some of {', '.join(sorted(known))}")
+        result = dataclasses.replace(self, **options)
+        if options.get("max_length") is not None:
+            if options.get("max_new_tokens") is not None:
+                raise InputError("max_length and max_new_tokens are both given, expected one of the two")
+            result.max_new_tokens = None
+        result.check()
+        _check_effects(result, options)
+        return result
+
+    def check(self) -> None:
+        """Checks each option by itself.
+
+        Raises:
+            InputError: an option has an impossible value.
+        """
+        for name, (allowed, expected) in _ALLOWED.items():
+            value = getattr(self, name)
+            if not allowed(value):
+                raise InputError(f"{name} is {value!r}, expected {expected}")
+        if self.min_new_tokens > (self.max_new_tokens or self.min_new_tokens):
+            raise InputError(
+                f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens={self.max_new_tokens}"
+            )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a row."""
+        if self.eos_token_id is None or not self.stop_at_eos:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end a row."""
+        if self.stop_strings is None:
+            return ()
+        return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
+
+    @property
+    def filler(self) -> int:
+        """The id that fills a row after its end."""
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        eos = dataclasses.replace(self, stop_at_eos=True).eos_ids
+        return eos[0] if eos else 0
+
+    def new_tokens(self, columns: int) -> int:
+        """Most tokens to add to a prompt of so many columns.
+
+        Raises:
+            InputError: `max_length` leaves no room.
+        """
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is None:
+            return max(_DEFAULT_NEW_TOKENS, self.min_new_tokens)
+        if self.max_length <= columns:
+            raise InputError(
+                f"max_length is {self.max_length}, but the prompt has {columns} columns; expected more, or max_new_tokens"
+            )
+        return self.max_length - columns
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_int(item) for item in value)
+
+
+def _is_strings(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, Sequence) and all(isinstance(item, str) and item for item in texts)
+
+
+_POSITIVE = (lambda value: _is_int(value) and value > 0, "a positive integer")
+_POSITIVE_OR_NONE = (lambda value: value is None or (_is_int(value) and value > 0), "a positive integer")
+_COUNT = (lambda value: _is_int(value) and value >= 0, "an integer, 0 or more")
+_ID = (lambda value: value is None or _is_int(value), "an id or None")
+_SHARE = (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0, at most 1")
+_FLAG = (lambda value: isinstance(value, bool), "True or False")
+
+# For each option whether a value is allowed, and what is.
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": _POSITIVE_OR_NONE,
+    "max_length": _POSITIVE_OR_NONE,
+    "min_new_tokens": _COUNT,
+    "eos_token_id": (lambda value: value is None or _is_int(value) or _is_ids(value), "an id, a list of ids, or None"),
+    "stop_at_eos": _FLAG,
+    "stop_strings": (
+        lambda value: value is None or _is_strings(value),
+        "a string that is not empty, or a list of such",
+    ),
+    "pad_token_id": _ID,
+    "do_sample": _FLAG,
+    "temperature": (lambda value: _is_number(value) and 0 < value < float("inf"), "a positive number"),
+    "top_k": _COUNT,
+    "top_p": _SHARE,
+    "min_p": (lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a number from 0 to 1, or None"),
+    "typical_p": _SHARE,
+    "seed": (lambda value: value is None or (_is_int(value) and value >= 0), "an integer, 0 or more, or None"),
+    "num_beams": _POSITIVE,
+    "length_penalty": (lambda value: _is_number(value) and abs(value) < float("inf"), "a number"),
+    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "True, False or 'never'"),
+    "num_return_sequences": _POSITIVE,
+    "repetition_penalty": (lambda value: _is_number(value) and 0 < value < float("inf"), "a positive number"),
+    "no_repeat_ngram_size": _COUNT,
+    "bad_words_ids": (
+        lambda value: value is None or (isinstance(value, Sequence) and all(_is_ids(item) and item for item in value)),
+        "a list of lists of ids, none of them empty",
+    ),
+    "suppress_tokens": (lambda value: value is None or _is_ids(value), "a list of ids, or None"),
+    "forced_bos_token_id": _ID,
+    "return_dict_in_generate": _FLAG,
+    "output_scores": _FLAG,
+    "output_logits": _FLAG,
+}
+
+_FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+_FOR_BEAMS = ("length_penalty", "early_stopping")
+
+
+def _check_effects(config: GenerationConfig, options: dict[str, Any]) -> None:
+    """Refuses options of a call that could not have the effect that the caller expects of them."""
+    asked = {name for name, value in options.items() if value != getattr(GenerationConfig(), name)}
+    for names, needed, is_met in (
+        (_FOR_SAMPLING, "do_sample=True", config.do_sample),
+        (_FOR_BEAMS, "num_beams of 2 or more", config.num_beams > 1),
+        (("output_scores", "output_logits"), "return_dict_in_generate=True", config.return_dict_in_generate),
+    ):
+        for name in names:
+            if name in asked and not is_met:
+                raise InputError(f"{name}={options[name]!r} has no effect without {needed}")
+    if config.num_return_sequences > 1 and not config.do_sample and config.num_beams < config.num_return_sequences:
+        raise InputError(
+            f"num_return_sequences is {config.num_return_sequences}, but without do_sample=True or as many num_beams "
+            "all of them would be the same"
+        )
+    if config.num_return_sequences > config.num_beams > 1:
+        raise InputError(
+            f"num_return_sequences is {config.num_return_sequences}, expected at most num_beams={config.num_beams}"
+        )
+    if not config.stop_at_eos and options.get("eos_token_id") is not None:
+        raise InputError("eos_token_id and stop_at_eos=False are both given, expected one of the two")

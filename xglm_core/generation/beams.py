@@ -1,0 +1,146 @@
+"""Beam search, as in transformers since 4.50: the same beams, the same rules for when to stop.
+
+Engines give the best continuations of each prompt's beams; what follows from them is decided here, prompt by prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xglm_core.generation.config import GenerationConfig
+from xglm_core.generation.engine import NOT_A_NUMBER, NOTHING_LEFT, Engine, no_token
+from xglm_core.generation.prompts import filled
+from xglm_core.generation.randomness import Keys
+
+if TYPE_CHECKING:
+    from xglm_core.generation.loop import Request
+
+_IMPOSSIBLE = np.float32(-1e9)  # Of a beam that is not there; finite, so that sums with it stay numbers.
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """A continuation: its new tokens, the beam that each of these continued, and its score."""
+
+    score: np.float32
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+
+
+@dataclass
+class _Search:
+    """The beams of one prompt.
+
+    Attributes:
+        generation: the options.
+        limit: most new tokens.
+        running: the beams that go on, best first. At first all but one are impossible, so that they do not all take the
+            same token.
+        finished: those that ended, best first, at most as many.
+        open: whether a better one may still come.
+    """
+
+    generation: GenerationConfig
+    limit: int
+    running: list[_Beam] = field(init=False)
+    finished: list[_Beam] = field(default_factory=list)
+    open: bool = True
+
+    def __post_init__(self) -> None:
+        count = self.generation.num_beams
+        self.running = [_Beam(np.float32(0)), *([_Beam(_IMPOSSIBLE)] * (count - 1))]
+
+    def extend(self, candidates: list[_Beam], ends: list[bool]) -> None:
+        """Takes the best continuations, best first, and whether each of them has ended."""
+        count, length = self.generation.num_beams, len(candidates[0].tokens)
+        pairs = list(zip(candidates, ends, strict=True))
+        going = [beam for beam, end in pairs if not end]
+        ended = [replace(beam, score=beam.score + _IMPOSSIBLE) for beam, end in pairs if end]
+        full = len(self.finished) == count
+        if self.open and not (full and self.generation.early_stopping is True):
+            # A beam that ends counts only if it is among the best; the others are candidates to go on.
+            divisor = np.float32(length**self.generation.length_penalty)
+            ending = [replace(beam, score=beam.score / divisor) for beam, end in pairs[:count] if end]
+            self.finished = sorted([*self.finished, *ending], key=lambda beam: -beam.score)[:count]
+        # Sampled ones come in the order in which they were drawn.
+        going.sort(key=lambda beam: -beam.score)
+        self.running = [*going, *ended][:count]
+        if len(self.finished) == count:
+            never = self.generation.early_stopping == "never" and self.generation.length_penalty > 0
+            best = self.running[0].score / np.float32(
+                (self.limit if never else length) ** self.generation.length_penalty
+            )
+            self.open &= bool(going) and bool(best > self.finished[-1].score)
+            self.open &= self.generation.early_stopping is not True
+        self.open &= bool(going)
+
+
+def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finds the best continuations of each prompt.
+
+    Args:
+        engine: has read the prompts.
+        request: what to do.
+        record: lists that get the "scores" and "logits" of each step.
+
+    Returns:
+        New tokens, int64 [prompts * num_return_sequences, new]; their scores, float32 [that many]; and the beam that
+        each token continued, int64 [that many, new].
+
+    Raises:
+        InputError: logits are not numbers, or all ids are banned.
+    """
+    generation, prompts = request.generation, request.prompts
+    count, groups = generation.num_beams, len(prompts.tokens)
+    # At least `count` of them go on, even if each beam may end in each of the ends.
+    kept = max(2, 1 + len(generation.eos_ids)) * count
+    keys = Keys(generation.seed, prompts.contents)
+    searches = [_Search(generation, request.limit) for _ in range(groups)]
+    engine.reorder(np.repeat(np.arange(groups), count))
+    for step in range(request.limit):
+        texts = [[*prompts.texts[group], *beam.tokens] for group in range(groups) for beam in searches[group].running]
+        rules = request.maker.rules(texts, step)
+        if "logits" in record:
+            record["logits"].append(engine.logits)
+        if request.processors:
+            engine.process(request.processors, filled(texts, generation.filler))
+        if "scores" in record:
+            record["scores"].append(engine.scores(rules))
+        totals = np.array([[beam.score for beam in group.running] for group in searches], np.float32)
+        if step == 0 and generation.forced_bos_token_id is not None:
+            first = np.arange(kept) % count
+            scores = np.where(np.arange(kept) < count, totals[:, first], _IMPOSSIBLE)
+            chosen = np.tile(first * request.config.vocab_size + generation.forced_bos_token_id, (groups, 1))
+        else:
+            scores, chosen = engine.candidates(rules, totals, keys.of_steps(step, 1)[:, 0], kept)
+        for group, beams in enumerate(searches):
+            if not scores[group, 0] > -np.inf:
+                code = NOT_A_NUMBER if np.isnan(scores[group, 0]) else NOTHING_LEFT
+                raise no_token(code, group * count, step)
+            candidates = []
+            for score, index in zip(scores[group], chosen[group].tolist(), strict=True):
+                parent, token = divmod(index, request.config.vocab_size)
+                beam = beams.running[parent]
+                candidates.append(_Beam(score, (*beam.tokens, token), (*beam.parents, group * count + parent)))
+            begin = len(prompts.texts[group])
+            ends = [
+                step + 1 == request.limit
+                or beam.tokens[-1] in generation.eos_ids
+                or request.stops.found([*prompts.texts[group], *beam.tokens], begin)
+                for beam in candidates
+            ]
+            beams.extend(candidates, ends)
+        if not any(beams.open for beams in searches):
+            break
+        running = [beam for beams in searches for beam in beams.running]
+        engine.reorder(np.array([beam.parents[-1] for beam in running]))
+        engine.feed(np.array([beam.tokens[-1] for beam in running]))
+    best = [beam for beams in searches for beam in beams.finished[: generation.num_return_sequences]]
+    return (
+        filled([beam.tokens for beam in best], generation.filler),
+        np.array([beam.score for beam in best], np.float32),
+        filled([beam.parents for beam in best], -1),
+    )

@@ -1,0 +1,137 @@
+"""The texts that `generate` continues, in the form in which engines read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xglm_core.config import XGLMConfig
+from xglm_core.errors import InputError
+from xglm_core.inputs import check_attention_mask, check_input_ids, check_shapes
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What each row begins with.
+
+    Attributes:
+        columns: what the result begins with: the ids as given, int64 [rows, length]; of embeddings nothing, [rows, 0].
+        tokens: what is to be read, ids int64 [rows, length] or embeddings float32 [rows, length, d_model]; without what
+            a cache holds.
+        mask: 1 for tokens, 0 for padding, int64 [rows, past + length].
+        past: positions that a given cache holds.
+        texts: the ids of each row, cached ones included, without padding; empty for embeddings.
+    """
+
+    columns: np.ndarray
+    tokens: np.ndarray
+    mask: np.ndarray
+    past: int
+    texts: tuple[list[int], ...]
+
+    @classmethod
+    def of(
+        cls,
+        config: XGLMConfig,
+        input_ids: np.ndarray | None,
+        attention_mask: np.ndarray | None,
+        inputs_embeds: np.ndarray | None = None,
+        past: int = 0,
+        past_mask: np.ndarray | None = None,
+    ) -> Prompts:
+        """Checks what a caller gives.
+
+        Args:
+            config: the model's configuration.
+            input_ids: integers [rows, length], those that a cache holds included.
+            attention_mask: [rows, length], of embeddings [rows, past + length]; None for what the cache has and no other
+                padding.
+            inputs_embeds: [rows, length, d_model], in place of ids, without what a cache holds.
+            past: positions that a given cache holds.
+            past_mask: the mask of these [rows, past], or None.
+
+        Raises:
+            InputError: the shapes do not fit, ids are outside the vocabulary, a row has no token, or there is nothing
+                beyond what the cache holds.
+        """
+        check_shapes(
+            config,
+            {
+                "input_ids": None if input_ids is None else input_ids.shape,
+                "inputs_embeds": None if inputs_embeds is None else inputs_embeds.shape,
+            },
+        )
+        if inputs_embeds is not None:
+            rows, length = len(inputs_embeds), past + inputs_embeds.shape[1]
+            columns, tokens = np.zeros((rows, 0), np.int64), inputs_embeds.astype(np.float32)
+        else:
+            assert input_ids is not None  # As `check_shapes` says.
+            check_input_ids(input_ids, config)
+            rows, length = input_ids.shape
+            columns = input_ids.astype(np.int64)
+            tokens = columns[:, past:]
+            if length <= past:
+                raise InputError(
+                    f"input_ids has {length} columns, of which past_key_values holds {past}; expected all of the text, "
+                    "and at least one token that was not read yet"
+                )
+        if attention_mask is None:
+            mask = np.ones((rows, length), np.int64)
+            if past_mask is not None:
+                mask[:, :past] = past_mask
+        else:
+            check_attention_mask(attention_mask.shape, rows, 0, length)
+            mask = (np.asarray(attention_mask) != 0).astype(np.int64)
+        empty = ~mask[:, past:].any(axis=1)
+        if empty.any():
+            raise InputError(
+                f"attention_mask[{int(empty.argmax())}] is all 0, expected at least one token in each row"
+                + (" beyond what past_key_values holds" if past else "")
+            )
+        texts = [row[keep].tolist() for row, keep in zip(columns, mask != 0, strict=True)] if columns.size else []
+        return cls(columns, tokens, mask, past, tuple(texts) or tuple([] for _ in range(rows)))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, cached ones included."""
+        return int(self.mask.sum(axis=1).max())
+
+    @property
+    def contents(self) -> list[bytes]:
+        """What distinguishes the rows, as bytes."""
+        if self.columns.size:
+            return [np.array(text, "<i8").tobytes() for text in self.texts]
+        rows = zip(self.tokens, self.mask[:, self.past :] != 0, strict=True)
+        return [row[keep].astype("<f4").tobytes() for row, keep in rows]
+
+    def left_padded(self, multiple: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+        """Moves the tokens of each row to its right end, in order, and rounds the length up to a multiple.
+
+        Returns:
+            `tokens` in that order, and the mask of cached and new positions.
+        """
+        new = self.mask[:, self.past :] != 0
+        length = rounded_up(int(new.sum(axis=1).max()), multiple)
+        shape = (len(self.tokens), length, *self.tokens.shape[2:])
+        tokens = np.full(shape, pad if self.columns.size else 0, self.tokens.dtype)
+        mask = np.zeros(shape[:2], np.int64)
+        for row, keep in enumerate(new):
+            kept = self.tokens[row][keep]
+            tokens[row, length - len(kept) :] = kept
+            mask[row, length - len(kept) :] = 1
+        return tokens, np.concatenate([self.mask[:, : self.past], mask], axis=1)
+
+
+def rounded_up(count: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple
+
+
+def filled(rows: Sequence[Sequence[int]], filler: int) -> np.ndarray:
+    """Rows of different lengths as an array, int64 [rows, longest]."""
+    result = np.full((len(rows), max(map(len, rows))), filler, np.int64)
+    for place, row in zip(result, rows, strict=True):
+        place[: len(row)] = row
+    return result

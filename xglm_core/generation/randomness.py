@@ -1,0 +1,80 @@
+"""Chance, the same in every framework.
+
+A token is drawn by the Gumbel-max trick: with independent noise g_i = -log(-log(u_i)), the index of the largest
+score_i + g_i has the distribution softmax(score) (Gumbel 1954; Maddison et al., A* Sampling, 2014), and the indices of the
+n largest are n draws without replacement. Backends whose scores differ in the last bit part only where two of these
+sums are that close, while running sums of 256,008 probabilities would make them part often.
+
+The numbers u_i are a function of a key of two words and of the id i, computed on the device by 32-bit integer arithmetic
+(`noise_bits`); the key is a function of the seed, the prompt, which copy of the prompt it is, and the step. So a row's text
+depends neither on its place in the batch nor on its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+
+# Of `noise_bits`: the golden ratio spreads neighbouring ids, the others are the multipliers of a well-tested mixing of
+# 32 bits (Wellons, "lowbias32", 2018).
+GOLDEN = 0x9E3779B9
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+SHIFTS = (16, 15, 16)
+
+
+def noise_bits(key: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """The definition of what backends compute: 32 random bits for each index.
+
+    Args:
+        key: two words, uint32 [..., 2].
+        index: uint32 [...] or one that can be combined with it.
+
+    Returns:
+        uint32.
+    """
+    with np.errstate(over="ignore"):
+        bits = index.astype(np.uint32) * np.uint32(GOLDEN) + key[..., 0]
+        return _mixed(_mixed(bits) ^ key[..., 1])
+
+
+def gumbel(bits: np.ndarray) -> np.ndarray:
+    """Gumbel noise of random bits, float32: -log(-log(1 - u)) for u = (bits + 1/2) / 2^32, which is finest near 0."""
+    uniform = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2**-32)
+    with np.errstate(divide="ignore"):
+        return -np.log(-np.log1p(-uniform))
+
+
+class Keys:
+    """The keys of the rows of a batch.
+
+    Args:
+        seed: of the whole call; None draws one.
+        prompts: what each row continues, as bytes; equal ones are told apart by their order.
+    """
+
+    def __init__(self, seed: int | None, prompts: Sequence[bytes]) -> None:
+        seed = secrets.randbits(64) if seed is None else seed
+        seen: dict[bytes, int] = {}
+        self._bases = []
+        for prompt in prompts:
+            copy = seen[prompt] = seen.get(prompt, -1) + 1
+            self._bases.append(hashlib.blake2b(b"%d %d %b" % (seed, copy, prompt)))
+
+    def of_steps(self, begin: int, count: int) -> np.ndarray:
+        """The keys of `count` steps from `begin` on, uint32 [rows, count, 2]."""
+        keys = np.empty((len(self._bases), count, 2), np.uint32)
+        for row, base in enumerate(self._bases):
+            for step in range(count):
+                state = base.copy()
+                state.update((begin + step).to_bytes(8, "little"))
+                keys[row, step] = np.frombuffer(state.digest()[:8], "<u4")
+        return keys
+
+
+def _mixed(bits: np.ndarray) -> np.ndarray:
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(multiplier)
+    return bits
