@@ -1,6 +1,6 @@
 """Where the files of a checkpoint come from: a folder, or a repository of the Hugging Face Hub.
 
-Of a repository, one commit is looked up first, and all files are those of this commit. Only files that are asked for are
+Of a repository, one commit is looked up first, and all files are those of this commit. Only the files asked for are
 downloaded, by huggingface_hub, into its cache. Where the hub cannot be asked, the cache is all that there is.
 """
 
@@ -74,8 +74,8 @@ def find_source(
 ) -> Source:
     """The files of a folder or of a repository.
 
-    What is there on disk is never looked up on the hub, nor is what cannot be the id of a repository: "./name", "/name",
-    "~", three names with slashes between them, or any `Path`.
+    What is there on disk is never looked up on the hub, nor is what cannot be the id of a repository: "./name",
+    "/name", "~", more than two names with slashes between them, or any `Path`.
 
     Args:
         name: a folder, or the id of a repository, e.g. "facebook/xglm-564M".
@@ -89,10 +89,9 @@ def find_source(
     if os.path.isdir(name):
         return _Folder(Path(name))
     if not isinstance(name, str) or not _REPO_ID.fullmatch(name) or os.path.exists(name):
-        kind = "is a file, expected" if os.path.exists(name) else "no such folder; expected"
         raise CheckpointError(
-            f"{name}: {kind} a checkpoint folder with config.json and model.safetensors, or the name of a repository "
-            "on the Hugging Face Hub, such as facebook/xglm-564M"
+            f"{name}: no such folder; expected a checkpoint folder with config.json and model.safetensors, or the name "
+            "of a repository on the Hugging Face Hub, such as facebook/xglm-564M"
         )
     if importlib.util.find_spec("huggingface_hub") is None:
         raise BackendError(

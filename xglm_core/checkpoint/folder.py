@@ -86,8 +86,8 @@ def open_checkpoint(
     """Opens a checkpoint; no tensor is read yet, and nothing in its files is run.
 
     Args:
-        folder: holds the weights and, unless they are fairseq's, `config.json`. Or the id of a repository of the Hugging
-            Face Hub, of which the configuration and the weights of one format are downloaded.
+        folder: holds the weights and, unless they are fairseq's, `config.json`. Or the id of a repository of the
+            Hugging Face Hub, of which the configuration and the weights of one format are downloaded.
         weights: the format to read, one of "safetensors", "torch", "flax", "tf", "fairseq"; None takes the first of
             these that is there.
         hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
@@ -104,8 +104,8 @@ def open_checkpoint(
     if found is None or (CONFIG_FILE not in source.names and not is_fairseq):
         others = ", ".join(format.file for format in FORMATS.values() if format.file != WEIGHTS_FILE)
         raise CheckpointError(
-            f"{source.place}: no checkpoint here; expected {CONFIG_FILE} and {WEIGHTS_FILE} (or {others}; or shards with "
-            f"their index), found {shortened(sorted(source.names))}"
+            f"{source.place}: no checkpoint here; expected {CONFIG_FILE} and {WEIGHTS_FILE} (or {others}; or shards "
+            f"with their index), found {shortened(sorted(source.names))}"
         )
     if is_fairseq:
         file = FairseqFile(source.fetch([found.file]) / found.file)
