@@ -101,7 +101,8 @@ def fetch_weights(source: Source, format: Format) -> None:
         source.fetch([format.file])
         return
     weight_map = _read_index(source.fetch([format.index]) / format.index)
-    source.fetch(sorted({*weight_map.values()}))
+    if shards := sorted({*weight_map.values()}):
+        source.fetch(shards)
 
 
 def open_files(folder: Path, format: Format) -> list[TensorFile]:
@@ -139,7 +140,7 @@ def _not_in_folder(index: Path, name: Any) -> CheckpointError:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor: names of at least one file, which do not lead out of the folder."""
+    """The file of each tensor, by plain names, which cannot lead out of the folder."""
     try:
         with open(path, "rb") as file:
             text = file.read(_MOST_INDEX_BYTES + 1)
@@ -152,7 +153,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: expected a JSON object with a 'weight_map' of tensor to file names") from None
     for name in shards:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name == "..":
             raise _not_in_folder(path, name)
     return weight_map
 
