@@ -207,7 +207,7 @@ class TestWithoutAConnection:
         open_checkpoint(SMALL, cache_dir=cache)
         hub.requests.clear()
         _, variables = environment
-        run = run_xglm("inspect", SMALL, "--json", "-", **variables, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
+        run = run_xglm("inspect", SMALL, "--json", **variables, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
         assert run.returncode == 0, run.stderr
         assert json.loads(run.stdout)["format"] == "safetensors"
         run = run_xglm("inspect", TOY, **variables, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")

@@ -51,6 +51,10 @@ class Source(Protocol):
     def names(self) -> frozenset[str]:
         """The files that there are."""
 
+    @property
+    def folder(self) -> Path | None:
+        """Where files are that have been fetched; None before the first."""
+
     def fetch(self, required: Sequence[str], optional: Iterable[str] = ()) -> Path:
         """Sees to it that files are in a folder, which is returned.
 
@@ -108,14 +112,14 @@ class _Folder:
 
     def __init__(self, folder: Path) -> None:
         self.place = str(folder)
-        self._folder = folder
+        self.folder = folder
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(entry.name for entry in self._folder.iterdir())
+        return frozenset(entry.name for entry in self.folder.iterdir())
 
     def fetch(self, required: Sequence[str], optional: Iterable[str] = ()) -> Path:
-        return self._folder
+        return self.folder
 
 
 class _Repository:
@@ -138,7 +142,7 @@ class _Repository:
         self._cache = Path(HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
         self._token = token
         self._force = force_download
-        self._remembered = False
+        self.folder: Path | None = None
         # Why the hub cannot be asked, if so.
         self._unreachable = "local_files_only is True" if local_files_only else None
         if not local_files_only:
@@ -159,18 +163,19 @@ class _Repository:
             raise self._not_cached(f"the revision {revision!r}") from None
         self._commit = folder.name
         self.names = frozenset(entry.name for entry in folder.iterdir())
+        self.folder = folder
 
     def fetch(self, required: Sequence[str], optional: Iterable[str] = ()) -> Path:
         for name in required:
             if name not in self.names:
                 raise self._not_cached(name) if self._unreachable else self._not_there(name)
-        names = [*required, *(name for name in optional if name in self.names)]
-        paths = [self._download(name, self._commit, force=self._force) for name in names]
-        if not self._unreachable and not self._remembered:
-            # From this the cache knows which commit the revision is, and finds it there without a connection.
-            self._download(names[0], self._revision, force=False)
-            self._remembered = True
-        return paths[0].parent
+        for name in (*required, *(name for name in optional if name in self.names)):
+            path = self._download(name, self._commit, force=self._force)
+            if self.folder is None:
+                # From this the cache knows which commit the revision is, and finds it there without a connection.
+                self._download(name, self._revision, force=False)
+                self.folder = path.parent
+        return path.parent
 
     def _download(self, name: str, revision: str, *, force: bool) -> Path:
         """Has a file in the cache, with a progress bar if that takes a download; returns where it is."""

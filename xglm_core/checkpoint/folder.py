@@ -22,7 +22,7 @@ from xglm_core.checkpoint.safetensors import write_safetensors
 from xglm_core.config import CONFIG_FILE, GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.files import replacing
-from xglm_core.hub import HubOptions, find_source
+from xglm_core.hub import HubOptions, Source, find_source
 from xglm_core.weight_names import HEAD, WeightSpec
 
 WEIGHTS_FILE = "model.safetensors"
@@ -98,7 +98,11 @@ def open_checkpoint(
         InputError: `weights` is no format.
         BackendError: the format, or the hub, needs a package that is not installed.
     """
-    source = find_source(folder, **hub)
+    return open_source(find_source(folder, **hub), weights)
+
+
+def open_source(source: Source, weights: str | None) -> Checkpoint:
+    """`open_checkpoint`, of a source that has been found already."""
     found = find_format(source, weights)
     is_fairseq = found is not None and found.open is FairseqFile
     if found is None or (CONFIG_FILE not in source.names and not is_fairseq):

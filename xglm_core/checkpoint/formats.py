@@ -100,7 +100,7 @@ def fetch_weights(source: Source, format: Format) -> None:
     if format.file in source.names:
         source.fetch([format.file])
         return
-    weight_map = _read_index(source.fetch([format.index]) / format.index)
+    weight_map = read_index(source.fetch([format.index]) / format.index)
     if shards := sorted({*weight_map.values()}):
         source.fetch(shards)
 
@@ -114,7 +114,7 @@ def open_files(folder: Path, format: Format) -> list[TensorFile]:
     if (folder / format.file).is_file():
         return [format.open(folder / format.file)]
     path = folder / format.index
-    weight_map = _read_index(path)
+    weight_map = read_index(path)
     shards = sorted({*weight_map.values()})
     for name in shards:
         if not (folder / name).is_file():
@@ -135,12 +135,12 @@ def shortened(items: Sequence[str], most: int = 8) -> str:
     return (", ".join(items[:most]) or "nothing") + rest
 
 
-def _not_in_folder(index: Path, name: Any) -> CheckpointError:
-    return CheckpointError(f"{index}: names the file {name!r}, which is not in the folder; is a download incomplete?")
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, in the words of an index; by plain names, which cannot lead out of the folder.
 
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, by plain names, which cannot lead out of the folder."""
+    Raises:
+        CheckpointError: the index is damaged.
+    """
     try:
         with open(path, "rb") as file:
             text = file.read(_MOST_INDEX_BYTES + 1)
@@ -156,6 +156,10 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(name, str) or Path(name).name != name or name == "..":
             raise _not_in_folder(path, name)
     return weight_map
+
+
+def _not_in_folder(index: Path, name: Any) -> CheckpointError:
+    return CheckpointError(f"{index}: names the file {name!r}, which is not in the folder; is a download incomplete?")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from xglm_core.errors import CheckpointError, InputError
-from xglm_core.hub import HubOptions, find_source
+from xglm_core.hub import HubOptions, Source, find_source
 from xglm_core.tokenization.added_tokens import AddedToken
 from xglm_core.tokenization.arguments import one_of
 from xglm_core.tokenization.decoding import text_of, tidied
@@ -86,7 +86,11 @@ class Tokenizer(Encoder, abc.ABC):
             BackendError: the hub needs a package that is not installed.
         """
         hub: Any = {name: kwargs.pop(name) for name in HubOptions.__annotations__ if name in kwargs}
-        source = find_source(folder, **hub)
+        return cls.from_source(find_source(folder, **hub), **kwargs)
+
+    @classmethod
+    def from_source(cls, source: Source, **kwargs: Any) -> Self:
+        """`from_pretrained`, of a source that has been found already."""
         vocabulary = next((name for name in cls._vocabulary_names if name in source.names), cls._vocabulary_names[0])
         folder = source.fetch([vocabulary], SETTINGS_FILES)
         return cls(**{**read_settings(folder), **cls._files_of(folder), **kwargs})
