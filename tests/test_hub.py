@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import re
 import shutil
 import sys
 
@@ -346,7 +347,7 @@ class TestRefusals:
 
     def test_gated(self, hub, cache):
         hub.repos[SMALL].gated = True
-        with pytest.raises(CheckpointError, match=r"^small: is a gated repository; ask for access on its page, then"):
+        with pytest.raises(CheckpointError, match=r"^small: a gated repository; ask for access on its page, then"):
             open_checkpoint(SMALL, cache_dir=cache)
 
     def test_private(self, hub, cache):

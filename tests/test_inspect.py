@@ -1,9 +1,13 @@
 """`xglm inspect`: the facts, what is odd, and what is left to say of damaged checkpoints."""
 
+import dataclasses
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,9 +16,9 @@ from conformance.random_weights import random_weights, write_checkpoint
 from tests.checkpoint_files import fairseq_checkpoint, library, write_flax, write_torch
 from tests.commands import ROOT, run_xglm
 from tests.models import CONFIG, changed
-from xglm_core import XGLMConfig
-from xglm_core.checkpoint import DTYPES, save_checkpoint
-from xglm_core.checkpoint.inspection import inspect_checkpoint
+from xglm_core import XGLMConfig, open_checkpoint
+from xglm_core.checkpoint import DTYPES, plan_loading, save_checkpoint
+from xglm_core.checkpoint.inspection import Inspection, inspect_checkpoint
 from xglm_core.checkpoint.safetensors import write_safetensors
 from xglm_core.cli import main
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
@@ -92,11 +96,24 @@ class TestFacts:
         found = inspect_checkpoint(folder)
         assert found.head == head
         assert (found.missing == [HEAD]) == (found.error is not None) == (head == "none stored" and not tied)
-        untied = head == "differs" or (head == "none stored" and not tied)
-        assert found.parameters["head"] == (131 * 35 if untied else 0)
+        # As loading has it: a head of its own, or not.
+        own = not tied or head == "differs"
+        assert found.parameters["head"] == (131 * 35 if own else 0)
         assert found.parameters["total"] == sum(array.size for array in WEIGHTS.values()) + found.parameters["head"]
-        note = f"tie_word_embeddings is true, but the stored {HEAD} differs from {EMBEDDING}: the two stay untied"
-        assert (note in found.notes) == (tied and head == "differs")
+        notes = {
+            (
+                True,
+                "differs",
+            ): f"tie_word_embeddings is true, but the stored {HEAD} differs from {EMBEDDING}: the two stay",
+            (False, "equal"): f"tie_word_embeddings is false, but the stored {HEAD} equals {EMBEDDING}: there are two",
+        }
+        assert [note[: len(notes.get((tied, head), ""))] for note in found.notes[:-1]] == (
+            [notes[tied, head]] if (tied, head) in notes else []
+        )
+        if found.error is None:
+            with warnings.catch_warnings(action="ignore"):
+                plan = plan_loading(open_checkpoint(folder), with_head=True)
+            assert sum(math.prod(spec.shape) for spec in plan.specs) == found.parameters["total"]
 
     def test_shards(self, folder):
         shards = write_sharded(folder)
@@ -223,6 +240,17 @@ class TestDamage:
 
 
 class TestCommand:
+    def test_documentation(self, capsys, monkeypatch):
+        """The page shows what is printed, and names every key of the JSON."""
+        page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("COLUMNS", "80")
+        assert main(["inspect", "examples/tiny_model/checkpoint"]) == 0
+        assert f"$ xglm inspect examples/tiny_model/checkpoint\n{capsys.readouterr().out}```" in page
+        rows = re.findall(r"^\| (`.*`) \| .* \|$", page.partition("`--json` prints")[2], re.MULTILINE)
+        keys = [key for row in rows for key in re.findall("`(.*?)`", row)]
+        assert keys == [key.name for key in dataclasses.fields(Inspection)]
+
     def test_text(self, toy, capsys, monkeypatch):
         for columns in (80, 120):
             monkeypatch.setenv("COLUMNS", str(columns))

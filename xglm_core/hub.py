@@ -21,6 +21,8 @@ _REPO_ID = re.compile(r"(?=.{1,96}$)(?!.*(--|\.\.))(\w[\w.-]*/)?\w([\w.-]*\w)?(?
 
 _REFUSALS = (401, 403, 404)  # Answers that are final; of any other error, the cache may help out.
 
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # The disk, or the user's share; Windows has no shares.
+
 
 class HubOptions(TypedDict, total=False):
     """The keyword arguments `**hub` of everything that loads by name. They have no effect on folders.
@@ -192,7 +194,7 @@ class _Repository:
                 force_download=force,
             )
         except Exception as error:  # See above.
-            raise self._explained(error, name) from error
+            raise self._explained(error, name) from None
         return Path(path)
 
     def _not_there(self, name: str) -> CheckpointError:
@@ -212,7 +214,7 @@ class _Repository:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         if isinstance(error, GatedRepoError):
-            reason = "is a gated repository; ask for access on its page, then give `token`, or run: hf auth login"
+            reason = "a gated repository; ask for access on its page, then give `token`, or run: hf auth login"
         elif isinstance(error, RepositoryNotFoundError):
             reason = (
                 "no such folder here, and no such repository on the hub, or a private one; check the name, or give "
@@ -222,7 +224,7 @@ class _Repository:
             reason = f"the repository has no revision {self._revision!r}; expected a branch, a tag or a commit"
         elif _status(error) in (401, 403):
             reason = "the hub refuses the token; give another `token`, or run: hf auth login"
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        elif isinstance(error, OSError) and error.errno in _FULL:
             reason = f"no space left in {self._cache} for {file}; make room, or give another `cache_dir`"
         else:
             reason = f"{file} could not be downloaded: {_one_line(error)}; try again, complete files are kept"

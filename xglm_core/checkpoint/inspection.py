@@ -120,7 +120,7 @@ def _describe_config(result: Inspection, config: XGLMConfig) -> None:
                 )
     if config.num_layers > MOST_LAYERS:  # Which take too long to count, and which no file has.
         return
-    tied = config.tie_word_embeddings if result.head in (None, "none stored") else result.head == "equal"
+    tied = config.tie_word_embeddings and result.head != "differs"
     one = XGLMConfig.from_dict({**result.config, "tie_word_embeddings": tied})
     embedding = config.vocab_size * config.d_model
     total = num_parameters(one)
@@ -152,6 +152,8 @@ def _describe_weights(result: Inspection, checkpoint: Checkpoint) -> None:
         result.notes.append(
             f"tie_word_embeddings is true, but the stored {HEAD} differs from {EMBEDDING}: the two stay untied"
         )
+    elif result.head == "equal" and not config.tie_word_embeddings:
+        result.notes.append(f"tie_word_embeddings is false, but the stored {HEAD} equals {EMBEDDING}: there are two")
     if len(result.tensors) > 1:
         types = ", ".join(f"{count} in {dtype}" for dtype, count in result.tensors.items())
         result.notes.append(f"the tensors are of different types: {types}")

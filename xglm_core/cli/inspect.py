@@ -71,7 +71,7 @@ def _model(found: Inspection) -> dict[str, str]:
     known = found.tokenizer_length
     tokenizer = "" if known is None else f", {known:,} in the tokenizer"
     ids = {"begin": "bos_token_id", "pad": "pad_token_id", "end": "eos_token_id", "start": "decoder_start_token_id"}
-    size = f"that of the published {found.published_size} model" if found.published_size else "none of the published"
+    size = f"that of the published {found.published_size} model" if found.published_size else "not one of the published"
     facts = {"size": size}
     if parameters:
         head = f"{parameters['head']:,} in the head" if parameters["head"] else "which is the head, too"
