@@ -57,7 +57,7 @@ class TestEntry:
 
     @pytest.mark.parametrize(
         "command",
-        [[], ["compare"], ["bench"], ["bench", "make-checkpoint"]],
+        [[], ["inspect"], ["compare"], ["bench"], ["bench", "make-checkpoint"]],
         ids=lambda words: " ".join(words) or "xglm",
     )
     def test_help(self, command, capsys):

@@ -158,7 +158,7 @@ class TestReading:
     def test_missing_files(self, kind, tmp_path):
         with pytest.raises(CheckpointError, match="cannot be read: No such file or directory; expected"):
             kind.from_pretrained(tmp_path)
-        with pytest.raises(CheckpointError, match="nowhere: expected the folder of a checkpoint, but there is none"):
+        with pytest.raises(CheckpointError, match="nowhere: no such folder; expected a checkpoint folder"):
             kind.from_pretrained(tmp_path / "nowhere")
         with pytest.raises(InputError, match="needs vocab_file or tokenizer_file, but both are None"):
             XGLMTokenizerFast()

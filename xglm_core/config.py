@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from xglm_core.errors import ConfigError
 from xglm_core.files import replacing
+from xglm_core.hub import HubOptions, find_source
 
 CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 
 LAYER_NORM_EPS = 1e-5  # Not a key of config.json: fairseq and every published port use PyTorch's default.
 
@@ -304,9 +306,19 @@ class XGLMConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> XGLMConfig:
-        """Reads `config.json` from a checkpoint folder."""
-        return cls.from_json_file(Path(folder) / CONFIG_FILE)
+    def from_pretrained(cls, folder: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> XGLMConfig:
+        """Reads `config.json` from a checkpoint folder, or from a repository of the Hugging Face Hub.
+
+        Args:
+            folder: the folder, or the id of the repository.
+            hub: see `HubOptions`.
+
+        Raises:
+            ConfigError: the file cannot be read, is not a JSON object, or describes no XGLM model.
+            CheckpointError: there is no such folder, or the file cannot be downloaded.
+            BackendError: the hub needs a package that is not installed.
+        """
+        return cls.from_json_file(find_source(folder, **hub).fetch([CONFIG_FILE]) / CONFIG_FILE)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys with their values, as plain Python objects that share nothing with this configuration."""

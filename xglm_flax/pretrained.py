@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from xglm_core.checkpoint.folder import open_checkpoint, save_checkpoint
 from xglm_core.checkpoint.loading import plan_loading
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
+from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
 from xglm_flax.cache import FlaxXGLMCache, as_cache, empty_cache, is_traced
@@ -101,26 +102,29 @@ class FlaxXGLMPreTrainedModel:
         param_dtype: Any = None,
         scan_layers: bool = False,
         weights: str | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
-        """Loads a checkpoint folder.
+        """Loads a checkpoint.
 
         Args:
-            folder: holds `config.json` and the weights, in any of the published formats.
+            folder: holds `config.json` and the weights, in any of the published formats; or the id of a repository of
+                the Hugging Face Hub.
             dtype: type of the computation, by name or as a JAX type.
             param_dtype: type of the parameters; None means float32, "auto" keeps the file's.
             scan_layers: see the class.
             weights: the format to read if there are several; see `open_checkpoint`.
+            hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
 
         Returns:
             The model.
 
         Raises:
-            CheckpointError: the folder holds no checkpoint, or it does not fit the model.
+            CheckpointError: there is no checkpoint, it cannot be downloaded, or it does not fit the model.
             ConfigError: its configuration is impossible.
             InputError: a type is unknown.
         """
         wanted = "float32" if param_dtype is None else param_dtype
-        plan = plan_loading(open_checkpoint(folder, weights), with_head=cls.has_head, dtype=wanted)
+        plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=wanted)
         model = cls(plan.config, dtype=dtype, _do_init=False, param_dtype=plan.dtype.name, scan_layers=scan_layers)
         model.params = load_weights(plan, bare=not cls.has_head)
         return model

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import keras
 import tensorflow as tf
@@ -18,6 +18,7 @@ from xglm_core.checkpoint.folder import open_checkpoint, save_checkpoint
 from xglm_core.checkpoint.loading import LoadPlan, plan_loading
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
+from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
 from xglm_tf.inputs import named_arguments
@@ -61,27 +62,34 @@ class TFXGLMPreTrainedModel(keras.Model):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, dtype: Any = "float32", weights: str | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: Any = "float32",
+        weights: str | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
-        """Loads a checkpoint folder.
+        """Loads a checkpoint.
 
         Args:
-            folder: holds `config.json` and the weights, in any of the published formats.
+            folder: holds `config.json` and the weights, in any of the published formats; or the id of a repository of
+                the Hugging Face Hub.
             dtype: type of parameters and computation, by name or as a TensorFlow type; "auto" keeps the file's. Or a
                 Keras policy, for example "mixed_bfloat16".
             weights: the format to read if there are several; see `open_checkpoint`.
+            hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
 
         Returns:
             The model.
 
         Raises:
-            CheckpointError: the folder holds no checkpoint, or it does not fit the model.
+            CheckpointError: there is no checkpoint, it cannot be downloaded, or it does not fit the model.
             ConfigError: its configuration is impossible.
         """
         is_policy = isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_"))
         policy = keras.dtype_policies.get(dtype) if is_policy else None
         held = dtype if policy is None else policy.variable_dtype
-        plan = plan_loading(open_checkpoint(folder, weights), with_head=cls.has_head, dtype=held)
+        plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=held)
         return cls(plan.config, dtype=policy or plan.dtype.name, plan=plan)
 
     def save_pretrained(

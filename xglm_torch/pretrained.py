@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from xglm_core.checkpoint.dtypes import float_type
 from xglm_core.checkpoint.folder import open_checkpoint, save_checkpoint
 from xglm_core.checkpoint.loading import plan_loading
 from xglm_core.config import XGLMConfig
+from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 from xglm_torch.weights import load_weights, read_weight, weights_dtype, write_weight
@@ -43,23 +44,30 @@ class XGLMPreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, dtype: Any = "float32", weights: str | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: Any = "float32",
+        weights: str | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
-        """Loads a checkpoint folder, in inference mode (`eval()`).
+        """Loads a checkpoint, in inference mode (`eval()`).
 
         Args:
-            folder: holds `config.json` and the weights, in any of the published formats.
+            folder: holds `config.json` and the weights, in any of the published formats; or the id of a repository of
+                the Hugging Face Hub.
             dtype: type of the parameters, by name or as a torch type; "auto" keeps the file's.
             weights: the format to read if there are several; see `open_checkpoint`.
+            hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
 
         Returns:
             The model. Its parameters are views of the mapped file where the types agree: see `load_weights`.
 
         Raises:
-            CheckpointError: the folder holds no checkpoint, or it does not fit the model.
+            CheckpointError: there is no checkpoint, it cannot be downloaded, or it does not fit the model.
             ConfigError: its configuration is impossible.
         """
-        plan = plan_loading(open_checkpoint(folder, weights), with_head=cls.has_head, dtype=dtype)
+        plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=dtype)
         with torch.device("meta"):
             model = cls(plan.config)
         load_weights(model, plan)

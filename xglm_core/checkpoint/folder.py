@@ -10,17 +10,19 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import FloatType, convert
 from xglm_core.checkpoint.fairseq import FairseqFile
-from xglm_core.checkpoint.formats import FORMATS, find_format, open_files, shortened
+from xglm_core.checkpoint.formats import FORMATS, fetch_weights, find_format, open_files, shortened
 from xglm_core.checkpoint.mapped import TensorFile, TensorInfo
 from xglm_core.checkpoint.safetensors import write_safetensors
-from xglm_core.config import CONFIG_FILE, XGLMConfig
+from xglm_core.config import CONFIG_FILE, GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.files import replacing
+from xglm_core.hub import HubOptions, Source, find_source
 from xglm_core.weight_names import HEAD, WeightSpec
 
 WEIGHTS_FILE = "model.safetensors"
@@ -78,37 +80,43 @@ class Checkpoint:
         file.release(stored)
 
 
-def open_checkpoint(folder: str | os.PathLike[str], weights: str | None = None) -> Checkpoint:
-    """Opens a checkpoint folder; no tensor is read yet, and nothing in it is run.
+def open_checkpoint(
+    folder: str | os.PathLike[str], weights: str | None = None, **hub: Unpack[HubOptions]
+) -> Checkpoint:
+    """Opens a checkpoint; no tensor is read yet, and nothing in its files is run.
 
     Args:
-        folder: holds the weights and, unless they are fairseq's, `config.json`.
+        folder: holds the weights and, unless they are fairseq's, `config.json`. Or the id of a repository of the
+            Hugging Face Hub, of which the configuration and the weights of one format are downloaded.
         weights: the format to read, one of "safetensors", "torch", "flax", "tf", "fairseq"; None takes the first of
             these that is there.
+        hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
 
     Raises:
-        CheckpointError: the folder or its weights are missing or damaged.
+        CheckpointError: the folder or its weights are missing or damaged, or cannot be downloaded.
         ConfigError: its `config.json` does not describe an XGLM model.
         InputError: `weights` is no format.
-        BackendError: the format needs a package that is not installed.
+        BackendError: the format, or the hub, needs a package that is not installed.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; expected a checkpoint folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
-    found = find_format(folder, weights)
-    if found is not None and found.open is FairseqFile:
-        file = FairseqFile(folder / found.file)
-        return Checkpoint(folder, file.config, [file])
-    if found is None or not (folder / CONFIG_FILE).is_file():
-        present = sorted(entry.name for entry in folder.iterdir())
+    return open_source(find_source(folder, **hub), weights)
+
+
+def open_source(source: Source, weights: str | None) -> Checkpoint:
+    """`open_checkpoint`, of a source that has been found already."""
+    found = find_format(source, weights)
+    is_fairseq = found is not None and found.open is FairseqFile
+    if found is None or (CONFIG_FILE not in source.names and not is_fairseq):
         others = ", ".join(format.file for format in FORMATS.values() if format.file != WEIGHTS_FILE)
         raise CheckpointError(
-            f"{folder}: no checkpoint here; expected {CONFIG_FILE} and {WEIGHTS_FILE} (or {others}; or shards with "
-            f"their index), found {shortened(present)}"
+            f"{source.place}: no checkpoint here; expected {CONFIG_FILE} and {WEIGHTS_FILE} (or {others}; or shards "
+            f"with their index), found {shortened(sorted(source.names))}"
         )
-    config = XGLMConfig.from_pretrained(folder)
+    if is_fairseq:
+        file = FairseqFile(source.fetch([found.file]) / found.file)
+        return Checkpoint(file.path.parent, file.config, [file])
+    folder = source.fetch([CONFIG_FILE], [GENERATION_CONFIG_FILE])
+    config = XGLMConfig.from_json_file(folder / CONFIG_FILE)
+    fetch_weights(source, found)
     return Checkpoint(folder, config, open_files(folder, found))
 
 

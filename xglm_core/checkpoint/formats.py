@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from xglm_core.checkpoint.mapped import TensorFile
 from xglm_core.checkpoint.safetensors import SafetensorsFile
 from xglm_core.checkpoint.torch_bin import TorchFile
 from xglm_core.errors import CheckpointError, InputError
+from xglm_core.hub import Source
 
 _MOST_INDEX_BYTES = 6_000_000  # As Python objects, JSON can take 30 times its size.
 
@@ -65,28 +66,43 @@ FORMATS = {
 }
 
 
-def find_format(folder: Path, weights: str | None) -> Format | None:
-    """The format to read a folder in: the one asked for, or the first that is there; None if there is none.
+def present_formats(names: Collection[str]) -> list[Format]:
+    """The formats in which files of these names hold weights."""
+    return [format for format in FORMATS.values() if format.file in names or (format.sharded and format.index in names)]
+
+
+def find_format(source: Source, weights: str | None) -> Format | None:
+    """The format to read a checkpoint in: the one asked for, or the first that is there; None if there is none.
 
     Raises:
         InputError: `weights` is no format.
         CheckpointError: there are no weights of the format that was asked for, but of others.
     """
-    present = [
-        format
-        for format in FORMATS.values()
-        if (folder / format.file).is_file() or (format.sharded and (folder / format.index).is_file())
-    ]
+    present = present_formats(source.names)
     if weights is None:
         return present[0] if present else None
     if weights not in FORMATS:
         raise InputError(f"weights is {weights!r}, expected one of {', '.join(FORMATS)}, or None to choose")
     if present and FORMATS[weights] not in present:
         raise CheckpointError(
-            f"{folder}: no {FORMATS[weights].file} here, found weights in the formats "
+            f"{source.place}: no {FORMATS[weights].file} here, found weights in the formats "
             f"{', '.join(format.name for format in present)}; give one of these as `weights`"
         )
     return FORMATS[weights] if present else None
+
+
+def fetch_weights(source: Source, format: Format) -> None:
+    """Fetches the file of a format, or its index and all that this lists.
+
+    Raises:
+        CheckpointError: the index is damaged, or the source cannot give a file.
+    """
+    if format.file in source.names:
+        source.fetch([format.file])
+        return
+    weight_map = read_index(source.fetch([format.index]) / format.index)
+    if shards := sorted({*weight_map.values()}):
+        source.fetch(shards)
 
 
 def open_files(folder: Path, format: Format) -> list[TensorFile]:
@@ -98,14 +114,11 @@ def open_files(folder: Path, format: Format) -> list[TensorFile]:
     if (folder / format.file).is_file():
         return [format.open(folder / format.file)]
     path = folder / format.index
-    weight_map = _read_index(path)
+    weight_map = read_index(path)
     shards = sorted({*weight_map.values()})
     for name in shards:
-        # A plain file name cannot lead out of the folder.
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise CheckpointError(
-                f"{path}: names the file {name!r}, which is not in the folder; is a download incomplete?"
-            )
+        if not (folder / name).is_file():
+            raise _not_in_folder(path, name)
     files = [format.open(folder / name) for name in shards]
     stored = [(name, file.path.name) for file in files for name in file.tensors]
     listed = [(format.open.canonical_name(name), file) for name, file in weight_map.items()]
@@ -122,20 +135,31 @@ def shortened(items: Sequence[str], most: int = 8) -> str:
     return (", ".join(items[:most]) or "nothing") + rest
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    """The file of each tensor."""
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, in the words of an index; by plain names, which cannot lead out of the folder.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
     try:
         with open(path, "rb") as file:
             text = file.read(_MOST_INDEX_BYTES + 1)
         if len(text) > _MOST_INDEX_BYTES:
             raise CheckpointError(f"{path}: has more than {_MOST_INDEX_BYTES} bytes")
         weight_map: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=_unique)["weight_map"]
-        sorted({*weight_map.values()})  # Fails on anything but names, or numbers, which are no files.
+        shards = sorted({*weight_map.values()})  # Fails on anything but names, or numbers, which are no files.
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: expected a JSON object with a 'weight_map' of tensor to file names") from None
+    for name in shards:
+        if not isinstance(name, str) or Path(name).name != name or name == "..":
+            raise _not_in_folder(path, name)
     return weight_map
+
+
+def _not_in_folder(index: Path, name: Any) -> CheckpointError:
+    return CheckpointError(f"{index}: names the file {name!r}, which is not in the folder; is a download incomplete?")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

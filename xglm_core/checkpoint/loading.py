@@ -15,8 +15,9 @@ from xglm_core.config import XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
 
+MOST_LAYERS = 1000  # Whose weights may be listed, unless a checkpoint has as many tensors.
+
 _COMPARED_BYTES = 16 * 2**20
-_MOST_LISTED = 1000  # Layers whose weights an error message may list.
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,62 @@ def plan_loading(checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float
         InputError: `dtype` is unknown.
     """
     config = XGLMConfig.from_dict(checkpoint.config.to_dict())
-    if with_head and config.tie_word_embeddings and not _is_tied(checkpoint):
+    if with_head and config.tie_word_embeddings and not is_tied(checkpoint):
         config.tie_word_embeddings = False
         warnings.warn(
             f"{checkpoint.folder}: the stored {HEAD} differs from {EMBEDDING}, so the two stay untied, "
             "although the configuration ties them",
             stacklevel=3,  # The line that called a backend's `from_pretrained`.
         )
-    if config.num_layers > max(_MOST_LISTED, len(checkpoint.names)):  # Before all their weights are listed.
+    specs, misfits = compare_weights(checkpoint, config, with_head=with_head)
+    if problems := [f"{kind}: {', '.join(names)}" for kind, names in misfits.items() if names]:
         raise CheckpointError(
-            f"{checkpoint.folder}: config.json has {config.num_layers} layers, but there are only "
-            f"{len(checkpoint.names)} tensors; check that config.json and the weights belong together"
+            f"{checkpoint.folder}: the weights do not fit config.json; {'; '.join(problems)}; "
+            "check that config.json and the weights belong together"
         )
-    specs = weight_specs(config, with_head=with_head and not config.tie_word_embeddings)
-    _check_weights(checkpoint, specs)
     stored = checkpoint.info(EMBEDDING).dtype
     # No model has float64.
     wanted = DTYPES.get(stored.name, FLOAT32) if isinstance(dtype, str) and dtype == "auto" else float_type(dtype)
     return LoadPlan(config, specs, wanted, checkpoint)
 
 
-def _is_tied(checkpoint: Checkpoint) -> bool:
+def compare_weights(
+    checkpoint: Checkpoint, config: XGLMConfig, *, with_head: bool
+) -> tuple[tuple[WeightSpec, ...], dict[str, list[str]]]:
+    """The weights that a model needs, and which of the stored ones do not fit.
+
+    Args:
+        checkpoint: an open checkpoint.
+        config: the model, with `tie_word_embeddings` as the stored weights have it.
+        with_head: whether the model is a causal LM.
+
+    Returns:
+        The weights needed, and what is "missing", "unexpected" and of "wrong shape", in words.
+
+    Raises:
+        CheckpointError: the model has so many more layers than are stored that listing its weights makes no sense.
+    """
+    if config.num_layers > max(MOST_LAYERS, len(checkpoint.names)):  # Before all their weights are listed.
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json has {config.num_layers} layers, but there are only "
+            f"{len(checkpoint.names)} tensors; check that config.json and the weights belong together"
+        )
+    specs = weight_specs(config, with_head=with_head and not config.tie_word_embeddings)
+    expected = {spec.name: spec.shape for spec in specs}
+    misshaped = [
+        f"{name} is {list(found)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in checkpoint.names and (found := checkpoint.info(name).shape) != shape
+    ]
+    return specs, {
+        "missing": [name for name in expected if name not in checkpoint.names],
+        # A head is never unexpected: the bare decoder does not use it, and a tied one repeats the embedding.
+        "unexpected": sorted(checkpoint.names - expected.keys() - IGNORED - {HEAD}),
+        "wrong shape": misshaped,
+    }
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint has no head of its own, or one that equals the embedding bit for bit."""
     if not {HEAD, EMBEDDING} <= checkpoint.names:
         return True
@@ -103,25 +139,3 @@ def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
     for begin in range(0, len(tensor), rows):
         # Bytes, as a NaN is not equal to itself. Of a tensor that is stored transposed, this copies the rows.
         yield np.ascontiguousarray(tensor[begin : begin + rows]).view(np.uint8)
-
-
-def _check_weights(checkpoint: Checkpoint, specs: tuple[WeightSpec, ...]) -> None:
-    expected = {spec.name: spec.shape for spec in specs}
-    # A head is never unexpected: the bare decoder does not use it, and a tied one repeats the embedding.
-    extra = checkpoint.names - expected.keys() - IGNORED - {HEAD}
-    missing = [name for name in expected if name not in checkpoint.names]
-    misshaped = [
-        f"{name} is {list(found)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in checkpoint.names and (found := checkpoint.info(name).shape) != shape
-    ]
-    problems = [
-        f"{title}: {', '.join(names)}"
-        for title, names in (("missing", missing), ("unexpected", sorted(extra)), ("wrong shape", misshaped))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the weights do not fit config.json; {'; '.join(problems)}; "
-            "check that config.json and the weights belong together"
-        )

@@ -16,6 +16,7 @@ from xglm_core.errors import InputError, XGLMError
 
 # A command's module offers `configure(parser)`, which sets its arguments and the default `run`: arguments -> exit code.
 _COMMANDS = {
+    "inspect": "show what a checkpoint holds, without loading it",
     "compare": "run a checkpoint in each framework and compare the results",
     "bench": "make checkpoints for benchmarks",
 }
@@ -60,6 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that name a checkpoint: `checkpoint` and `revision`."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder with config.json and the weights, or a repository on the Hugging Face Hub",
+    )
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of the repository (main)")
 
 
 def show_help(arguments: argparse.Namespace) -> int:

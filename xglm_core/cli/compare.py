@@ -11,7 +11,7 @@ import numpy as np
 
 from xglm_core.backends import BACKENDS
 from xglm_core.checkpoint import open_checkpoint, plan_loading
-from xglm_core.cli import EXIT_FAILED
+from xglm_core.cli import EXIT_FAILED, add_checkpoint
 from xglm_core.compare.comparison import Comparison, compare_backends
 from xglm_core.compare.report import (
     SUMMARY_HEADER,
@@ -49,7 +49,7 @@ class Prompts:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Sets the arguments of `xglm compare`."""
     parser.epilog = "Exit code: 0 if every backend agrees with the oracle, 1 if one does not, 2 if the input is wrong."
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder with config.json and the weights")
+    add_checkpoint(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--text", action="append", help="a text to read; may be repeated")
     prompts.add_argument("--ids", action="append", help="token ids instead, as in 2,31227,4447; may be repeated")
@@ -60,10 +60,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(arguments.checkpoint)
+    checkpoint = open_checkpoint(arguments.checkpoint, revision=arguments.revision)
     config = plan_loading(checkpoint, with_head=True).config
     prompts = (
-        _read_texts(arguments.checkpoint, arguments.text)
+        _read_texts(arguments.checkpoint, arguments.revision, arguments.text)
         if arguments.text
         else _read_ids(arguments.ids, config.pad_token_id or 0)
     )
@@ -91,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _print_verdict(comparison)
     numbers = {
         "passed": not comparison.failures,
-        "checkpoint": str(arguments.checkpoint),
+        "checkpoint": arguments.checkpoint,
         "input_ids": prompts.input_ids.tolist(),
         "tolerances": asdict(tolerances),
         **comparison.numbers(),
@@ -100,11 +100,11 @@ def _run(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if comparison.failures else 0
 
 
-def _read_texts(folder: Path, texts: Sequence[str]) -> Prompts:
+def _read_texts(checkpoint: str, revision: str | None, texts: Sequence[str]) -> Prompts:
     from xglm_core.tokenization.sentencepiece import XGLMTokenizer  # Only here, as --ids needs no tokenizer.
 
     try:
-        tokenizer = XGLMTokenizer.from_pretrained(folder)
+        tokenizer = XGLMTokenizer.from_pretrained(checkpoint, revision=revision)
     except XGLMError as error:
         raise InputError(f"{error}; a checkpoint without a tokenizer takes --ids in place of --text") from None
     batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="np")

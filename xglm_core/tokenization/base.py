@@ -5,18 +5,19 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from xglm_core.errors import CheckpointError, InputError
+from xglm_core.hub import HubOptions, Source, find_source
 from xglm_core.tokenization.added_tokens import AddedToken
 from xglm_core.tokenization.arguments import one_of
 from xglm_core.tokenization.decoding import text_of, tidied
 from xglm_core.tokenization.encoder import Encoder
 from xglm_core.tokenization.encoding import as_ids
 from xglm_core.tokenization.model_file import MADEUP_WORDS
-from xglm_core.tokenization.pretrained import NO_LIMIT, read_settings, settings_files, write_files
+from xglm_core.tokenization.pretrained import NO_LIMIT, SETTINGS_FILES, read_settings, settings_files, write_files
 from xglm_core.tokenization.vocabulary import Vocabulary
 from xglm_core.tokenization.vocabulary_file import VocabularyFile
 
@@ -37,6 +38,7 @@ class Tokenizer(Encoder, abc.ABC):
     vocab_files_names = {"vocab_file": VOCAB_FILE, "tokenizer_file": TOKENIZER_FILE}  # noqa: RUF012
     model_input_names = ("input_ids", "attention_mask")
     is_fast = False
+    _vocabulary_names: ClassVar[tuple[str, ...]]  # In the order of preference.
 
     def __init__(
         self,
@@ -71,16 +73,26 @@ class Tokenizer(Encoder, abc.ABC):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Opens the tokenizer of a checkpoint folder.
+        """Opens the tokenizer of a checkpoint.
 
         Args:
             folder: holds `sentencepiece.bpe.model` or `tokenizer.json`, and may hold `tokenizer_config.json`,
-                `special_tokens_map.json` and `added_tokens.json`.
-            kwargs: constructor arguments that take precedence over these files.
+                `special_tokens_map.json` and `added_tokens.json`. Or the id of a repository of the Hugging Face Hub, of
+                which these alone are downloaded, and only one of the first two.
+            kwargs: constructor arguments that take precedence over these files; and those of `HubOptions`.
 
         Raises:
-            CheckpointError: a file is missing, damaged, or not that of an XGLM tokenizer.
+            CheckpointError: a file is missing, damaged, not that of an XGLM tokenizer, or cannot be downloaded.
+            BackendError: the hub needs a package that is not installed.
         """
+        hub: Any = {name: kwargs.pop(name) for name in HubOptions.__annotations__ if name in kwargs}
+        return cls.from_source(find_source(folder, **hub), **kwargs)
+
+    @classmethod
+    def from_source(cls, source: Source, **kwargs: Any) -> Self:
+        """`from_pretrained`, of a source that has been found already."""
+        vocabulary = next((name for name in cls._vocabulary_names if name in source.names), cls._vocabulary_names[0])
+        folder = source.fetch([vocabulary], SETTINGS_FILES)
         return cls(**{**read_settings(folder), **cls._files_of(folder), **kwargs})
 
     @classmethod

@@ -34,6 +34,7 @@ class XGLMTokenizerFast(Tokenizer):
     """
 
     is_fast = True
+    _vocabulary_names = (TOKENIZER_FILE, VOCAB_FILE)
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ CONFIG_FILE = "tokenizer_config.json"
 _ROLES_FILE = "special_tokens_map.json"
 _ADDED_FILE = "added_tokens.json"
 _MODEL_CONFIG_FILE = "config.json"
+SETTINGS_FILES = (CONFIG_FILE, _ROLES_FILE, _ADDED_FILE, _MODEL_CONFIG_FILE)
 
 # No limit; the number that transformers writes for it.
 NO_LIMIT = int(1e30)
@@ -30,8 +31,6 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: a file cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected the folder of a checkpoint, but there is none")
     settings = _read_object(folder / CONFIG_FILE)
     roles = _read_object(folder / _ROLES_FILE)
     settings = {**roles, **settings} if "added_tokens_decoder" in settings else {**settings, **roles}

@@ -43,6 +43,8 @@ class XGLMTokenizer(Tokenizer):
         InputError: an argument is outside what it can be.
     """
 
+    _vocabulary_names = (VOCAB_FILE, TOKENIZER_FILE)
+
     def __init__(
         self,
         vocab_file: str | os.PathLike[str],
