@@ -162,7 +162,7 @@ class TestSampling:
         wanted = [*expected[common], expected[~common].sum()]
         pairs = [(o, w) for o, w in zip(observed, wanted, strict=True) if w >= 5]
         statistic = sum((o - w) ** 2 / w for o, w in pairs)
-        # Of a chi-square with n degrees of freedom, 5 standard deviations above the mean; the draws are always the same.
+        # 5 standard deviations of a chi-square above its mean; the draws are always the same.
         degrees = len(pairs) - 1
         assert statistic < degrees + 5 * np.sqrt(2 * degrees) + 1e-9
 
@@ -316,7 +316,7 @@ class TestErrors:
             fw.generate(model, IDS, **options)
 
     def test_prompts(self, fw, model):
-        with pytest.raises(InputError, match="input_ids is .*, expected integers .batch, length., neither 0"):
+        with pytest.raises(InputError, match=r"input_ids is .*, expected integers \[batch, length\], neither 0"):
             fw.generate(model, IDS[:0])
         with pytest.raises(InputError, match=r"input_ids\[0, 0\] is 131, expected 0 to 130"):
             fw.generate(model, np.full((1, 3), 131))

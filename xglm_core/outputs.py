@@ -116,8 +116,8 @@ class GenerateOutput(ModelOutput):
         scores: if asked for, what each step chose from: log-probabilities of a beam search, logits otherwise, with
             penalties and bans; a tuple of float32 [rows or beams, vocab_size].
         logits: if asked for, the same as they left the model.
-        beam_indices: of a beam search, the beam, counted over all prompts, that each new token continued [rows, new]; -1
-            after the end.
+        beam_indices: of a beam search, the beam, counted over all prompts, that each new token continued [rows, new];
+            -1 after the end.
     """
 
     names = ("sequences", "sequences_scores", "scores", "logits", "beam_indices")

@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from xglm_core.config import XGLMConfig
+from xglm_core.config import GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import ConfigError, InputError
 from xglm_core.files import replacing
-
-GENERATION_CONFIG_FILE = "generation_config.json"
+from xglm_core.hub import HubOptions, find_source
 
 _DEFAULT_NEW_TOKENS = 20
 _PUBLISHED_VOCABULARY = 256_008
@@ -99,13 +98,19 @@ class GenerationConfig:
         return cls.from_dict(options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
-        """Reads `generation_config.json` in a folder.
+    def from_pretrained(cls, folder: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> GenerationConfig:
+        """Reads `generation_config.json` from a folder, or from a repository of the Hugging Face Hub.
+
+        Args:
+            folder: the folder, or the id of the repository.
+            hub: see `HubOptions`.
 
         Raises:
             ConfigError: the file is missing or is no JSON object.
+            CheckpointError: there is no such folder, or the file cannot be downloaded.
+            BackendError: the hub needs a package that is not installed.
         """
-        return cls.from_dict(_read(Path(folder) / GENERATION_CONFIG_FILE))
+        return cls.from_dict(_read(find_source(folder, **hub).fetch([GENERATION_CONFIG_FILE]) / GENERATION_CONFIG_FILE))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GenerationConfig:
@@ -194,7 +199,8 @@ class GenerationConfig:
             return max(_DEFAULT_NEW_TOKENS, self.min_new_tokens)
         if self.max_length <= columns:
             raise InputError(
-                f"max_length is {self.max_length}, but the prompt has {columns} columns; expected more, or max_new_tokens"
+                f"max_length is {self.max_length}, but the prompt has {columns} columns; expected more; or give "
+                "max_new_tokens"
             )
         return self.max_length - columns
 

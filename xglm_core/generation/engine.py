@@ -109,8 +109,8 @@ def no_token(code: int, row: int, step: int) -> InputError:
     """The error for what an engine gives in place of a row's next token."""
     if code == NOT_A_NUMBER:
         return InputError(
-            f"the logits of row {row} are not numbers at new token {step}; check the weights and inputs_embeds for NaN, "
-            "and use bfloat16 or float32 if float16 overflows"
+            f"the logits of row {row} are not numbers at new token {step}; check the weights and inputs_embeds for "
+            "NaN, and use bfloat16 or float32 if float16 overflows"
         )
     return InputError(
         f"of row {row} no token is left at new token {step}: all are banned; loosen suppress_tokens, bad_words_ids, "

@@ -46,8 +46,8 @@ class Prompts:
         Args:
             config: the model's configuration.
             input_ids: integers [rows, length], those that a cache holds included.
-            attention_mask: [rows, length], of embeddings [rows, past + length]; None for what the cache has and no other
-                padding.
+            attention_mask: [rows, length], of embeddings [rows, past + length]; None for what the cache has and no
+                other padding.
             inputs_embeds: [rows, length, d_model], in place of ids, without what a cache holds.
             past: positions that a given cache holds.
             past_mask: the mask of these [rows, past], or None.

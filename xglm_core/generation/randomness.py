@@ -1,13 +1,13 @@
 """Chance, the same in every framework.
 
 A token is drawn by the Gumbel-max trick: with independent noise g_i = -log(-log(u_i)), the index of the largest
-score_i + g_i has the distribution softmax(score) (Gumbel 1954; Maddison et al., A* Sampling, 2014), and the indices of the
-n largest are n draws without replacement. Backends whose scores differ in the last bit part only where two of these
+score_i + g_i has the distribution softmax(score) (Gumbel 1954; Maddison et al., A* Sampling, 2014), and the indices of
+the n largest are n draws without replacement. Backends whose scores differ in the last bit part only where two of these
 sums are that close, while running sums of 256,008 probabilities would make them part often.
 
-The numbers u_i are a function of a key of two words and of the id i, computed on the device by 32-bit integer arithmetic
-(`noise_bits`); the key is a function of the seed, the prompt, which copy of the prompt it is, and the step. So a row's text
-depends neither on its place in the batch nor on its neighbours.
+The numbers u_i are a function of a key of two words and of the id i, computed on the device by 32-bit arithmetic
+(`noise_bits`); the key is a function of the seed, the prompt, which copy of the prompt it is, and the step. So a row's
+text depends neither on its place in the batch nor on its neighbours.
 """
 
 from __future__ import annotations

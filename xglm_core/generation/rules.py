@@ -16,7 +16,9 @@ _LEAST_WIDTH = 8  # Of the array of banned ids; its width is a power of two, so 
 
 @dataclass(frozen=True)
 class Rules:
-    """How to turn logits into a choice. Steps in this order, as in transformers:
+    """How to turn logits into a choice.
+
+    In this order, as in transformers:
 
     1. log-softmax, if `normalized`;
     2. of ids that the text contains, positive scores are divided by `repetition_penalty`, negative ones multiplied;
