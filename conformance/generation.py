@@ -23,7 +23,7 @@ _MASK = np.array([[0, 0, 0, 0, 1, 1, 1], [1] * 7, [0, 1, 1, 1, 1, 1, 1], [0, 0, 
 def prompts(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask, int64 [4, 7]."""
     ids = np.random.RandomState(seed).randint(3, CONFIG.vocab_size, _MASK.shape, dtype=np.int64)
-    ids[_MASK == 0] = CONFIG.pad_token_id
+    ids[_MASK == 0] = 1  # The padding id.
     return ids, _MASK
 
 

@@ -1,12 +1,18 @@
+"""The loop, its options and its prompts, over an engine that is a few lines of Python."""
+
 import numpy as np
 import pytest
 
-from xglm_core import GenerationConfig, XGLMConfig
-from xglm_core.errors import InputError
-from xglm_core.generation.loop import generate
+from tests.models import changed
+from xglm_core import GenerationConfig, XGLMConfig, XGLMTokenizer
+from xglm_core.errors import ConfigError, InputError
+from xglm_core.generation.loop import Request, generate, stream
+from xglm_core.generation.prompts import Prompts
+from xglm_core.generation.streaming import TextStreamer, texts_of
 
 CONFIG = XGLMConfig(vocab_size=10007, max_position_embeddings=61, d_model=4, attention_heads=1)
 PAD = 1
+TINY = "examples/tiny_model/checkpoint"
 
 
 def next_token(text):
@@ -30,33 +36,51 @@ def continuation(prompt, count, eos=()):
 class FakeEngine:
     """Continues rows by `next_token`, records what it is asked, and knows nothing but ids and mask."""
 
+    logits = None
+
     def __init__(self, bucket=1):
         self.bucket = bucket
         self.steps = []
 
-    def prefill(self, input_ids, attention_mask, capacity):
-        assert input_ids.dtype == attention_mask.dtype == np.int64
-        assert input_ids.shape == attention_mask.shape
+    def prefill(self, tokens, attention_mask, capacity, seen):
+        assert tokens.dtype == attention_mask.dtype == np.int64
+        assert tokens.shape == attention_mask.shape
         assert (np.diff(attention_mask, axis=1) >= 0).all(), "padding is on the left"
-        assert (input_ids[attention_mask == 0] == PAD).all()
-        self.length, self.capacity = input_ids.shape[1], capacity
-        self.texts = [ids[mask == 1].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        return self.step()
+        assert (tokens[attention_mask == 0] == PAD).all()
+        self.length, self.capacity, self.seen = tokens.shape[1], capacity, seen
+        self.texts = [ids[mask == 1].tolist() for ids, mask in zip(tokens, attention_mask, strict=True)]
 
-    def advance(self, steps):
-        self.steps.append(steps)
-        return np.stack([self.step() for _ in range(steps)], axis=1)
+    def reorder(self, rows):
+        self.texts = [list(self.texts[row]) for row in rows]
 
-    def step(self):
-        for text in self.texts:
-            text.append(next_token(text))
-        return np.array([text[-1] for text in self.texts])
+    def feed(self, tokens):
+        for text, token in zip(self.texts, tokens.tolist(), strict=True):
+            text.append(token)
+
+    def select(self, rules, keys):
+        self.rules = rules
+        assert keys.shape == (len(self.texts), 2)
+        assert rules.banned.shape[0] == len(self.texts)
+        return np.array([next_token(text) for text in self.texts])
+
+    def advance(self, tokens, rules, keys):
+        self.steps.append(keys.shape[1])
+        selected = []
+        for step in range(keys.shape[1]):
+            self.feed(tokens)
+            tokens = self.select(rules, keys[:, step])
+            selected.append(tokens)
+        return np.stack(selected, axis=1)
 
 
-def run(ids, mask=None, engine=None, config=CONFIG, **options):
-    ids = np.asarray(ids)
-    mask = None if mask is None else np.asarray(mask)
-    return generate(engine or FakeEngine(), ids, mask, config, GenerationConfig(**{"pad_token_id": PAD, **options}))
+def request(ids, mask=None, config=CONFIG, tokenizer=None, **options):
+    prompts = Prompts.of(config, np.asarray(ids), None if mask is None else np.asarray(mask))
+    generation = GenerationConfig(pad_token_id=PAD).updated(options)
+    return Request(config, generation, prompts, tokenizer=tokenizer)
+
+
+def run(ids, mask=None, engine=None, **options):
+    return generate(engine or FakeEngine(), request(ids, mask, **options)).sequences
 
 
 def padded(texts, side, length):
@@ -69,6 +93,11 @@ def padded(texts, side, length):
 
 
 TEXTS = [[5], [9, 8, 7, 6, 5, 4, 3], [40, 41, 42], [2, 100, 130]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return XGLMTokenizer.from_pretrained(TINY)
 
 
 class TestText:
@@ -110,6 +139,10 @@ class TestText:
         ids.flags.writeable = mask.flags.writeable = False
         run(ids, mask, eos_token_id=(3,))
 
+    def test_several_of_each_prompt(self):
+        result = run(*padded(TEXTS, "left", 7), do_sample=True, num_return_sequences=3, max_new_tokens=4)
+        assert result[:, 7:].tolist() == [continuation(text, 4) for text in TEXTS for _ in range(3)]
+
 
 class TestEnd:
     def eos_at(self, text, step):
@@ -146,14 +179,16 @@ class TestEnd:
         assert result[:, 7:].tolist() == [expected[0] + [PAD] * 38, expected[1]]
 
     def test_end_of_text_in_the_prompt_is_no_end(self):
-        eos = 2
-        assert run([[2, 5, 2]], max_new_tokens=6, eos_token_id=(eos,)).tolist()[0][:3] == [2, 5, 2]
-        assert run([[2, 5, 2]], max_new_tokens=6, eos_token_id=(eos,)).shape == (1, 9)
+        assert run([[2, 5, 2]], max_new_tokens=6, eos_token_id=2).shape == (1, 9)
 
     def test_no_end(self):
         eos = self.eos_at([5, 6], 2)
-        assert eos in run([[5, 6]], max_new_tokens=30, eos_token_id=()).tolist()[0][2:]
-        assert run([[5, 6]], max_new_tokens=30, eos_token_id=()).shape == (1, 32)
+        config = changed(CONFIG, eos_token_id=eos)
+        generation = GenerationConfig.from_model(config)
+        for stop, length in ((True, 4), (False, 32)):
+            options = generation.updated({"stop_at_eos": stop, "max_new_tokens": 30})
+            result = generate(FakeEngine(), Request(config, options, Prompts.of(config, np.array([[5, 6]]), None)))
+            assert result.sequences.shape == (1, length)
 
     def test_padding_id_that_is_an_end(self):
         """Models without a padding id fill with their end of text."""
@@ -172,6 +207,14 @@ class TestWork:
         assert sum(engine.steps) == count - 1
         assert all(steps == 16 for steps in engine.steps[:-1])
         assert all(1 <= steps <= 16 for steps in engine.steps)
+
+    def test_blocks_end_where_rules_change(self):
+        engine = FakeEngine()
+        run([[5]], engine=engine, max_new_tokens=40, min_new_tokens=10, eos_token_id=3)
+        assert engine.steps == [9, 16, 14]
+        engine = FakeEngine()
+        run([[5]], engine=engine, max_new_tokens=4, no_repeat_ngram_size=2)
+        assert engine.steps == [1, 1, 1]
 
     def test_stops_when_the_last_row_has_ended(self):
         """Even if the others ended in earlier blocks."""
@@ -203,6 +246,96 @@ class TestWork:
         run(*padded([[5, 6], [7]], "left", 50), engine, max_new_tokens=3)
         assert engine.length == 2
 
+    def test_a_stream_goes_no_further_than_it_is_asked(self):
+        engine = FakeEngine()
+        tokens = stream(engine, request([[5, 6]], max_new_tokens=30))
+        assert [next(tokens).tolist() for _ in range(3)] == [[token] for token in continuation([5, 6], 3)]
+        assert len(engine.texts[0]) == 4
+
+
+class TestRules:
+    def test_banned_ids(self):
+        engine = FakeEngine()
+        run([[5, 6]], engine=engine, max_new_tokens=1, suppress_tokens=[7, 9], bad_words_ids=[[8], [5, 6, 30], [6, 31]])
+        assert engine.rules.banned.tolist() == [[7, 8, 9, 30, 31, *[CONFIG.vocab_size] * 3]]
+        assert engine.rules.banned.dtype == np.int32
+        assert engine.seen is None
+
+    def test_seen_ids(self):
+        engine = FakeEngine()
+        run(*padded([[5, 6], [7]], "left", 4), engine, max_new_tokens=1, repetition_penalty=1.1)
+        assert engine.seen.tolist() == [[5, 6], [7, CONFIG.vocab_size]]
+
+    def test_no_ban_is_no_column(self):
+        engine = FakeEngine()
+        run([[5, 6]], engine=engine, max_new_tokens=1)
+        assert engine.rules.banned.shape == (1, 0)
+
+    def test_ngrams(self):
+        engine = FakeEngine()
+        run([[5, 6, 7, 5, 6, 8, 5, 6]], engine=engine, max_new_tokens=1, no_repeat_ngram_size=3)
+        assert {*engine.rules.banned[0].tolist()} - {CONFIG.vocab_size} == {7, 8}
+        run([[5, 6, 5]], engine=engine, max_new_tokens=1, no_repeat_ngram_size=1)
+        assert {*engine.rules.banned[0].tolist()} - {CONFIG.vocab_size} == {5, 6}
+
+
+class TestStopStrings:
+    def run(self, tokenizer, text, **options):
+        """Continues "The" by a text, token by token."""
+        ids = tokenizer.encode(text)
+        begin = len(tokenizer.encode("The"))
+        assert tokenizer.encode("The") == ids[:begin]
+
+        class Engine(FakeEngine):
+            def select(self, rules, keys):
+                return np.array([(ids + [2] * 50)[len(row)] for row in self.texts])
+
+        config = changed(CONFIG, vocab_size=len(tokenizer))
+        result = run([ids[:begin]], engine=Engine(), config=config, tokenizer=tokenizer, **options)
+        return tokenizer.decode(result[0, begin:])
+
+    @pytest.mark.parametrize(
+        ("stops", "begin"),
+        [("dog", "little dog"), (["cat", " dog"], "little dog"), (" little", "little"), ("The", "little dog and the")],
+    )
+    def test_ends_with_the_token_that_completes_one(self, tokenizer, stops, begin):
+        text = self.run(tokenizer, "The little dog and the bread", max_new_tokens=12, stop_strings=stops)
+        assert text.startswith(begin)
+        assert len(text) < len(begin) + 6 or stops == "The"
+
+    def test_impossible(self, tokenizer):
+        for stops, message in (
+            ("\n", r"stop_strings has '\\n', which the tokenizer's texts never contain; newlines"),
+            (["a", "a  b"], "stop_strings has 'a  b', which"),
+            ([""], r"stop_strings is \[''\], expected a string that is not empty, or a list of such"),
+        ):
+            with pytest.raises(InputError, match=message):
+                self.run(tokenizer, "The dog", stop_strings=stops)
+
+
+class TestStreaming:
+    @pytest.mark.parametrize(
+        "text", ["The little dog", "После школы дети", "子どもたちは学校で本を読む", "हर सुबह", "كل صباح"]
+    )
+    def test_pieces_are_the_text(self, tokenizer, text):
+        ids = tokenizer.encode(text)
+        pieces = list(texts_of(tokenizer, ids))
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert len([piece for piece in pieces if piece]) > 1
+
+    def test_streamer(self, tokenizer, capsys):
+        ids = np.array([tokenizer.encode("The little dog")])
+        for skip, expected in ((False, "The little dog and\n"), (True, " and\n")):
+            streamer = TextStreamer(tokenizer, skip_prompt=skip)
+            for _ in range(2):  # It can be used again.
+                streamer.put(ids)
+                for token in tokenizer.encode("and", add_special_tokens=False):
+                    streamer.put(np.array([token]))
+                streamer.end()
+                assert capsys.readouterr().out == expected
+        with pytest.raises(InputError, match="TextStreamer prints one row, but the batch has 2"):
+            streamer.put(ids.repeat(2, axis=0))
+
 
 class TestErrors:
     def test_limit(self):
@@ -231,31 +364,110 @@ class TestErrors:
         with pytest.raises(InputError, match="input_ids"):
             run(ids)
 
-    @pytest.mark.parametrize("count", [0, -1, 1.0, "5", None, True])
-    def test_impossible_count(self, count):
-        with pytest.raises(InputError, match=r"max_new_tokens is .*, expected a positive integer"):
-            GenerationConfig(max_new_tokens=count)
-        with pytest.raises(InputError, match=r"max_new_tokens is .*, expected a positive integer"):
-            GenerationConfig.from_model(CONFIG, max_new_tokens=count)
+    def test_max_length(self):
+        assert run([[5, 6, 7]], max_length=9).shape == (1, 9)
+        with pytest.raises(InputError, match="max_length is 3, but the prompt has 3 columns; expected more"):
+            run([[5, 6, 7]], max_length=3)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"max_new_tokens": 0}, "max_new_tokens is 0, expected a positive integer"),
+            ({"max_new_tokens": "5"}, "max_new_tokens is '5', expected a positive integer"),
+            ({"max_new_tokens": True}, "max_new_tokens is True, expected a positive integer"),
+            ({"max_length": 5, "max_new_tokens": 5}, "max_length and max_new_tokens are both given"),
+            ({"max_new_tokens": 5, "min_new_tokens": 6}, "min_new_tokens is 6, expected at most max_new_tokens=5"),
+            ({"temperature": 0.0, "do_sample": True}, "temperature is 0.0, expected a positive number"),
+            ({"top_p": 1.1, "do_sample": True}, "top_p is 1.1, expected a number above 0, at most 1"),
+            ({"min_p": 2, "do_sample": True}, "min_p is 2, expected a number from 0 to 1, or None"),
+            ({"typical_p": 0, "do_sample": True}, "typical_p is 0, expected a number above 0"),
+            ({"top_k": -1, "do_sample": True}, "top_k is -1, expected an integer, 0 or more"),
+            ({"seed": -1, "do_sample": True}, "seed is -1, expected an integer, 0 or more, or None"),
+            ({"top_p": 0.5}, "top_p=0.5 has no effect without do_sample=True"),
+            ({"seed": 5}, "seed=5 has no effect without do_sample=True"),
+            ({"length_penalty": 2.0}, "length_penalty=2.0 has no effect without num_beams of 2 or more"),
+            (
+                {"early_stopping": "always", "num_beams": 2},
+                "early_stopping is 'always', expected True, False or 'never'",
+            ),
+            ({"output_scores": True}, "output_scores=True has no effect without return_dict_in_generate=True"),
+            ({"num_return_sequences": 2}, "num_return_sequences is 2, but without do_sample=True or as many num_beams"),
+            (
+                {"num_return_sequences": 3, "num_beams": 2, "do_sample": True},
+                "num_return_sequences is 3, expected at most num_beams=2",
+            ),
+            ({"eos_token_id": 5, "stop_at_eos": False}, "eos_token_id and stop_at_eos=False are both given"),
+            ({"repetition_penalty": 0}, "repetition_penalty is 0, expected a positive number"),
+            ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1, expected an integer, 0 or more"),
+            ({"bad_words_ids": [[]]}, "bad_words_ids is .*, expected a list of lists of ids, none of them empty"),
+            ({"bad_words_ids": [[20_000]]}, "bad_words_ids has 20000, expected ids from 0 to 10006"),
+            ({"suppress_tokens": [-1]}, "suppress_tokens has -1, expected ids from 0 to 10006"),
+            ({"forced_bos_token_id": 10007}, "forced_bos_token_id has 10007, expected ids from 0 to 10006"),
+            ({"pad_token_id": 10007}, "pad_token_id has 10007, expected ids from 0 to 10006"),
+            ({"stop_strings": "a"}, "stop_strings needs the tokenizer; give generate"),
+            ({"speed": 1}, "speed is no option of generate; expected some of bad_words_ids, do_sample, "),
+        ],
+    )
+    def test_options(self, options, message):
+        with pytest.raises(InputError, match=message):
+            run([[5, 6]], **options)
+
+    def test_beams_do_not_stream(self):
+        with pytest.raises(InputError, match="num_beams is above 1, but no token of a beam is final before the end"):
+            stream(FakeEngine(), request([[5]], num_beams=2))
+        with pytest.raises(InputError, match="streamer is given, but num_beams is above 1"):
+            generate(FakeEngine(), request([[5]], num_beams=2), TextStreamer(None))
 
 
 class TestConfig:
-    def test_defaults(self):
-        assert GenerationConfig() == GenerationConfig(max_new_tokens=20, eos_token_id=(), pad_token_id=1)
-
     @pytest.mark.parametrize(
-        ("eos", "pad", "stop", "expected"),
+        ("eos", "pad", "expected"),
         [
-            (2, 1, True, ((2,), 1)),
-            ([2, 7], 1, True, ((2, 7), 1)),
-            (2, 1, False, ((), 1)),
-            (None, 3, True, ((), 3)),
-            (5, None, True, ((5,), 5)),
-            ([6, 5], None, False, ((), 6)),
-            (None, None, True, ((), 0)),
+            (2, 1, ((2,), 1)),
+            ([2, 7], 1, ((2, 7), 1)),
+            (None, 3, ((), 3)),
+            (5, None, ((5,), 5)),
+            ([6, 5], None, ((6, 5), 6)),
+            (None, None, ((), 0)),
         ],
     )
-    def test_from_model(self, eos, pad, stop, expected):
+    def test_from_model(self, eos, pad, expected):
         model = XGLMConfig(vocab_size=131, eos_token_id=eos, pad_token_id=pad)
-        options = GenerationConfig.from_model(model, max_new_tokens=3, stop_at_eos=stop)
-        assert options == GenerationConfig(3, *expected)
+        options = GenerationConfig.from_model(model)
+        assert (options.eos_ids, options.filler) == expected
+        free = options.updated({"stop_at_eos": False})
+        assert (free.eos_ids, free.filler) == ((), expected[1])
+        assert options.suppress_tokens is None
+
+    def test_madeup_words_are_not_generated(self):
+        options = GenerationConfig.from_model(XGLMConfig.from_preset("564M"))
+        assert options.suppress_tokens == [*range(256_001, 256_008)]
+
+    def test_file(self, tmp_path):
+        options = GenerationConfig.from_dict(
+            {"max_length": 30, "top_p": 0.9, "eos_token_id": [2, 3], "transformers_version": "4.57.6", "top_k": None}
+        )
+        assert (options.max_length, options.top_k) == (30, 50)
+        options.save_pretrained(tmp_path)
+        assert GenerationConfig.from_pretrained(tmp_path) == options
+        again = GenerationConfig.from_model(XGLMConfig(vocab_size=131, pad_token_id=7), tmp_path)
+        assert (again.pad_token_id, again.top_p, again.eos_ids) == (7, 0.9, (2, 3))
+        assert again.updated({"max_new_tokens": 4}).new_tokens(10) == 4
+        assert again.new_tokens(10) == 20
+
+    @pytest.mark.parametrize("text", ["{", "[1]", ""])
+    def test_damaged_file(self, tmp_path, text):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(
+            ConfigError, match=r"generation_config.json: (cannot be read as JSON|expected a JSON object)"
+        ):
+            GenerationConfig.from_pretrained(tmp_path)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"generation_config.json: cannot be read"):
+            GenerationConfig.from_pretrained(tmp_path)
+
+    def test_a_call_changes_no_options(self):
+        options = GenerationConfig()
+        options.updated({"max_new_tokens": 3})
+        assert options == GenerationConfig()

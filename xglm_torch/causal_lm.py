@@ -257,18 +257,20 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         generation = (generation_config or self.generation_config).updated(options)
         prompts = Prompts.of(
             self.config,
-            *(
-                None
-                if tensor is None
-                else tensor.float().numpy(force=True)
-                if tensor.is_floating_point()
-                else tensor.numpy(force=True)
-                for tensor in (input_ids, attention_mask, inputs_embeds)
-            ),
-            past=0 if past is None else past.length,
-            past_mask=None if past is None or past.mask is None else past.mask.numpy(force=True),
+            _array(input_ids),
+            _array(attention_mask),
+            _array(inputs_embeds),
+            0 if past is None else past.length,
+            None if past is None else _array(past.mask),
         )
         return TorchEngine(self, past), Request(self.config, generation, prompts, processors, tokenizer)
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    """On the host; numpy has no bfloat16."""
+    if tensor is None:
+        return None
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
 
 
 def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,7 @@ class TorchEngine:
     def reorder(self, rows: np.ndarray) -> None:
         """See `Engine.reorder`."""
         places = self._tensor(rows)
+        assert self._cache is not None  # After `prefill`.
         self._cache = reordered(self._cache, self._model.config, places)
         self.logits = self.logits[places]
         self._seen = None if self._seen is None else self._seen[places]

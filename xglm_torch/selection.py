@@ -26,7 +26,7 @@ def process(logits: torch.Tensor, seen: torch.Tensor | None, rules: Rules) -> to
     scores = logits.float()
     if rules.normalized:
         scores = scores.log_softmax(dim=-1)
-    if rules.penalized:
+    if seen is not None and rules.penalized:
         factor = rules.repetition_penalty
         scores = torch.where(seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
     if rules.banned.shape[1]:

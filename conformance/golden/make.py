@@ -42,8 +42,10 @@ def main() -> None:
     calls = {f"{case.name}/{key}": value for case in CALL_CASES for key, value in compute_call(case).items()}
     np.savez_compressed(CALLS_PATH, **calls)
     print(f"calls: {CALLS_PATH.stat().st_size} bytes")
-    texts = {f"{case.name}/{seed}": compute_text(case, seed) for seed in SEEDS for case in GENERATE_CASES}
-    np.savez_compressed(GENERATE_PATH, digest=generate_digest(), versions=_versions(), **texts)
+    texts: dict[str, Any] = {
+        f"{case.name}/{seed}": compute_text(case, seed) for seed in SEEDS for case in GENERATE_CASES
+    }
+    np.savez_compressed(GENERATE_PATH, **texts, digest=generate_digest(), versions=_versions())
     print(f"generate: {GENERATE_PATH.stat().st_size} bytes")
 
 

@@ -65,7 +65,8 @@ class Prompts:
         )
         if inputs_embeds is not None:
             rows, length = len(inputs_embeds), past + inputs_embeds.shape[1]
-            columns, tokens = np.zeros((rows, 0), np.int64), inputs_embeds.astype(np.float32)
+            columns: np.ndarray = np.zeros((rows, 0), np.int64)
+            tokens: np.ndarray = inputs_embeds.astype(np.float32)
         else:
             assert input_ids is not None  # As `check_shapes` says.
             check_input_ids(input_ids, config)

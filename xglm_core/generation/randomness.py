@@ -36,7 +36,7 @@ def noise_bits(key: np.ndarray, index: np.ndarray) -> np.ndarray:
         uint32.
     """
     with np.errstate(over="ignore"):
-        bits = index.astype(np.uint32) * np.uint32(GOLDEN) + key[..., 0]
+        bits: np.ndarray = index.astype(np.uint32) * np.uint32(GOLDEN) + key[..., 0]
         return _mixed(_mixed(bits) ^ key[..., 1])
 
 
