@@ -44,7 +44,8 @@ def gumbel(bits: np.ndarray) -> np.ndarray:
     """Gumbel noise of random bits, float32: -log(-log(1 - u)) for u = (bits + 1/2) / 2^32, which is finest near 0."""
     uniform = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2**-32)
     with np.errstate(divide="ignore"):
-        return -np.log(-np.log1p(-uniform))
+        noise: np.ndarray = -np.log(-np.log1p(-uniform))
+    return noise
 
 
 class Keys:
