@@ -8,8 +8,8 @@ import pytest
 
 from conformance.random_weights import write_checkpoint
 from tests.models import CONFIG, IDS
-from xglm_core import XGLMConfig, open_checkpoint
-from xglm_core.errors import CheckpointError
+from xglm_core import GenerationConfig, XGLMConfig, open_checkpoint
+from xglm_core.errors import CheckpointError, ConfigError
 from xglm_core.weight_names import num_parameters
 
 
@@ -51,6 +51,22 @@ class TestCheckpoints:
             warned = fw.causal_lm.from_pretrained(tmp_path)
         assert warned.config.tie_word_embeddings is False
         assert np.array_equal(fw.logits(warned, IDS), fw.logits(untied, IDS))
+
+    def test_options_of_generate_are_kept(self, fw, tmp_path):
+        write_checkpoint(tmp_path, CONFIG, seed=1)
+        assert fw.causal_lm.from_pretrained(tmp_path).generation_config == GenerationConfig.from_model(CONFIG)
+        options = {"max_new_tokens": 3, "repetition_penalty": 1.5, "suppress_tokens": [5], "_from_model_config": True}
+        (tmp_path / "generation_config.json").write_text(json.dumps(options))
+        model = fw.causal_lm.from_pretrained(tmp_path)
+        assert model.generation_config.max_new_tokens == 3
+        assert fw.generate(model, IDS).shape == (2, 14)
+        model.save_pretrained(tmp_path / "again")
+        again = fw.causal_lm.from_pretrained(tmp_path / "again").generation_config
+        assert again == model.generation_config
+        assert again.other == {"_from_model_config": True}
+        (tmp_path / "generation_config.json").write_text("{")
+        with pytest.raises(ConfigError, match=r"generation_config.json: cannot be read as JSON"):
+            fw.causal_lm.from_pretrained(tmp_path)
 
     def test_number_of_parameters(self, fw, model, folder):
         assert model.num_parameters() == num_parameters(CONFIG)

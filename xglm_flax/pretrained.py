@@ -126,6 +126,8 @@ class FlaxXGLMPreTrainedModel:
         wanted = "float32" if param_dtype is None else param_dtype
         plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=wanted)
         model = cls(plan.config, dtype=dtype, _do_init=False, param_dtype=plan.dtype.name, scan_layers=scan_layers)
+        if cls.has_head:
+            model.generation_config = plan.generation
         model.params = load_weights(plan, bare=not cls.has_head)
         return model
 
@@ -159,6 +161,8 @@ class FlaxXGLMPreTrainedModel:
             lambda name: read_weight(params, specs[name], stored),
             max_shard_size,
         )
+        if self.has_head:
+            self.generation_config.save_pretrained(folder)
 
     def get_input_embeddings(self) -> jax.Array:
         """The token embedding [vocab_size, d_model]. Differs: parameters are no part of a module, so it is an array."""

@@ -90,7 +90,10 @@ class TFXGLMPreTrainedModel(keras.Model):
         policy = keras.dtype_policies.get(dtype) if is_policy else None
         held = dtype if policy is None else policy.variable_dtype
         plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=held)
-        return cls(plan.config, dtype=policy or plan.dtype.name, plan=plan)
+        model = cls(plan.config, dtype=policy or plan.dtype.name, plan=plan)
+        if cls.has_head:
+            model.generation_config = plan.generation
+        return model
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", dtype: Any = None
@@ -115,6 +118,8 @@ class TFXGLMPreTrainedModel(keras.Model):
             lambda name: read_weight(self, specs[name], stored),
             max_shard_size,
         )
+        if self.has_head:
+            self.generation_config.save_pretrained(folder)
 
     def get_input_embeddings(self) -> keras.layers.Embedding:
         """The token embedding. Called with ids it gives what `inputs_embeds` takes: scaled embeddings."""

@@ -70,6 +70,8 @@ class XGLMPreTrainedModel(nn.Module):
         plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=dtype)
         with torch.device("meta"):
             model = cls(plan.config)
+        if cls.has_head:
+            model.generation_config = plan.generation
         load_weights(model, plan)
         model.tie_weights()
         return model.eval()
@@ -92,6 +94,8 @@ class XGLMPreTrainedModel(nn.Module):
         save_checkpoint(
             folder, self.config, specs, stored, lambda name: read_weight(self, name, stored), max_shard_size
         )
+        if self.has_head:
+            self.generation_config.save_pretrained(folder)
 
     @property
     def decoder(self) -> XGLMModel:

@@ -120,6 +120,8 @@ def main() -> None:
     model = XGLMForCausalLM(config)
     print(f"{len(sentences)} sentences, {sum(map(len, texts))} tokens; {model.num_parameters():,} parameters")
     train(model, texts)
+    # No text has the words that fill up the vocabulary, as in the published one.
+    model.generation_config.suppress_tokens = tokenizer.additional_special_tokens_ids
     model.save_pretrained(CHECKPOINT, dtype="float16")  # The type of the published files.
 
 

@@ -13,6 +13,7 @@ from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, float_type
 from xglm_core.checkpoint.folder import Checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import CheckpointError
+from xglm_core.generation.config import GenerationConfig
 from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
 
 MOST_LAYERS = 1000  # Whose weights may be listed, unless a checkpoint has as many tensors.
@@ -34,6 +35,15 @@ class LoadPlan:
     specs: tuple[WeightSpec, ...]
     dtype: FloatType
     _checkpoint: Checkpoint
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """The options of `generate` that the checkpoint has.
+
+        Raises:
+            ConfigError: `generation_config.json` is damaged.
+        """
+        return GenerationConfig.from_model(self.config, self._checkpoint.folder)
 
     def read(self, spec: WeightSpec) -> np.ndarray:
         """A weight in canonical shape and `dtype.storage`: a copy-on-write view of the file where the type allows."""
