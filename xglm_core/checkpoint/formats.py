@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any, Protocol
 
 from xglm_core.checkpoint.fairseq import FairseqFile
 from xglm_core.checkpoint.flax_msgpack import FlaxFile
+from xglm_core.checkpoint.flax_writer import FLAX_WRITER
 from xglm_core.checkpoint.keras_h5 import KerasFile
+from xglm_core.checkpoint.keras_writer import KERAS_WRITER
+from xglm_core.checkpoint.layout import Writer
 from xglm_core.checkpoint.mapped import TensorFile
-from xglm_core.checkpoint.safetensors import SafetensorsFile
+from xglm_core.checkpoint.safetensors import SAFETENSORS_WRITER, SafetensorsFile
 from xglm_core.checkpoint.torch_bin import TorchFile
+from xglm_core.checkpoint.torch_writer import TORCH_WRITER
 from xglm_core.errors import CheckpointError, InputError
 
 _MOST_INDEX_BYTES = 6_000_000  # As Python objects, JSON can take 30 times its size.
@@ -38,12 +43,14 @@ class Format:
         name: what users give as `weights`.
         file: the file that holds all weights.
         open: opens a file of the format.
+        writer: how to write it; None for a format that is only read.
         sharded: whether weights may be in several files, which an index then lists.
     """
 
     name: str
     file: str
     open: Reader
+    writer: Writer | None
     sharded: bool = True
 
     @property
@@ -51,16 +58,30 @@ class Format:
         """The file that says which weight is in which file."""
         return f"{self.file}.index.json"
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds weights in this format."""
+        return (folder / self.file).is_file() or (self.sharded and (folder / self.index).is_file())
+
+    def shard_names(self, count: int) -> list[str]:
+        """The names of the files that hold the weights together."""
+        stem, suffix = self.file.rsplit(".", 1)
+        return [self.file] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}" for i in range(count)]
+
+    def is_weight_file(self, name: str) -> bool:
+        """Whether a file of this name holds weights in this format, or is their index."""
+        stem, suffix = map(re.escape, self.file.rsplit(".", 1))
+        return name in (self.file, self.index) or bool(re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{suffix}", name))
+
 
 # In the order of preference: first what needs no interpretation, then what most repositories have.
 FORMATS = {
     format.name: format
     for format in (
-        Format("safetensors", "model.safetensors", SafetensorsFile),
-        Format("torch", "pytorch_model.bin", TorchFile),
-        Format("flax", "flax_model.msgpack", FlaxFile),
-        Format("tf", "tf_model.h5", KerasFile),
-        Format("fairseq", "model.pt", FairseqFile, sharded=False),
+        Format("safetensors", "model.safetensors", SafetensorsFile, SAFETENSORS_WRITER),
+        Format("torch", "pytorch_model.bin", TorchFile, TORCH_WRITER),
+        Format("flax", "flax_model.msgpack", FlaxFile, FLAX_WRITER),
+        Format("tf", "tf_model.h5", KerasFile, KERAS_WRITER),
+        Format("fairseq", "model.pt", FairseqFile, writer=None, sharded=False),
     )
 }
 
@@ -72,11 +93,7 @@ def find_format(folder: Path, weights: str | None) -> Format | None:
         InputError: `weights` is no format.
         CheckpointError: there are no weights of the format that was asked for, but of others.
     """
-    present = [
-        format
-        for format in FORMATS.values()
-        if (folder / format.file).is_file() or (format.sharded and (folder / format.index).is_file())
-    ]
+    present = [format for format in FORMATS.values() if format.is_in(folder)]
     if weights is None:
         return present[0] if present else None
     if weights not in FORMATS:

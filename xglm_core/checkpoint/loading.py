@@ -15,7 +15,6 @@ from xglm_core.config import XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
 
-_COMPARED_BYTES = 16 * 2**20
 _MOST_LISTED = 1000  # Layers whose weights an error message may list.
 
 
@@ -87,22 +86,16 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
     head, embedding = checkpoint.info(HEAD), checkpoint.info(EMBEDDING)
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return False
-    same = all(
+    return all(
         np.array_equal(ours, theirs)
-        for ours, theirs in zip(_chunks(checkpoint, HEAD), _chunks(checkpoint, EMBEDDING), strict=True)
+        for ours, theirs in zip(_bit_blocks(checkpoint, HEAD), _bit_blocks(checkpoint, EMBEDDING), strict=True)
     )
-    for name in (HEAD, EMBEDDING):
-        checkpoint.release(name)
-    return same
 
 
-def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, some rows at a time."""
-    tensor = checkpoint.read(name)
-    rows = max(1, _COMPARED_BYTES // max(1, tensor[:1].nbytes))
-    for begin in range(0, len(tensor), rows):
-        # Bytes, as a NaN is not equal to itself. Of a tensor that is stored transposed, this copies the rows.
-        yield np.ascontiguousarray(tensor[begin : begin + rows]).view(np.uint8)
+def _bit_blocks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
+    """The bits of a tensor as integers, some rows at a time."""
+    for block in checkpoint.blocks(name, checkpoint.info(name).dtype):
+        yield block.view(f"u{block.itemsize}")  # As a NaN is not equal to itself.
 
 
 def _check_weights(checkpoint: Checkpoint, specs: tuple[WeightSpec, ...]) -> None:
