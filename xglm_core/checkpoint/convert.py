@@ -147,7 +147,7 @@ def _check_destination(source: Path, destination: Path, format: Format) -> None:
     for other in refused:
         if other.is_in(destination):
             raise CheckpointError(
-                f"{destination}: already holds weights in the format {other.name}; choose another folder, or remove them"
+                f"{destination}: already holds weights in the format {other.name}; choose another folder or remove them"
             )
 
 

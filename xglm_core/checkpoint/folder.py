@@ -61,7 +61,7 @@ class Checkpoint:
         return array if dtype is None else convert(array, file.tensors[stored].dtype, dtype)
 
     def blocks(self, name: str, dtype: FloatType, *, transposed: bool = False) -> Iterator[np.ndarray]:
-        """A tensor in blocks of rows, see `row_blocks`, whose pages are freed one block after the other.
+        """A tensor in blocks of rows, see `row_blocks`; the pages of the file are freed when the next one is asked for.
 
         Args:
             name: canonical name.

@@ -19,7 +19,10 @@ LARGEST = 2**48  # Of a size, an offset or a number of elements; far from any ov
 
 _MOST_DIMENSIONS = 32  # numpy has a limit too, which differs between its versions.
 _COPIED_BYTES = 32  # Of each row; measured to be fastest, 64 takes 10% more.
-_BLOCK_NUMBERS = 2**22  # Read, converted and written at a time: some copies of these are all that converting holds.
+# Numbers that are read, converted and written at a time. Few of them stay in the processor's cache on the way; of a
+# matrix that is transposed, each row of a block should be some pages of the file.
+_BLOCK_NUMBERS = 2**18
+_TRANSPOSED_BLOCK_NUMBERS = 2**22
 # So that describing them takes tens of megabytes at most; the largest XGLM has 771, with names of 60 characters.
 _MOST_TENSORS = 50_000
 _LONGEST_NAME = 500
@@ -146,20 +149,22 @@ def copy_numbers(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def row_blocks(array: np.ndarray, *, transposed: bool) -> Iterator[np.ndarray]:
-    """Cuts an array into blocks of a few million numbers, by its first dimension.
+    """Cuts an array into blocks of up to a few million numbers, by its first dimension.
 
     Args:
         array: in canonical shape, in any order.
         transposed: whether the blocks of a matrix are to be transposed: columns of the transpose, one after the other.
 
     Yields:
-        Row-major blocks; views of `array` where that is possible. Where they begin depends on the shape alone.
+        Row-major blocks, each of which may be a view of `array`. Where those of a transposed matrix begin depends on
+        its shape alone.
     """
     if not array.size:
         return
     if array.ndim == 0:
         array = array.reshape(1)
-    rows = max(1, _BLOCK_NUMBERS // math.prod(array.shape[1:]))
+    most = _BLOCK_NUMBERS if array.flags.c_contiguous and not transposed else _TRANSPOSED_BLOCK_NUMBERS
+    rows = max(1, most // math.prod(array.shape[1:]))
     for begin in range(0, len(array), rows):
         block = array[begin : begin + rows]
         block = block.T if transposed else block

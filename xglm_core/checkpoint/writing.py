@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -27,6 +27,7 @@ from xglm_core.files import remove_leftovers, replacing
 from xglm_core.weight_names import WeightSpec
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_READERS = 2  # Threads that read a file back.
 
 # What is called with the numbers of bytes that were written and that were read back since the last call.
 Advance = Callable[[int, int], None]
@@ -203,24 +204,17 @@ def write_numbers(
         The CRC-32 of each entry's blocks. Of blocks of rows it is that of the stored bytes.
     """
     checksums = []
-    # One thread writes a block while this one reads, converts and sums up the next.
-    with ThreadPoolExecutor(1) as pool:
-        pending: Future[None] | None = None
-        for index, (entry, pieces) in enumerate(zip(entries, layout.places, strict=True)):
-            checksum = count = 0
-            for block in blocks(index):
-                _check_block(entry, block)
-                checksum = zlib.crc32(_bytes_of(block), checksum)
-                if pending is not None:
-                    pending.result()
-                pending = pool.submit(_write_block, file, pieces, entry, block, count)
-                count += block.size
-                advance(block.nbytes, 0)
-            if count * entry.dtype.storage.itemsize != entry.nbytes:
-                raise ValueError(f"{entry.name}: announced {entry.shape}, got {count} numbers")
-            checksums.append(checksum)
-        if pending is not None:
-            pending.result()
+    for index, (entry, pieces) in enumerate(zip(entries, layout.places, strict=True)):
+        checksum = count = 0
+        for block in blocks(index):
+            _check_block(entry, block)
+            checksum = zlib.crc32(_bytes_of(block), checksum)
+            _write_block(file, pieces, entry, block, count)
+            count += block.size
+            advance(block.nbytes, 0)
+        if count * entry.dtype.storage.itemsize != entry.nbytes:
+            raise ValueError(f"{entry.name}: announced {entry.shape}, got {count} numbers")
+        checksums.append(checksum)
     layout.finish(checksums)
     file.flush()  # A full disk shows here, while nothing has been replaced yet.
     return checksums
@@ -258,7 +252,7 @@ def _write_at(file: BinaryIO, pieces: Sequence[Piece], position: int, data: memo
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _verify(
@@ -271,21 +265,27 @@ def _verify(
 ) -> None:
     """Reads a file back."""
     assert format.writer is not None
+    writer = format.writer
     file = format.open(written)
     found = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
     if found != {weight.spec.name: (weight.dtype, weight.spec.shape) for weight in weights}:
         raise CheckpointError(f"{path}: was written with other names, types or shapes than it should have")
-    for weight, expected in zip(weights, checksums, strict=True):
-        name, checksum = weight.spec.name, 0
-        for block in row_blocks(file.read(name), transposed=format.writer.is_transposed(weight.spec)):
-            checksum = zlib.crc32(_bytes_of(block), checksum)
+
+    def checksum(weight: NewWeight) -> int:
+        name, result = weight.spec.name, 0
+        for block in row_blocks(file.read(name), transposed=writer.is_transposed(weight.spec)):
+            result = zlib.crc32(_bytes_of(block), result)
             file.release(name)
-            advance(0, block.nbytes)
-        if checksum != expected:
-            raise CheckpointError(
-                f"{path}: {name} was written with other numbers than it should have (CRC-32 {checksum:08x}, expected "
-                f"{expected:08x}); is the disk or the memory faulty?"
-            )
+        return result
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for weight, expected, read in zip(weights, checksums, pool.map(checksum, weights), strict=True):
+            if read != expected:
+                raise CheckpointError(
+                    f"{path}: {weight.spec.name} was written with other numbers than it should have (CRC-32 "
+                    f"{read:08x}, expected {expected:08x}); is the disk or the memory faulty?"
+                )
+            advance(0, weight.nbytes)
 
 
 def _split(weights: Sequence[NewWeight], limit: int) -> Iterator[list[NewWeight]]:
