@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.checkpoint_files import fairseq_checkpoint, library, write_flax, write_keras, write_torch
+from tests.checkpoint_files import fairseq_checkpoint, library, write_flax, write_keras, write_safetensors, write_torch
 from xglm_core import XGLMConfig
 from xglm_core.checkpoint.dtypes import FLOAT32
 from xglm_core.checkpoint.formats import FORMATS
 from xglm_core.checkpoint.mapped import TensorFile
-from xglm_core.checkpoint.safetensors import write_safetensors
 from xglm_core.errors import CheckpointError
 from xglm_core.weight_names import HEAD
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests.checkpoint_files import write_safetensors
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64
-from xglm_core.checkpoint.safetensors import SafetensorsFile, write_safetensors
+from xglm_core.checkpoint.safetensors import SafetensorsFile
 from xglm_core.errors import CheckpointError
 from xglm_core.files import replacing
 

@@ -213,7 +213,7 @@ def write_numbers(
             count += block.size
             advance(block.nbytes, 0)
         if count * entry.dtype.storage.itemsize != entry.nbytes:
-            raise ValueError(f"{entry.name}: announced {entry.shape}, got {count} numbers")
+            raise ValueError(f"{entry.name}: announced {entry.dtype.storage} {entry.shape}, got {count} numbers")
         checksums.append(checksum)
     layout.finish(checksums)
     file.flush()  # A full disk shows here, while nothing has been replaced yet.
