@@ -12,7 +12,7 @@ import numpy as np
 
 from xglm_core.checkpoint.dtypes import FLOAT8, FloatType, float_type
 from xglm_core.checkpoint.folder import Checkpoint, open_checkpoint
-from xglm_core.checkpoint.formats import FORMATS, Format, shortened
+from xglm_core.checkpoint.formats import FORMATS, Format, find_format, shortened
 from xglm_core.checkpoint.loading import plan_loading
 from xglm_core.checkpoint.writing import Advance, NewWeight, parse_size, write_checkpoint
 from xglm_core.config import CONFIG_FILE, XGLMConfig
@@ -38,6 +38,7 @@ class Conversion:
 
     Attributes:
         source: where the weights come from.
+        source_format: the name of their format.
         destination: the folder to write.
         format: the format to write.
         config: as `config.json` will have it.
@@ -46,11 +47,21 @@ class Conversion:
     """
 
     source: Checkpoint
+    source_format: str
     destination: Path
     format: Format
     config: XGLMConfig
     weights: tuple[NewWeight, ...]
     max_shard_bytes: int
+
+    @property
+    def changed_types(self) -> set[str]:
+        """The types that weights are converted to."""
+        return {
+            weight.dtype.name
+            for weight in self.weights
+            if weight.dtype is not self.source.info(_source_name(weight.spec.name, self.config)).dtype
+        }
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +73,7 @@ class Conversion:
         dtypes = {weight.spec.name: weight.dtype for weight in self.weights}
 
         def blocks(name: str, transposed: bool) -> Iterator[np.ndarray]:
-            stored = EMBEDDING if name == HEAD and self.config.tie_word_embeddings else name
-            return self.source.blocks(stored, dtypes[name], transposed=transposed)
+            return self.source.blocks(_source_name(name, self.config), dtypes[name], transposed=transposed)
 
         others = {}
         if not _same_folder(self.source.folder, self.destination):
@@ -132,10 +142,17 @@ def plan_conversion(
     has_head = format.writer.untied_head if tied else HEAD in checkpoint.names
     new = []
     for spec in weight_specs(config, with_head=has_head):
-        stored = checkpoint.info(EMBEDDING if spec.name == HEAD and tied else spec.name).dtype
+        stored = checkpoint.info(_source_name(spec.name, config)).dtype
         new.append(NewWeight(spec, target or stored))
     _check_types(checkpoint.folder, {weight.dtype for weight in new}, format)
-    return Conversion(checkpoint, destination, format, config, tuple(new), limit)
+    found = find_format(checkpoint.folder, weights)
+    assert found is not None  # It was opened.
+    return Conversion(checkpoint, found.name, destination, format, config, tuple(new), limit)
+
+
+def _source_name(name: str, config: XGLMConfig) -> str:
+    """Which weight of the source becomes this one: a tied head is the embedding."""
+    return EMBEDDING if name == HEAD and config.tie_word_embeddings else name
 
 
 def _check_destination(source: Path, destination: Path, format: Format) -> None:
