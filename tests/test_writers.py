@@ -1,7 +1,6 @@
 """What is written in each format, read by the libraries that define it."""
 
 import importlib
-import itertools
 import json
 import struct
 import zipfile
@@ -205,15 +204,11 @@ class TestFlax:
             for key in place[:-1]:
                 owner = owner.setdefault(key, {})
             owner[place[-1]] = array
-        theirs = importlib.import_module("msgpack").unpackb(serialization.to_bytes(tree), strict_map_key=False)
-        ours = importlib.import_module("msgpack").unpackb((tmp_path / "flax_model.msgpack").read_bytes())
-
-        def lengths(tree):
-            return {place: len(getattr(leaf, "data", b"")) for place, leaf in flat(tree) if hasattr(leaf, "data")}
-
-        # The lengths differ by those of the numbers' headers.
-        assert lengths(ours).keys() == lengths(theirs).keys()
-        assert len(lengths(ours)) > len(weights)
+        unpack = importlib.import_module("msgpack").unpackb
+        theirs = dict(flat(unpack(serialization.to_bytes(tree))))
+        ours = dict(flat(unpack((tmp_path / "flax_model.msgpack").read_bytes())))
+        assert ours.keys() == theirs.keys()
+        assert len(ours) > 2 * len(weights)
 
 
 class TestKeras:
@@ -253,9 +248,7 @@ class TestKeras:
         with library("h5py").File(tmp_path / "tf_model.h5") as file:
             attributes = file["model"].attrs
             assert "weight_names" not in attributes
-            parts = itertools.takewhile(
-                lambda name: name in attributes, (f"weight_names{i}" for i in itertools.count())
-            )
+            parts = [f"weight_names{i}" for i in range(len(attributes))]
             names = [name.decode() for part in parts for name in attributes[part]]
             assert names == [entry.name for entry in entries]
             assert [file["model"][name][0] for name in names] == [*range(1500)]
