@@ -15,7 +15,7 @@ from xglm_core.checkpoint.flax_writer import FLAX_WRITER
 from xglm_core.checkpoint.keras_h5 import KerasFile
 from xglm_core.checkpoint.keras_writer import KERAS_WRITER
 from xglm_core.checkpoint.layout import Writer
-from xglm_core.checkpoint.mapped import TensorFile
+from xglm_core.checkpoint.mapped import TensorFile, shown
 from xglm_core.checkpoint.safetensors import SAFETENSORS_WRITER, SafetensorsFile
 from xglm_core.checkpoint.torch_bin import TorchFile
 from xglm_core.checkpoint.torch_writer import TORCH_WRITER
@@ -121,14 +121,14 @@ def open_files(folder: Path, format: Format) -> list[TensorFile]:
         # A plain file name cannot lead out of the folder.
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(
-                f"{path}: names the file {name!r}, which is not in the folder; is a download incomplete?"
+                f"{path}: names the file {_quoted(name)}, which is not in the folder; is a download incomplete?"
             )
     files = [format.open(folder / name) for name in shards]
     stored = [(name, file.path.name) for file in files for name in file.tensors]
     listed = [(format.open.canonical_name(name), file) for name, file in weight_map.items()]
     different = sorted({*stored} ^ {*listed})
     if different or len({name for name, _ in stored}) < len(stored):
-        names = [f"{name!r} in {file!r}" for name, file in different] or ["a name that is in two files"]
+        names = [f"{_quoted(name)} in {_quoted(file)}" for name, file in different] or ["a name that is in two files"]
         raise CheckpointError(f"{path}: index and files disagree on {shortened(names)}")
     return files
 
@@ -137,6 +137,11 @@ def shortened(items: Sequence[str], most: int = 8) -> str:
     """The first items of a list in words."""
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return (", ".join(items[:most]) or "nothing") + rest
+
+
+def _quoted(value: Any) -> str:
+    """A value of an index, which may be anything that JSON can hold, to be part of a message."""
+    return shown(value) if isinstance(value, str) else repr(value)[:100]
 
 
 def _read_index(path: Path) -> dict[str, Any]:
