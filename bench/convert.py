@@ -3,9 +3,9 @@
     xglm bench make-checkpoint --size 564M /tmp/564M
     python bench/convert.py /tmp/564M --work /tmp/work
 
-Every format is converted into each. A conversion runs in a process of its own, right after
-`cp` and `sync` of the file that it will write; its time includes the start of Python, check sums, reading back and fsync.
-"GB/s" is of the bytes written; the memory is the largest resident set, in which mapped pages of files count.
+Every format is converted into each. A conversion runs in a process of its own, right after `cp` and `sync` of the file
+that it will write; its time includes the start of Python, check sums, reading back and fsync. "GB/s" is of the bytes
+written; the memory is the largest resident set, in which mapped pages of files count.
 """
 
 from __future__ import annotations

@@ -135,6 +135,15 @@ class TestPairs:
         # Untied by its configuration: trained further, the two would part.
         assert_holds(tmp_path / "new", arrays)
 
+    def test_tied_head_of_many_blocks(self, source, tmp_path, monkeypatch):
+        """Of the head, which is stored transposed, and of the embedding, the blocks have different sizes."""
+        needed("tf")
+        monkeypatch.setattr("xglm_core.checkpoint.mapped._TRANSPOSED_BLOCK_NUMBERS", 300)
+        monkeypatch.setattr("xglm_core.checkpoint.mapped._BLOCK_NUMBERS", 100)
+        convert_checkpoint(source, tmp_path / "tf", to="tf")
+        convert_checkpoint(tmp_path / "tf", tmp_path / "new", to="safetensors")
+        assert_holds(tmp_path / "new", WEIGHTS)
+
     def test_other_files_come_along(self, source, tmp_path):
         others = {"generation_config.json": b"{}", "tokenizer.json": b"{ }", "sentencepiece.bpe.model": b"\n"}
         for name, data in {**others, "README.md": b"about the old file"}.items():

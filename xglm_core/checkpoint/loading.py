@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,16 +85,17 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
     head, embedding = checkpoint.info(HEAD), checkpoint.info(EMBEDDING)
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return False
+    # With the first dimension in pieces of the same size, even if one of the two is stored transposed.
+    transposed = head.strides is not None or embedding.strides is not None
+    bits = f"u{head.dtype.storage.itemsize}"  # As a NaN is not equal to itself.
     return all(
-        np.array_equal(ours, theirs)
-        for ours, theirs in zip(_bit_blocks(checkpoint, HEAD), _bit_blocks(checkpoint, EMBEDDING), strict=True)
+        np.array_equal(ours.view(bits), theirs.view(bits))
+        for ours, theirs in zip(
+            checkpoint.blocks(HEAD, head.dtype, transposed=transposed),
+            checkpoint.blocks(EMBEDDING, head.dtype, transposed=transposed),
+            strict=True,
+        )
     )
-
-
-def _bit_blocks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
-    """The bits of a tensor as integers, some rows at a time."""
-    for block in checkpoint.blocks(name, checkpoint.info(name).dtype):
-        yield block.view(f"u{block.itemsize}")  # As a NaN is not equal to itself.
 
 
 def _check_weights(checkpoint: Checkpoint, specs: tuple[WeightSpec, ...]) -> None:
