@@ -156,20 +156,22 @@ def row_blocks(array: np.ndarray, *, transposed: bool) -> Iterator[np.ndarray]:
         transposed: whether the blocks of a matrix are to be transposed: columns of the transpose, one after the other.
 
     Yields:
-        Row-major blocks, each of which may be a view of `array`. Where those of a transposed matrix begin depends on
-        its shape alone.
+        Row-major blocks, each of which is valid until the next one is asked for. Where they begin depends on the shape
+        and on `transposed` alone.
     """
     if not array.size:
         return
     if array.ndim == 0:
         array = array.reshape(1)
-    most = _BLOCK_NUMBERS if array.flags.c_contiguous and not transposed else _TRANSPOSED_BLOCK_NUMBERS
+    most = _TRANSPOSED_BLOCK_NUMBERS if transposed else _BLOCK_NUMBERS
     rows = max(1, most // math.prod(array.shape[1:]))
+    memory = np.empty(0, array.dtype)  # The same for all copies: fresh memory takes longer than the copy.
     for begin in range(0, len(array), rows):
         block = array[begin : begin + rows]
         block = block.T if transposed else block
         if not block.flags.c_contiguous:
-            copy = np.empty(block.shape, block.dtype)
+            memory = memory if memory.size >= block.size else np.empty(block.size, block.dtype)
+            copy = memory[: block.size].reshape(block.shape)
             copy_numbers(copy, block)
             block = copy
         yield block
