@@ -153,6 +153,18 @@ class TestPairs:
         assert found.keys() == {*others, CONFIG_FILE, "pytorch_model.bin"}
         assert {name: found[name] for name in others} == others
 
+    def test_configuration_of_another_model_is_replaced(self, source, tmp_path):
+        changed(CONFIG, num_layers=1).save_pretrained(tmp_path / "new")
+        convert_checkpoint(source, tmp_path / "new", to="torch")
+        assert_holds(tmp_path / "new", WEIGHTS)
+        assert XGLMConfig.from_pretrained(tmp_path / "new") == CONFIG
+
+    @pytest.mark.parametrize(("dtype", "named"), [("bfloat16", "bfloat16"), (None, "float32")])
+    def test_configuration_names_the_type(self, source, tmp_path, dtype, named):
+        changed(CONFIG, torch_dtype="float32").save_pretrained(source)
+        convert_checkpoint(source, tmp_path / "new", to="torch", dtype=dtype)
+        assert XGLMConfig.from_pretrained(tmp_path / "new") == changed(CONFIG, torch_dtype=named)
+
     def test_within_the_source(self, source):
         before = files(source)
         convert_checkpoint(source, source, to="torch", max_shard_size="30KB")

@@ -31,6 +31,9 @@ _COPIED = (
     "added_tokens.json",
 )
 
+# Where `config.json` names the type of the weights, transformers loads them as that.
+_TYPE_KEYS = ("torch_dtype", "dtype")
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -76,13 +79,11 @@ class Conversion:
             return self.source.blocks(_source_name(name, self.config), dtypes[name], transposed=transposed)
 
         others = {}
-        if not _same_folder(self.source.folder, self.destination):
-            others = {
-                name: (self.source.folder / name).read_bytes()
-                for name in _COPIED
-                if (self.source.folder / name).is_file()
-            }
-        if not (self.destination / CONFIG_FILE).is_file() or others:
+        within_source = _same_folder(self.source.folder, self.destination)
+        if not within_source:
+            paths = [self.source.folder / name for name in _COPIED]
+            others = {path.name: path.read_bytes() for path in paths if path.is_file()}
+        if not (within_source and (self.destination / CONFIG_FILE).is_file()):
             others[CONFIG_FILE] = self.config.to_json_string().encode()
         write_checkpoint(self.destination, self.format, self.weights, blocks, others, self.max_shard_bytes, advance)
 
@@ -137,17 +138,20 @@ def plan_conversion(
     _check_destination(checkpoint.folder, destination, format)
     # A bare decoder stays one: without a head it says nothing about tying.
     config = plan_loading(checkpoint, with_head=HEAD in checkpoint.names).config
+    for key in _TYPE_KEYS:
+        if target is not None and key in config:
+            setattr(config, key, target.name)
     assert format.writer is not None
     tied = config.tie_word_embeddings
     has_head = format.writer.untied_head if tied else HEAD in checkpoint.names
-    new = []
-    for spec in weight_specs(config, with_head=has_head):
-        stored = checkpoint.info(_source_name(spec.name, config)).dtype
-        new.append(NewWeight(spec, target or stored))
+    new = tuple(
+        NewWeight(spec, target or checkpoint.info(_source_name(spec.name, config)).dtype)
+        for spec in weight_specs(config, with_head=has_head)
+    )
     _check_types(checkpoint.folder, {weight.dtype for weight in new}, format)
     found = find_format(checkpoint.folder, weights)
     assert found is not None  # It was opened.
-    return Conversion(checkpoint, found.name, destination, format, config, tuple(new), limit)
+    return Conversion(checkpoint, found.name, destination, format, config, new, limit)
 
 
 def _source_name(name: str, config: XGLMConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import struct
 import zlib
@@ -45,7 +46,7 @@ def _lay_out(file: BinaryIO, entries: Sequence[Entry], sharded: bool) -> Layout:
         members.append(_Member(f"archive/data/{key}".encode(), file.tell(), entry.nbytes))
         file.write(_local_header(members[-1]))
         places.append([(file.tell(), entry.nbytes)])
-        file.seek(entry.nbytes, 1)
+        file.seek(entry.nbytes, os.SEEK_CUR)
     small.append(_write_member(file, "version", b"3\n"))
     end = file.tell()
 
