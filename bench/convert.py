@@ -5,7 +5,8 @@
 
 Every format is converted into each. A conversion runs in a process of its own, right after `cp` and `sync` of the file
 that it will write; its time includes the start of Python, check sums, reading back and fsync. "GB/s" is of the bytes
-written; the memory is the largest resident set, in which mapped pages of files count.
+written; the memory is the largest resident set, in which mapped pages of files count. On a machine that others use, the
+seconds of the processor say more.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from xglm_core.checkpoint.formats import FORMATS  # noqa: E402
 _CONVERSION = "import sys; from xglm_core import convert_checkpoint; convert_checkpoint(*sys.argv[1:3], to=sys.argv[3])"
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Runs a command; returns seconds, and its largest resident set in MB."""
+def measure(command: list[str]) -> tuple[float, float, float]:
+    """Runs a command; returns its seconds, those of the processor, and its largest resident set in MB."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begin
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
         sources[name] = arguments.work / name
         shutil.rmtree(sources[name], ignore_errors=True)
         measure([sys.executable, "-c", _CONVERSION, str(arguments.checkpoint), str(sources[name]), name])
-    print("from         to              GB  seconds   GB/s  of cp  memory MB")
+    print("from         to              GB  seconds   GB/s  of cp  CPU seconds  of cp  memory MB")
     for first, second in itertools.product(WRITABLE, WRITABLE):
         same = sources[second] / FORMATS[second].file
         copy, target = arguments.work / "copy", arguments.work / "target"
@@ -63,10 +64,12 @@ def main() -> None:
             copy.unlink()
             converted.append(measure([sys.executable, "-c", _CONVERSION, str(sources[first]), str(target), second]))
             shutil.rmtree(target)
-        size, seconds = same.stat().st_size / 1e9, min(converted)[0]
+        size = same.stat().st_size / 1e9
+        seconds, processor, memory = (min(column) for column in zip(*converted, strict=True))
+        copy_seconds, copy_processor, _ = (min(column) for column in zip(*copied, strict=True))
         print(
-            f"{first:12} {second:12} {size:5.2f}  {seconds:7.2f}  {size / seconds:5.2f}  "
-            f"{min(copied)[0] / seconds:5.0%}  {max(converted, key=lambda run: run[1])[1]:9.0f}",
+            f"{first:12} {second:12} {size:5.2f}  {seconds:7.2f}  {size / seconds:5.2f}  {copy_seconds / seconds:5.0%}  "
+            f"{processor:11.2f}  {copy_processor:5.2f}  {memory:9.0f}",
             flush=True,
         )
     for name in WRITABLE[1:]:

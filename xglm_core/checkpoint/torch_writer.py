@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import struct
 import zlib
@@ -39,16 +38,14 @@ class _Member:
 
 
 def _lay_out(file: BinaryIO, entries: Sequence[Entry], sharded: bool) -> Layout:
-    before = [("data.pkl", _pickle(entries)), ("byteorder", b"little")]
-    small = [_write_member(file, name, body) for name, body in before]
-    members, places = [], []
+    texts = (("data.pkl", _pickle(entries)), ("byteorder", b"little"), ("version", b"3\n"))
+    small = [_write_member(file, name, body) for name, body in texts]
+    members, places, end = [], [], file.tell()
     for key, entry in enumerate(entries):
-        members.append(_Member(f"archive/data/{key}".encode(), file.tell(), entry.nbytes))
-        file.write(_local_header(members[-1]))
-        places.append([(file.tell(), entry.nbytes)])
-        file.seek(entry.nbytes, os.SEEK_CUR)
-    small.append(_write_member(file, "version", b"3\n"))
-    end = file.tell()
+        members.append(_Member(f"archive/data/{key}".encode(), end, entry.nbytes))
+        begin = end + len(_local_header(members[-1]))
+        places.append([(begin, entry.nbytes)])
+        end = begin + entry.nbytes
 
     def finish(checksums: Sequence[int]) -> None:
         finished = [replace(member, crc=crc) for member, crc in zip(members, checksums, strict=True)]
