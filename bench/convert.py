@@ -54,7 +54,7 @@ def main() -> None:
         sources[name] = arguments.work / name
         shutil.rmtree(sources[name], ignore_errors=True)
         measure([sys.executable, "-c", _CONVERSION, str(arguments.checkpoint), str(sources[name]), name])
-    print("from         to              GB  seconds   GB/s  of cp  CPU seconds  of cp  memory MB")
+    print("from         to              GB  seconds   GB/s  of cp  CPU seconds  cp's  memory MB")
     for first, second in itertools.product(WRITABLE, WRITABLE):
         same = sources[second] / FORMATS[second].file
         copy, target = arguments.work / "copy", arguments.work / "target"
@@ -68,8 +68,8 @@ def main() -> None:
         seconds, processor, memory = (min(column) for column in zip(*converted, strict=True))
         copy_seconds, copy_processor, _ = (min(column) for column in zip(*copied, strict=True))
         print(
-            f"{first:12} {second:12} {size:5.2f}  {seconds:7.2f}  {size / seconds:5.2f}  {copy_seconds / seconds:5.0%}  "
-            f"{processor:11.2f}  {copy_processor:5.2f}  {memory:9.0f}",
+            f"{first:12} {second:12} {size:5.2f}  {seconds:7.2f}  {size / seconds:5.2f}  "
+            f"{copy_seconds / seconds:5.0%}  {processor:11.2f}  {copy_processor:4.2f}  {memory:9.0f}",
             flush=True,
         )
     for name in WRITABLE[1:]:
