@@ -1,5 +1,6 @@
 """Loads converted checkpoints with the classes of transformers, and theirs with our readers; prints the differences.
 
+    pip install torch transformers==4.57.6 "tensorflow-cpu<2.20" "tf-keras<2.20" "jax<0.7" "flax<0.11" "numpy<2.2" h5py
     python -m conformance.golden.conversions
 
 Runs where transformers 4.57 is installed with all three of its frameworks; a later one has PyTorch alone and leaves the
