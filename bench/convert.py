@@ -1,7 +1,7 @@
 """How fast `convert_checkpoint` is, and how much memory it takes, beside `cp` of the same bytes.
 
-    xglm bench make-checkpoint --size 564M /tmp/564M
-    python bench/convert.py /tmp/564M --work /tmp/work
+    xglm bench make-checkpoint --size 564M random-564M
+    python bench/convert.py random-564M --work converted
 
 Every format is converted into each. A conversion runs in a process of its own, right after `cp` and `sync` of the file
 that it will write; its time includes the start of Python, check sums, reading back and fsync. "GB/s" is of the bytes
