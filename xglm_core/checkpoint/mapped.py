@@ -156,8 +156,8 @@ def row_blocks(array: np.ndarray, *, transposed: bool) -> Iterator[np.ndarray]:
         transposed: whether the blocks of a matrix are to be transposed: columns of the transpose, one after the other.
 
     Yields:
-        Row-major blocks, each of which is valid until the next one is asked for. Where they begin depends on the shape
-        and on `transposed` alone.
+        Row-major blocks, each of which is valid until the next but one is asked for. Where they begin depends on the
+        shape and on `transposed` alone.
     """
     if not array.size:
         return
@@ -165,11 +165,13 @@ def row_blocks(array: np.ndarray, *, transposed: bool) -> Iterator[np.ndarray]:
         array = array.reshape(1)
     most = _TRANSPOSED_BLOCK_NUMBERS if transposed else _BLOCK_NUMBERS
     rows = max(1, most // math.prod(array.shape[1:]))
-    memory = np.empty(0, array.dtype)  # The same for all copies: fresh memory takes longer than the copy.
+    # The same for all copies, in turns: fresh memory takes longer than the copy.
+    memory, other = np.empty(0, array.dtype), np.empty(0, array.dtype)
     for begin in range(0, len(array), rows):
         block = array[begin : begin + rows]
         block = block.T if transposed else block
         if not block.flags.c_contiguous:
+            memory, other = other, memory
             memory = memory if memory.size >= block.size else np.empty(block.size, block.dtype)
             copy = memory[: block.size].reshape(block.shape)
             copy_numbers(copy, block)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from xglm_core.weight_names import WeightSpec
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _READERS = 2  # Threads that read a file back.
+
+Item = TypeVar("Item")
 
 # What is called with the numbers of bytes that were written and that were read back since the last call.
 Advance = Callable[[int, int], None]
@@ -206,9 +208,9 @@ def write_numbers(
     checksums = []
     for index, (entry, pieces) in enumerate(zip(entries, layout.places, strict=True)):
         checksum = count = 0
-        for block in blocks(index):
+        for block, so_far in _ahead(_with_checksums(blocks(index))):
+            checksum = so_far
             _check_block(entry, block)
-            checksum = zlib.crc32(_bytes_of(block), checksum)
             _write_block(file, pieces, entry, block, count)
             count += block.size
             advance(block.nbytes, 0)
@@ -218,6 +220,23 @@ def write_numbers(
     layout.finish(checksums)
     file.flush()  # A full disk shows here, while nothing has been replaced yet.
     return checksums
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each of which is made while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def _with_checksums(blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks, and the CRC-32 of all up to each of them."""
+    checksum = 0
+    for block in blocks:
+        checksum = zlib.crc32(_bytes_of(block), checksum)
+        yield block, checksum
 
 
 def _check_block(entry: Entry, block: np.ndarray) -> None:
