@@ -7,13 +7,18 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 
 from tests.frameworks import backends_under_test
 from xglm_core import XGLMConfig
+from xglm_core.checkpoint.dtypes import FloatType
+from xglm_core.checkpoint.layout import Entry
+from xglm_core.checkpoint.mapped import row_blocks
+from xglm_core.checkpoint.safetensors import SAFETENSORS_WRITER
+from xglm_core.checkpoint.writing import write_numbers
 from xglm_core.weight_names import HEAD, weight_specs
 
 Weights = Mapping[str, np.ndarray]
@@ -26,6 +31,17 @@ def library(name: str) -> Any:
     if _BACKEND[name] not in backends_under_test():
         return pytest.importorskip(name)
     return importlib.import_module(name)
+
+
+def write_safetensors(
+    file: BinaryIO,
+    tensors: Iterable[tuple[str, FloatType, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+) -> None:
+    """Any tensors at all, by the writer under test; they need not be a model's."""
+    entries = [Entry(*tensor) for tensor in tensors]
+    layout = SAFETENSORS_WRITER.lay_out(file, entries, False)
+    write_numbers(file, entries, layout, lambda index: row_blocks(read(entries[index].name), transposed=False))
 
 
 def tensors(weights: Weights, dtype: str = "float32") -> dict[str, Any]:

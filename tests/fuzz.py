@@ -8,6 +8,8 @@ runs that many cases, shared among the readers, and prints what came of them.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import json
 import random
 import resource
 import sys
@@ -18,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.checkpoint_files import fairseq_checkpoint, library, write_flax, write_keras, write_torch
+from tests.checkpoint_files import fairseq_checkpoint, library, write_flax, write_keras, write_safetensors, write_torch
 from xglm_core import XGLMConfig
 from xglm_core.checkpoint.dtypes import FLOAT32
-from xglm_core.checkpoint.formats import FORMATS
+from xglm_core.checkpoint.formats import FORMATS, open_files
 from xglm_core.checkpoint.mapped import TensorFile
-from xglm_core.checkpoint.safetensors import write_safetensors
 from xglm_core.errors import CheckpointError
 from xglm_core.weight_names import HEAD
 
@@ -50,15 +51,36 @@ def _write_safetensors(path: Path) -> None:
         write_safetensors(file, [(n, FLOAT32, a.shape) for n, a in WEIGHTS.items()], WEIGHTS.__getitem__)
 
 
-# Name of a kind of file -> its format, and what writes a good one.
-KINDS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "safetensors": ("safetensors", _write_safetensors),
-    "torch": ("torch", lambda path: write_torch(path, WEIGHTS)),
-    "torch-legacy": ("torch", lambda path: write_torch(path, WEIGHTS, legacy=True)),
-    "flax": ("flax", lambda path: write_flax(path, CONFIG, WEIGHTS)),
-    "tf": ("tf", lambda path: write_keras(path, DATASETS)),
-    "tf-new": ("tf", lambda path: write_keras(path, DATASETS, libver="latest")),
-    "fairseq": ("fairseq", lambda path: library("torch").save(fairseq_checkpoint(CONFIG, WEIGHTS), path)),
+def _write_index(path: Path) -> None:
+    """An index, two shards beside it, and metadata, in which most changes mean nothing."""
+    weight_map = {}
+    for number, names in enumerate(([*WEIGHTS][:1], [*WEIGHTS][1:])):
+        shard = path.with_name(f"shard-{number}")
+        with open(shard, "wb") as file:
+            write_safetensors(file, [(n, FLOAT32, WEIGHTS[n].shape) for n in names], WEIGHTS.__getitem__)
+        weight_map.update(dict.fromkeys(names, shard.name))
+    path.write_text(json.dumps({"metadata": {"total_size": 172, "note": "x" * 300}, "weight_map": weight_map}))
+
+
+def _open_index(path: Path) -> list[TensorFile]:
+    format = dataclasses.replace(FORMATS["safetensors"], file=path.name.removesuffix(".index.json"))
+    return open_files(path.parent, format)
+
+
+def _opener(format: str) -> Callable[[Path], list[TensorFile]]:
+    return lambda path: [FORMATS[format].open(path)]
+
+
+# Name of a kind of file -> what opens one, and what writes a good one.
+KINDS: dict[str, tuple[Callable[[Path], list[TensorFile]], Callable[[Path], object]]] = {
+    "safetensors": (_opener("safetensors"), _write_safetensors),
+    "torch": (_opener("torch"), lambda path: write_torch(path, WEIGHTS)),
+    "torch-legacy": (_opener("torch"), lambda path: write_torch(path, WEIGHTS, legacy=True)),
+    "flax": (_opener("flax"), lambda path: write_flax(path, CONFIG, WEIGHTS)),
+    "tf": (_opener("tf"), lambda path: write_keras(path, DATASETS)),
+    "tf-new": (_opener("tf"), lambda path: write_keras(path, DATASETS, libver="latest")),
+    "fairseq": (_opener("fairseq"), lambda path: library("torch").save(fairseq_checkpoint(CONFIG, WEIGHTS), path)),
+    "index": (_open_index, _write_index),
 }
 
 
@@ -96,30 +118,32 @@ def _mutate(data: bytearray, chance: random.Random) -> None:
             del data[at : at + length]
 
 
-def outcome(kind: Callable[[Path], TensorFile], path: Path) -> str:
-    """Reads all that a file has: "loaded", or what it was rejected for."""
+def outcome(opener: Callable[[Path], list[TensorFile]], path: Path) -> str:
+    """Reads all that a file, or the files of an index, have: "loaded", or what it was rejected for."""
     try:
-        file = kind(path)
+        files = opener(path)
     except CheckpointError as error:
         message = str(error)
         assert message.startswith(f"{path}: "), message
         assert message.isprintable(), message
-        assert len(message) < len(str(path)) + 320, message
+        assert len(message) < len(str(path)) + (2000 if opener is _open_index else 320), message  # It lists 8 names.
         return "rejected"
-    size = path.stat().st_size
-    assert sum(info.nbytes for name, info in file.tensors.items() if name != HEAD) <= size
-    for name, info in file.tensors.items():
-        array = file.read(name)
-        assert array.shape == info.shape
-        assert array.dtype == info.dtype.storage
-        assert array.copy().nbytes == info.nbytes <= size
-        file.release(name)
+    for file in files:
+        size = file.path.stat().st_size
+        assert sum(info.nbytes for name, info in file.tensors.items() if name != HEAD) <= size
+        for name, info in file.tensors.items():
+            array = file.read(name)
+            assert array.shape == info.shape
+            assert array.dtype == info.dtype.storage
+            assert array.copy().nbytes == info.nbytes <= size
+            file.release(name)
     return "loaded"
 
 
 def fuzz(name: str, path: Path, cases: int, seed: int) -> tuple[dict[str, int], float]:
     """Outcomes of so many cases of one kind, and the time of the slowest in seconds."""
-    format, write = KINDS[name]
+    opener, write = KINDS[name]
+    path = path.with_name(f"{path.name}.index.json")  # For the index alone, but of no harm to the others.
     write(path)
     counts: dict[str, int] = collections.Counter()
     slowest = 0.0
@@ -128,7 +152,7 @@ def fuzz(name: str, path: Path, cases: int, seed: int) -> tuple[dict[str, int], 
         path.write_bytes(mutant)
         begin = time.perf_counter()
         try:
-            counts[outcome(FORMATS[format].open, path)] += 1
+            counts[outcome(opener, path)] += 1
         except BaseException as error:
             error.add_note(f"{name}, seed {seed}, case {case}")
             raise

@@ -8,19 +8,22 @@ import struct
 import numpy as np
 import pytest
 
+from tests.checkpoint_files import write_safetensors
 from tests.frameworks import backends_under_test
 from xglm_core import XGLMConfig, open_checkpoint
 from xglm_core.checkpoint import DTYPES, convert, plan_loading, save_checkpoint
 from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, float_type
-from xglm_core.checkpoint.folder import INDEX_FILE, WEIGHTS_FILE, parse_size
+from xglm_core.checkpoint.folder import WEIGHTS_FILE
 from xglm_core.checkpoint.mapped import copy_numbers
-from xglm_core.checkpoint.safetensors import SafetensorsFile, write_safetensors
+from xglm_core.checkpoint.safetensors import SafetensorsFile
+from xglm_core.checkpoint.writing import parse_size
 from xglm_core.config import CONFIG_FILE
 from xglm_core.errors import CheckpointError, ConfigError, InputError
 from xglm_core.files import replacing
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 
 CONFIG = XGLMConfig(vocab_size=131, max_position_embeddings=61, d_model=35, ffn_dim=53, num_layers=3, attention_heads=5)
+INDEX_FILE = "model.safetensors.index.json"
 POSITIONS = "model.embed_positions.weights"
 
 

@@ -294,4 +294,4 @@ try:
 except BackendError as error:
     print(json.dumps(str(error)))
 """
-        assert run(code).endswith("tf_model.h5: reading it needs h5py, not installed here; run: pip install 'xglm[h5]'")
+        assert run(code).endswith("tf_model.h5: needs h5py, not installed here; run: pip install 'xglm[h5]'")

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from conformance.random_weights import random_weights, write_checkpoint
-from tests.checkpoint_files import fairseq_checkpoint, library, write_flax, write_torch
+from tests.checkpoint_files import fairseq_checkpoint, library, write_flax, write_safetensors, write_torch
 from tests.commands import ROOT, run_xglm
 from tests.models import CONFIG, changed
 from xglm_core import XGLMConfig, open_checkpoint
 from xglm_core.checkpoint import DTYPES, plan_loading, save_checkpoint
 from xglm_core.checkpoint.inspection import Inspection, inspect_checkpoint
-from xglm_core.checkpoint.safetensors import write_safetensors
 from xglm_core.cli import main
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 
@@ -247,7 +246,9 @@ class TestCommand:
         monkeypatch.setenv("COLUMNS", "80")
         assert main(["inspect", "examples/tiny_model/checkpoint"]) == 0
         assert f"$ xglm inspect examples/tiny_model/checkpoint\n{capsys.readouterr().out}```" in page
-        rows = re.findall(r"^\| (`.*`) \| .* \|$", page.partition("`--json` prints")[2], re.MULTILINE)
+        rows = re.findall(
+            r"^\| (`.*`) \| .* \|$", page.partition("`--json` prints")[2].partition("\n## ")[0], re.MULTILINE
+        )
         keys = [key for row in rows for key in re.findall("`(.*?)`", row)]
         assert keys == [key.name for key in dataclasses.fields(Inspection)]
 

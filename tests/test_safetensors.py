@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64
-from xglm_core.checkpoint.safetensors import SafetensorsFile, write_safetensors
-from xglm_core.errors import CheckpointError
+from conformance.random_weights import random_weights
+from tests.checkpoint_files import library, write_safetensors
+from tests.models import CONFIG
+from xglm_core import convert_checkpoint, open_checkpoint
+from xglm_core.checkpoint import plan_loading
+from xglm_core.checkpoint.dtypes import BFLOAT16, BY_CODE, DTYPES, FLOAT16, FLOAT32, FLOAT64, convert
+from xglm_core.checkpoint.safetensors import SafetensorsFile
+from xglm_core.errors import CheckpointError, InputError
 from xglm_core.files import replacing
 
 RANDOM = np.random.default_rng(0)
@@ -353,3 +358,46 @@ class TestAllowed:
     def test_every_type(self, path, dtype):
         arrays = write(path, {"w": np.arange(5)}, dtype)
         assert read_all(path)["w"].tolist() == arrays["w"].tolist() == [0, 1, 2, 3, 4]
+
+
+class TestEightBits:
+    """Types that are read alone."""
+
+    BITS = np.arange(256, dtype=np.uint8)
+
+    def values(self, name):
+        """What PyTorch takes each pattern for."""
+        torch = library("torch")
+        return torch.from_numpy(self.BITS).view(getattr(torch, name)).float().numpy()
+
+    @pytest.mark.parametrize(("code", "name"), [("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2")])
+    def test_every_number(self, path, code, name):
+        write_raw(path, {"w": entry(0, 256, [16, 16], code)}, self.BITS.tobytes())
+        file = SafetensorsFile(path)
+        dtype = file.tensors["w"].dtype
+        assert dtype is BY_CODE[code]
+        with np.errstate(invalid="ignore"):
+            found = convert(file.read("w"), dtype, FLOAT32)
+        np.testing.assert_array_equal(found.reshape(-1), self.values(name), strict=True)
+        signs = np.signbit(found.reshape(-1))[~np.isnan(found.reshape(-1))]
+        np.testing.assert_array_equal(signs, (self.BITS >= 128)[~np.isnan(found.reshape(-1))])
+        half = convert(file.read("w"), dtype, FLOAT16).reshape(-1)
+        np.testing.assert_array_equal(half.astype(np.float32), self.values(name))  # All of them are float16, too.
+        bits = convert(file.read("w"), dtype, BFLOAT16).reshape(-1).astype(np.uint32) << 16
+        np.testing.assert_array_equal(bits.view(np.float32), self.values(name))
+
+    def test_models_have_float32(self, tmp_path):
+        weights = {name: np.abs(array).astype(np.float16) for name, array in random_weights(CONFIG, seed=1).items()}
+        stored = {name: (array.view(np.uint16) >> 8).astype(np.uint8) for name, array in weights.items()}
+        CONFIG.save_pretrained(tmp_path)
+        with open(tmp_path / "model.safetensors", "wb") as file:
+            tensors = [(name, BY_CODE["F8_E5M2"], array.shape) for name, array in stored.items()]
+            write_safetensors(file, tensors, stored.__getitem__)
+        plan = plan_loading(open_checkpoint(tmp_path), with_head=True, dtype="auto")
+        assert plan.dtype is FLOAT32
+        with pytest.raises(InputError, match="are of 8 bits, which can only be read; give the dtype"):
+            convert_checkpoint(tmp_path, tmp_path / "new", to="torch")
+        convert_checkpoint(tmp_path, tmp_path / "new", to="torch", dtype="float16")
+        checkpoint = open_checkpoint(tmp_path / "new")
+        for name, array in stored.items():
+            np.testing.assert_array_equal(checkpoint.read(name).view(np.uint16), array.astype(np.uint16) << 8)

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xglm_core.checkpoint.convert import convert_checkpoint
     from xglm_core.checkpoint.folder import open_checkpoint
     from xglm_core.config import XGLMConfig
     from xglm_core.generation.config import GenerationConfig
@@ -22,6 +23,7 @@ _HOMES = {
     "XGLMConfig": "xglm_core.config",
     "XGLMTokenizer": "xglm_core.tokenization.sentencepiece",
     "XGLMTokenizerFast": "xglm_core.tokenization.fast",
+    "convert_checkpoint": "xglm_core.checkpoint.convert",
     "open_checkpoint": "xglm_core.checkpoint.folder",
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "XGLMConfig",
     "XGLMTokenizer",
     "XGLMTokenizerFast",
+    "convert_checkpoint",
     "open_checkpoint",
 ]
 

@@ -14,8 +14,9 @@ import keras
 import tensorflow as tf
 
 from xglm_core.checkpoint.dtypes import float_type
-from xglm_core.checkpoint.folder import open_checkpoint, save_checkpoint
+from xglm_core.checkpoint.folder import open_checkpoint
 from xglm_core.checkpoint.loading import LoadPlan, plan_loading
+from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.hub import HubOptions

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from xglm_core.checkpoint.dtypes import float_type
-from xglm_core.checkpoint.folder import open_checkpoint, save_checkpoint
+from xglm_core.checkpoint.folder import open_checkpoint
 from xglm_core.checkpoint.loading import plan_loading
+from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows

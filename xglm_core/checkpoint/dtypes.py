@@ -1,10 +1,12 @@
 """The floating-point types of checkpoint files, in numpy.
 
 numpy has no bfloat16. Its numbers are held as their bit patterns, uint16; a backend reinterprets these without a copy.
+Nor has it the two types of 8 bits, which are read alone: models have none of them.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ class FloatType:
     Attributes:
         name: the name users give, e.g. "bfloat16".
         code: the name in a safetensors header, e.g. "BF16".
-        storage: the numpy type that holds it; uint16 bit patterns for bfloat16.
+        storage: the numpy type that holds it; bit patterns, uint16 or uint8, for bfloat16 and the types of 8 bits.
     """
 
     name: str
@@ -32,11 +34,14 @@ FLOAT32 = FloatType("float32", "F32", np.dtype("<f4"))
 FLOAT16 = FloatType("float16", "F16", np.dtype("<f2"))
 BFLOAT16 = FloatType("bfloat16", "BF16", np.dtype("<u2"))
 FLOAT64 = FloatType("float64", "F64", np.dtype("<f8"))
+FLOAT8_E4M3 = FloatType("float8_e4m3", "F8_E4M3", np.dtype("u1"))
+FLOAT8_E5M2 = FloatType("float8_e5m2", "F8_E5M2", np.dtype("u1"))
 
-# What models can have; files can have float64, too.
+# What models can have; files can have float64, too, and safetensors the types of 8 bits.
 DTYPES = {dtype.name: dtype for dtype in (FLOAT32, FLOAT16, BFLOAT16)}
 STORED = {**DTYPES, FLOAT64.name: FLOAT64}
-BY_CODE = {dtype.code: dtype for dtype in STORED.values()}
+FLOAT8 = (FLOAT8_E4M3, FLOAT8_E5M2)
+BY_CODE = {dtype.code: dtype for dtype in (*STORED.values(), *FLOAT8)}
 
 _BLOCK = 2**16  # Numbers to convert at a time: what is temporary stays small, and within the processor's cache.
 
@@ -68,19 +73,49 @@ def convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarr
     return _convert(array, source, target)
 
 
+def overflows(array: np.ndarray, source: FloatType, converted: np.ndarray, target: FloatType) -> bool:
+    """Whether converting made a finite number infinite."""
+    if source is target or source in FLOAT8:  # Whose largest number, 57344, is within the range of all.
+        return False
+    return bool(_infinite(converted, target) > _infinite(array, source))
+
+
+def _infinite(array: np.ndarray, dtype: FloatType) -> int:
+    """How many of the numbers are infinite."""
+    return int(np.count_nonzero((array & 0x7FFF) == 0x7F80 if dtype is BFLOAT16 else np.isinf(array)))
+
+
 def _convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarray:
     numbers, result = array.reshape(-1), np.empty(array.size, target.storage)
     for begin in range(0, array.size, _BLOCK):
         block = slice(begin, begin + _BLOCK)
-        values = _bfloat16_to_float32(numbers[block]) if source is BFLOAT16 else numbers[block]
+        values = _float_values(numbers[block], source)
         with np.errstate(over="ignore"):
             result[block] = _float32_to_bfloat16(values) if target is BFLOAT16 else values
     return result.reshape(array.shape)
 
 
-def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 is the upper half of a float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def _float_values(numbers: np.ndarray, dtype: FloatType) -> np.ndarray:
+    """The numbers in a type that numpy has."""
+    if dtype is BFLOAT16:  # The upper half of a float32.
+        return (numbers.astype(np.uint32) << 16).view(np.float32)
+    return _float8_values(dtype)[numbers] if dtype in FLOAT8 else numbers
+
+
+@functools.cache
+def _float8_values(dtype: FloatType) -> np.ndarray:
+    """What each of the 256 bit patterns stands for, float32 [256].
+
+    E4M3 has no infinities, and NaN only where all bits but the sign are set; E5M2 is the upper half of a float16.
+    """
+    bits = np.arange(256, dtype=np.uint8)
+    if dtype is FLOAT8_E5M2:
+        return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    exponent, mantissa = (bits >> 3 & 0xF).astype(np.float32), (bits & 7).astype(np.float32)
+    normal = exponent > 0
+    values = np.ldexp(mantissa / 8 + normal, (np.maximum(exponent, 1) - 7).astype(np.int32))
+    values[bits & 0x7F == 0x7F] = np.nan
+    return np.copysign(values, np.where(bits & 0x80, -1, 1)).astype(np.float32)
 
 
 def _float32_to_bfloat16(values: np.ndarray) -> np.ndarray:

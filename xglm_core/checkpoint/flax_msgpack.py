@@ -20,8 +20,8 @@ from xglm_core.checkpoint.dtypes import STORED, FloatType
 from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, is_shape, matrix_info, shown
 from xglm_core.weight_names import canonical_name
 
-_CHUNKED = "__msgpack_chunked_array__"
-_ARRAY_TYPE = 1
+CHUNKED = "__msgpack_chunked_array__"
+ARRAY_TYPE = 1
 
 _MOST_DEPTH = 16
 _MOST_ENTRIES = 100_000  # Of all maps together.
@@ -147,8 +147,8 @@ class FlaxFile(TensorFile):
     def _array(self, place: tuple[str, ...], size: int) -> _Array:
         kind = self._take(1)[0]
         end = self._position + size
-        if kind != _ARRAY_TYPE:
-            self._refuse(place, f"is of the extension type {kind}, expected an array (type {_ARRAY_TYPE})")
+        if kind != ARRAY_TYPE:
+            self._refuse(place, f"is of the extension type {kind}, expected an array (type {ARRAY_TYPE})")
         parts, dimensions = self._expect("array", place), self._expect("array", place)
         shape = [self._expect("int", place) for _ in range(min(dimensions, 64))]
         dtype, length = STORED.get(self._text(place)), self._expect("bin", place)
@@ -209,7 +209,7 @@ class FlaxFile(TensorFile):
 
 def _leaves(tree: dict[str, Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in tree.items():
-        if isinstance(value, dict) and _CHUNKED not in value:
+        if isinstance(value, dict) and CHUNKED not in value:
             yield from _leaves(value, (*place, key))
         else:
             yield (*place, key), value

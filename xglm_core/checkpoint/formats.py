@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any, Protocol
 
 from xglm_core.checkpoint.fairseq import FairseqFile
 from xglm_core.checkpoint.flax_msgpack import FlaxFile
+from xglm_core.checkpoint.flax_writer import FLAX_WRITER
 from xglm_core.checkpoint.keras_h5 import KerasFile
-from xglm_core.checkpoint.mapped import TensorFile
-from xglm_core.checkpoint.safetensors import SafetensorsFile
+from xglm_core.checkpoint.keras_writer import KERAS_WRITER
+from xglm_core.checkpoint.layout import Writer
+from xglm_core.checkpoint.mapped import TensorFile, shown
+from xglm_core.checkpoint.safetensors import SAFETENSORS_WRITER, SafetensorsFile
 from xglm_core.checkpoint.torch_bin import TorchFile
+from xglm_core.checkpoint.torch_writer import TORCH_WRITER
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.hub import Source
 
@@ -39,12 +44,14 @@ class Format:
         name: what users give as `weights`.
         file: the file that holds all weights.
         open: opens a file of the format.
+        writer: how to write it; None for a format that is only read.
         sharded: whether weights may be in several files, which an index then lists.
     """
 
     name: str
     file: str
     open: Reader
+    writer: Writer | None
     sharded: bool = True
 
     @property
@@ -52,16 +59,26 @@ class Format:
         """The file that says which weight is in which file."""
         return f"{self.file}.index.json"
 
+    def shard_names(self, count: int) -> list[str]:
+        """The names of the files that hold the weights together."""
+        stem, suffix = self.file.rsplit(".", 1)
+        return [self.file] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}" for i in range(count)]
+
+    def is_weight_file(self, name: str) -> bool:
+        """Whether a file of this name holds weights in this format, or is their index."""
+        stem, suffix = map(re.escape, self.file.rsplit(".", 1))
+        return name in (self.file, self.index) or bool(re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{suffix}", name))
+
 
 # In the order of preference: first what needs no interpretation, then what most repositories have.
 FORMATS = {
     format.name: format
     for format in (
-        Format("safetensors", "model.safetensors", SafetensorsFile),
-        Format("torch", "pytorch_model.bin", TorchFile),
-        Format("flax", "flax_model.msgpack", FlaxFile),
-        Format("tf", "tf_model.h5", KerasFile),
-        Format("fairseq", "model.pt", FairseqFile, sharded=False),
+        Format("safetensors", "model.safetensors", SafetensorsFile, SAFETENSORS_WRITER),
+        Format("torch", "pytorch_model.bin", TorchFile, TORCH_WRITER),
+        Format("flax", "flax_model.msgpack", FlaxFile, FLAX_WRITER),
+        Format("tf", "tf_model.h5", KerasFile, KERAS_WRITER),
+        Format("fairseq", "model.pt", FairseqFile, writer=None, sharded=False),
     )
 }
 
@@ -124,7 +141,7 @@ def open_files(folder: Path, format: Format) -> list[TensorFile]:
     listed = [(format.open.canonical_name(name), file) for name, file in weight_map.items()]
     different = sorted({*stored} ^ {*listed})
     if different or len({name for name, _ in stored}) < len(stored):
-        names = [f"{name!r} in {file!r}" for name, file in different] or ["a name that is in two files"]
+        names = [f"{_quoted(name)} in {_quoted(file)}" for name, file in different] or ["a name that is in two files"]
         raise CheckpointError(f"{path}: index and files disagree on {shortened(names)}")
     return files
 
@@ -133,6 +150,11 @@ def shortened(items: Sequence[str], most: int = 8) -> str:
     """The first items of a list in words."""
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return (", ".join(items[:most]) or "nothing") + rest
+
+
+def _quoted(value: Any) -> str:
+    """A value of an index, which may be anything that JSON can hold, to be part of a message."""
+    return shown(value) if isinstance(value, str) else repr(value)[:100]
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -159,7 +181,9 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _not_in_folder(index: Path, name: Any) -> CheckpointError:
-    return CheckpointError(f"{index}: names the file {name!r}, which is not in the folder; is a download incomplete?")
+    return CheckpointError(
+        f"{index}: names the file {_quoted(name)}, which is not in the folder; is a download incomplete?"
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

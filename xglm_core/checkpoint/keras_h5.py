@@ -34,12 +34,7 @@ class KerasFile(TensorFile):
         super().__init__(path, least=len(_SIGNATURE))
         if self._map[: len(_SIGNATURE)] != _SIGNATURE:
             raise self._damaged("does not begin as an HDF5 file")
-        try:
-            import h5py
-        except ImportError:
-            raise BackendError(
-                f"{self.path}: reading it needs h5py, not installed here; run: pip install 'xglm[h5]'"
-            ) from None
+        h5py = import_h5py(self.path)
         self._entries = 0
         try:
             with h5py.File(self.path, "r", locking=False) as file:
@@ -103,6 +98,15 @@ class KerasFile(TensorFile):
             if info.begin < position and info.nbytes:
                 raise self._damaged(f"tensor {shown(name)}: begins at byte {info.begin}, within another tensor")
             position = max(position, info.end)
+
+
+def import_h5py(path: str | os.PathLike[str]) -> Any:
+    """The library, or a `BackendError` that names the file it is needed for."""
+    try:
+        import h5py
+    except ImportError:
+        raise BackendError(f"{path}: needs h5py, not installed here; run: pip install 'xglm[h5]'") from None
+    return h5py
 
 
 def _canonical(stored: str) -> tuple[str, bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,6 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
 
 MOST_LAYERS = 1000  # Whose weights may be listed, unless a checkpoint has as many tensors.
-
-_COMPARED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -133,19 +130,13 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     head, embedding = checkpoint.info(HEAD), checkpoint.info(EMBEDDING)
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return False
-    same = all(
-        np.array_equal(ours, theirs)
-        for ours, theirs in zip(_chunks(checkpoint, HEAD), _chunks(checkpoint, EMBEDDING), strict=True)
+    transposed = head.strides is not None  # Most often it is what is stored transposed, and slow to read otherwise.
+    bits = f"u{head.dtype.storage.itemsize}"  # As a NaN is not equal to itself.
+    return all(
+        np.array_equal(ours.view(bits), theirs.view(bits))
+        for ours, theirs in zip(
+            checkpoint.blocks(HEAD, head.dtype, transposed=transposed),
+            checkpoint.blocks(EMBEDDING, head.dtype, transposed=transposed),
+            strict=True,
+        )
     )
-    for name in (HEAD, EMBEDDING):
-        checkpoint.release(name)
-    return same
-
-
-def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, some rows at a time."""
-    tensor = checkpoint.read(name)
-    rows = max(1, _COMPARED_BYTES // max(1, tensor[:1].nbytes))
-    for begin in range(0, len(tensor), rows):
-        # Bytes, as a NaN is not equal to itself. Of a tensor that is stored transposed, this copies the rows.
-        yield np.ascontiguousarray(tensor[begin : begin + rows]).view(np.uint8)

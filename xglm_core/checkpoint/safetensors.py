@@ -1,4 +1,4 @@
-"""The safetensors format, read and written with numpy alone.
+"""The safetensors format, read and written.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes. The header maps each
 name to `dtype`, `shape` and `data_offsets` (begin and end within the bytes after the header). Nothing in a file is
@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
-import numpy as np
-
-from xglm_core.checkpoint.dtypes import BY_CODE, FloatType
+from xglm_core.checkpoint.dtypes import BY_CODE
+from xglm_core.checkpoint.layout import Entry, Layout, Writer
 from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, are_sizes, is_shape, shown
 from xglm_core.errors import CheckpointError
 
@@ -101,31 +100,18 @@ class SafetensorsFile(TensorFile):
             raise self._damaged(f"the tensors end at byte {position}, but the file has {self._size}")
 
 
-def write_safetensors(
-    file: BinaryIO,
-    tensors: Sequence[tuple[str, FloatType, tuple[int, ...]]],
-    read: Callable[[str], np.ndarray],
-) -> None:
-    """Writes a file, holding one tensor in memory at a time.
-
-    Args:
-        file: open for writing.
-        tensors: name, type and shape of each tensor.
-        read: gives a tensor by name, in the stored type (see `FloatType.storage`) and the shape announced.
-    """
+def _lay_out(file: BinaryIO, entries: Sequence[Entry], sharded: bool) -> Layout:
     header: dict[str, Any] = {_METADATA: {"format": "pt"}}  # transformers refuses files that do not name a framework.
     position = 0
-    for name, dtype, shape in tensors:
-        end = position + math.prod(shape) * dtype.storage.itemsize
-        header[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [position, end]}
+    for entry in entries:
+        end = position + entry.nbytes
+        header[entry.name] = {"dtype": entry.dtype.code, "shape": list(entry.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)  # Keeps the tensors aligned to 8 bytes.
-    file.write(len(text).to_bytes(_LENGTH_BYTES, "little"))
-    file.write(text)
-    for name, dtype, shape in tensors:
-        array = read(name)
-        if array.shape != shape or array.dtype != dtype.storage:
-            raise ValueError(f"{name}: announced {dtype.storage} {shape}, got {array.dtype} {array.shape}")
-        file.write(np.ascontiguousarray(array).data)
-    file.flush()  # A full disk shows here, while nothing has been replaced yet.
+    file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+    start = file.tell()
+    return Layout([[(start + header[entry.name]["data_offsets"][0], entry.nbytes)] for entry in entries])
+
+
+SAFETENSORS_WRITER = Writer(_lay_out, stored_name=lambda spec: spec.name)

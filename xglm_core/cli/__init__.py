@@ -18,6 +18,7 @@ from xglm_core.errors import InputError, XGLMError
 _COMMANDS = {
     "inspect": "show what a checkpoint holds, without loading it",
     "compare": "run a checkpoint in each framework and compare the results",
+    "convert": "write a checkpoint in another format or type",
     "bench": "make checkpoints for benchmarks",
 }
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, convert
-from xglm_core.checkpoint.folder import INDEX_FILE, WEIGHTS_FILE, save_checkpoint
+from xglm_core.checkpoint.formats import FORMATS
+from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.cli import show_help
 from xglm_core.config import CONFIG_FILE, PRESETS, XGLMConfig
 from xglm_core.errors import InputError
@@ -81,7 +82,8 @@ def write_random_checkpoint(
     Raises:
         InputError: the folder holds a checkpoint and `force` is False, or `max_shard_size` is no size.
     """
-    found = [name for name in (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE) if (folder / name).exists()]
+    safetensors = FORMATS["safetensors"]
+    found = [name for name in (CONFIG_FILE, safetensors.file, safetensors.index) if (folder / name).exists()]
     if found and not force:
         raise InputError(f"{folder}: already holds {found[0]}; choose another folder, or replace it with --force")
     specs = weight_specs(config, with_head=not config.tie_word_embeddings)

@@ -21,14 +21,15 @@ class BackendModel:
     Args:
         backend: "torch", "tf" or "flax".
         folder: the checkpoint.
+        weights: the format to read; see `open_checkpoint`.
 
     Raises:
         XGLMError: the backend is not installed, or the checkpoint cannot be loaded.
     """
 
-    def __init__(self, backend: str, folder: str | Path) -> None:
+    def __init__(self, backend: str, folder: str | Path, weights: str | None = None) -> None:
         model_class = getattr(load_backend(backend), BACKENDS[backend].causal_lm)
-        self._model = model_class.from_pretrained(folder, dtype="float32")
+        self._model = model_class.from_pretrained(folder, dtype="float32", weights=weights)
         self._tensor, self._inference = _CONVERSIONS[backend]()
 
     def full(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -36,6 +36,7 @@ class Job:
         attention_mask: 1 for tokens, 0 for padding [batch][length]; None to pass none.
         chunks: lengths of the pieces of the chunked pass.
         new_tokens: most tokens to generate; 0 for none.
+        weights: the format to read; see `open_checkpoint`.
     """
 
     checkpoint: str
@@ -43,6 +44,7 @@ class Job:
     attention_mask: list[list[int]] | None
     chunks: list[int]
     new_tokens: int = 0
+    weights: str | None = None
 
 
 def array_file(folder: Path, job: int, name: str) -> Path:
@@ -69,7 +71,7 @@ def run_jobs(backend: str, folder: Path) -> dict[str, Any]:
 
 def _arrays(backend: str, job: Job) -> Iterator[tuple[str, np.ndarray]]:
     """The results of a job by name, one at a time: with 256,008 logits at each position they are large."""
-    model = BackendModel(backend, job.checkpoint)
+    model = BackendModel(backend, job.checkpoint, job.weights)
     input_ids = np.array(job.input_ids, np.int64)
     mask = None if job.attention_mask is None else np.array(job.attention_mask, np.int64)
     logits, hidden_states = model.full(input_ids, mask)

@@ -1,0 +1,320 @@
+"""Writing a checkpoint folder in any format: whole or not at all, a few megabytes in memory, and read back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+
+from xglm_core.checkpoint.dtypes import FloatType
+from xglm_core.checkpoint.formats import FORMATS, Format
+from xglm_core.checkpoint.layout import Entry, Layout, Piece, Writer
+from xglm_core.checkpoint.mapped import row_blocks
+from xglm_core.config import CONFIG_FILE, XGLMConfig
+from xglm_core.errors import CheckpointError, InputError
+from xglm_core.files import remove_leftovers, replacing
+from xglm_core.weight_names import WeightSpec
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_READERS = 2  # Threads that read a file back.
+
+Item = TypeVar("Item")
+
+# What is called with the numbers of bytes that were written and that were read back since the last call.
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class NewWeight:
+    """A weight to be written, and its type in the file."""
+
+    spec: WeightSpec
+    dtype: FloatType
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.spec.shape) * self.dtype.storage.itemsize
+
+
+# Gives a weight in blocks of rows, see `row_blocks`: by canonical name, and whether each block is transposed.
+Blocks = Callable[[str, bool], Iterator[np.ndarray]]
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    config: XGLMConfig,
+    specs: Sequence[WeightSpec],
+    dtype: FloatType,
+    read: Callable[[str], np.ndarray],
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a checkpoint as safetensors that transformers can load too, one tensor in memory at a time.
+
+    An older checkpoint in the folder stays whole until the new one is complete; then it is replaced, and weight files
+    that no longer belong to it are removed.
+
+    Args:
+        folder: created if it is missing.
+        config: written as `config.json`.
+        specs: the weights.
+        dtype: the type that `read` gives.
+        read: gives a weight by canonical name, in canonical shape and in `dtype.storage`.
+        max_shard_size: most bytes in one file, as a number or e.g. "500MB"; a larger single tensor has its own file.
+
+    Raises:
+        InputError: `max_shard_size` is no size.
+        ConfigError: the configuration cannot be saved.
+        CheckpointError: the files cannot be written.
+    """
+    write_checkpoint(
+        Path(folder),
+        FORMATS["safetensors"],
+        [NewWeight(spec, dtype) for spec in specs],
+        lambda name, transposed: row_blocks(read(name), transposed=transposed),
+        {CONFIG_FILE: config.to_json_string().encode()},
+        parse_size(max_shard_size),
+    )
+
+
+def write_checkpoint(
+    folder: Path,
+    format: Format,
+    weights: Sequence[NewWeight],
+    blocks: Blocks,
+    others: Mapping[str, bytes],
+    max_shard_bytes: int,
+    advance: Advance = lambda written, verified: None,
+) -> None:
+    """Writes weights in a format, with their index if there are several files, and other files beside them.
+
+    All files are complete, and their weights were read back and compared, before the first takes its name. The file by
+    which the weights are found, their only one or their index, is the last to do so.
+
+    Args:
+        folder: created if it is missing.
+        format: has a writer.
+        weights: what to write.
+        blocks: gives their numbers.
+        others: the contents of other files by name, among them `config.json`.
+        max_shard_bytes: most bytes of weights in one file.
+        advance: is told about the progress.
+
+    Raises:
+        CheckpointError: a file cannot be written, or does not read back as what was written.
+    """
+    assert format.writer is not None
+    shards = list(_split(weights, max_shard_bytes))
+    names = format.shard_names(len(shards))
+    index = {
+        "metadata": {"total_size": sum(weight.nbytes for weight in weights)},
+        "weight_map": {
+            format.writer.stored_name(weight.spec): name
+            for name, shard in zip(names, shards, strict=True)
+            for weight in shard
+        },
+    }
+    texts = dict(others)
+    if len(shards) > 1:
+        texts[format.index] = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        # The first that is opened is the last that is renamed.
+        order = sorted([*texts, *names], key=lambda name: name not in (format.index, format.file))
+        with contextlib.ExitStack() as all_or_nothing:
+            files = {name: all_or_nothing.enter_context(replacing(folder / name)) for name in order}
+            for name, text in texts.items():
+                files[name].write(text)
+            for name, shard in zip(names, shards, strict=True):
+                _write_weights(files[name], folder / name, format, shard, blocks, len(shards) > 1, advance)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written: {error.strerror or error}; what the folder held before is unchanged"
+        ) from None
+    for entry in folder.iterdir():
+        if format.is_weight_file(entry.name) and entry.name not in (*names, *texts):
+            entry.unlink()
+
+
+def parse_size(size: int | str) -> int:
+    """A number of bytes from 5000000000, "5GB" or "5GiB".
+
+    Raises:
+        InputError: it is none of these, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
+    if not match or (count := int(Decimal(match[1]) * _UNITS[match[2] or ""])) < 1:
+        raise InputError(f"max_shard_size is {size!r}, expected a number of bytes or a size such as '500MB' or '5GB'")
+    return count
+
+
+def _write_weights(
+    file: BinaryIO,
+    path: Path,
+    format: Format,
+    weights: Sequence[NewWeight],
+    blocks: Blocks,
+    sharded: bool,
+    advance: Advance,
+) -> None:
+    """Writes one file, and reads it back while the system brings it to the disk."""
+    assert format.writer is not None
+    writer: Writer = format.writer
+    entries = [writer.entry(weight.spec, weight.dtype) for weight in weights]
+    checksums = write_numbers(
+        file,
+        entries,
+        writer.lay_out(file, entries, sharded),
+        lambda index: blocks(weights[index].spec.name, writer.is_transposed(weights[index].spec)),
+        advance,
+    )
+    with ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(os.fsync, file.fileno())
+        _verify(Path(file.name), path, format, weights, checksums, advance)
+        synced.result()
+
+
+def write_numbers(
+    file: BinaryIO,
+    entries: Sequence[Entry],
+    layout: Layout,
+    blocks: Callable[[int], Iterator[np.ndarray]],
+    advance: Advance = lambda written, verified: None,
+) -> list[int]:
+    """Fills in the numbers of a file that is laid out.
+
+    Args:
+        file: open for writing.
+        entries: what it holds.
+        layout: where that lies.
+        blocks: gives an entry, by its index, in blocks of rows, or of columns.
+        advance: is told about the progress.
+
+    Returns:
+        The CRC-32 of each entry's blocks. Of blocks of rows it is that of the stored bytes.
+    """
+    checksums = []
+    for index, (entry, pieces) in enumerate(zip(entries, layout.places, strict=True)):
+        checksum = count = 0
+        for block, so_far in _ahead(_with_checksums(blocks(index))):
+            checksum = so_far
+            _check_block(entry, block)
+            _write_block(file, pieces, entry, block, count)
+            count += block.size
+            advance(block.nbytes, 0)
+        if count * entry.dtype.storage.itemsize != entry.nbytes:
+            raise ValueError(f"{entry.name}: announced {entry.dtype.storage} {entry.shape}, got {count} numbers")
+        checksums.append(checksum)
+    layout.finish(checksums)
+    file.flush()  # A full disk shows here, while nothing has been replaced yet.
+    return checksums
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each of which is made while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def _with_checksums(blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks, and the CRC-32 of all up to each of them."""
+    checksum = 0
+    for block in blocks:
+        checksum = zlib.crc32(_bytes_of(block), checksum)
+        yield block, checksum
+
+
+def _check_block(entry: Entry, block: np.ndarray) -> None:
+    fits = len(entry.shape) < 2 or entry.shape[1:] == block.shape[1:] or entry.shape[:1] == block.shape[:1]
+    if block.dtype != entry.dtype.storage or block.ndim != max(1, len(entry.shape)) or not fits:
+        raise ValueError(
+            f"{entry.name}: announced {entry.dtype.storage} {entry.shape}, got {block.dtype} {block.shape}"
+        )
+
+
+def _write_block(file: BinaryIO, pieces: Sequence[Piece], entry: Entry, block: np.ndarray, count: int) -> None:
+    """Writes a block at its place, after `count` numbers of the entry."""
+    item = block.itemsize
+    if len(entry.shape) < 2 or block.shape[1:] == entry.shape[1:]:
+        _write_at(file, pieces, count * item, _bytes_of(block))
+        return
+    rows, columns = entry.shape
+    for row, numbers in enumerate(block):
+        _write_at(file, pieces, (row * columns + count // rows) * item, _bytes_of(numbers))
+
+
+def _write_at(file: BinaryIO, pieces: Sequence[Piece], position: int, data: memoryview) -> None:
+    """Writes bytes at a position within the numbers of an entry, which may be in several pieces."""
+    for begin, size in pieces:
+        if data and position < size:
+            part = data[: size - position]
+            file.seek(begin + position)
+            file.write(part)
+            data = data[len(part) :]
+            position = size
+        position -= size
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _verify(
+    written: Path,
+    path: Path,
+    format: Format,
+    weights: Sequence[NewWeight],
+    checksums: Sequence[int],
+    advance: Advance,
+) -> None:
+    """Reads a file back."""
+    assert format.writer is not None
+    writer = format.writer
+    file = format.open(written)
+    found = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
+    if found != {weight.spec.name: (weight.dtype, weight.spec.shape) for weight in weights}:
+        raise CheckpointError(f"{path}: was written with other names, types or shapes than it should have")
+
+    def checksum(weight: NewWeight) -> int:
+        name, result = weight.spec.name, 0
+        for block in row_blocks(file.read(name), transposed=writer.is_transposed(weight.spec)):
+            result = zlib.crc32(_bytes_of(block), result)
+            file.release(name)
+        return result
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for weight, expected, read in zip(weights, checksums, pool.map(checksum, weights), strict=True):
+            if read != expected:
+                raise CheckpointError(
+                    f"{path}: {weight.spec.name} was written with other numbers than it should have (CRC-32 "
+                    f"{read:08x}, expected {expected:08x}); is the disk or the memory faulty?"
+                )
+            advance(0, weight.nbytes)
+
+
+def _split(weights: Sequence[NewWeight], limit: int) -> Iterator[list[NewWeight]]:
+    """Cuts the weights, in order, into files of at most `limit` bytes."""
+    shard: list[NewWeight] = []
+    size = 0
+    for weight in weights:
+        if shard and size + weight.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(weight)
+        size += weight.nbytes
+    yield shard
