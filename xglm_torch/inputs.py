@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 
 from xglm_core.config import XGLMConfig
@@ -65,3 +68,10 @@ def check_head_arguments(
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor can be looked at."""
     return not (torch.compiler.is_compiling() or tensor.is_meta)
+
+
+def as_numpy(array: Any) -> np.ndarray | None:
+    """A tensor, numpy array or nested list as an array on the host; None stays None."""
+    if array is None:
+        return None
+    return array.numpy(force=True) if isinstance(array, torch.Tensor) else np.asarray(array)
