@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xglm_core.scoring.engine import TILE_VOCABULARY, in_chunks
+from xglm_core.scoring import engine
 from xglm_flax.weights import Params
 
 CompiledScorer = Callable[..., jax.Array]
@@ -35,7 +35,7 @@ class FlaxScorer:
         self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
     ) -> np.ndarray:
         """See `ScoringEngine.log_probabilities`."""
-        places, wanted = in_chunks(sources, input_ids.size), in_chunks(targets, input_ids.size)
+        places, wanted = engine.in_chunks(sources, input_ids.size), engine.in_chunks(targets, input_ids.size)
         filled = -(-len(targets) // places.shape[1])
         scores = self._compiled(self._params, input_ids, attention_mask, places, wanted, filled)
         return np.asarray(scores).reshape(-1)[: len(targets)]
@@ -63,7 +63,7 @@ def _log_probabilities(
 def _of_targets(module: Any, params: Params, states: jax.Array, targets: jax.Array) -> jax.Array:
     """log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
     vocabulary = module.config.vocab_size
-    block = min(TILE_VOCABULARY, vocabulary)
+    block = min(engine.TILE_VOCABULARY, vocabulary)
 
     def step(index: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         total, of_targets = sums

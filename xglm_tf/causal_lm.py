@@ -212,13 +212,6 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         logits = tf.matmul(rows, self.model.embed_tokens.embeddings, transpose_b=True)
         return tf.reshape(logits, (batch, length, self.config.vocab_size))
 
-    def logits_of(self, states: tf.Tensor, begin: tf.Tensor, count: int) -> tf.Tensor:
-        """[positions, d_model] -> logits [positions, count] of `count` ids from `begin` on."""
-        if self.lm_head is not None:
-            return tf.matmul(states, tf.cast(self.lm_head.kernel, states.dtype)[:, begin : begin + count])
-        rows = tf.cast(self.model.embed_tokens.embeddings, states.dtype)[begin : begin + count]
-        return tf.matmul(states, rows, transpose_b=True)
-
     @functools.cached_property
     def compiled_scorer(self) -> CompiledScorer:
         """The compiled function of `score`; kept, so that each shape is compiled once."""

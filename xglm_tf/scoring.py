@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
-from xglm_core.scoring.engine import TILE_VOCABULARY, in_chunks
+from xglm_core.scoring import engine
 
 if TYPE_CHECKING:
     from xglm_tf.causal_lm import TFXGLMForCausalLM
@@ -34,7 +34,7 @@ class TFScorer:
         self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
     ) -> np.ndarray:
         """See `ScoringEngine.log_probabilities`."""
-        places, wanted = in_chunks(sources, input_ids.size), in_chunks(targets, input_ids.size)
+        places, wanted = engine.in_chunks(sources, input_ids.size), engine.in_chunks(targets, input_ids.size)
         filled = -(-len(targets) // places.shape[1])
         scores = self._compiled(
             tf.constant(input_ids, tf.int32),
@@ -57,25 +57,36 @@ def _log_probabilities(
     """See `ScoringEngine.log_probabilities`; float32 [chunks, chunk], of which the first `filled` chunks count."""
     outputs = model.model(input_ids, attention_mask, use_cache=False, return_dict=True)
     states = tf.reshape(outputs.last_hidden_state, (-1, model.config.d_model))
+    tied = model.lm_head is None
+    matrix = tf.convert_to_tensor(model.model.embed_tokens.embeddings if tied else model.lm_head.kernel)
 
     def step(index: tf.Tensor, scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        new = _of_targets(model, tf.gather(states, sources[index]), targets[index])
+        new = _of_targets(matrix, tied, tf.gather(states, sources[index]), targets[index])
         return index + 1, tf.tensor_scatter_nd_update(scores, [[index]], new[None])
 
     _, scores = tf.while_loop(lambda index, _: index < filled, step, (0, tf.zeros(sources.shape)))
     return scores
 
 
-def _of_targets(model: TFXGLMForCausalLM, states: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
-    vocabulary = model.config.vocab_size
-    block = min(TILE_VOCABULARY, vocabulary)
+def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """log softmax(head(states))[target], float32 [positions].
+
+    Args:
+        matrix: the embedding [vocab_size, d_model] if it is `tied`, else a head [d_model, vocab_size].
+        tied: which of the two it is.
+        states: [positions, d_model].
+        targets: int32 [positions].
+    """
+    vocabulary, width = matrix.shape if tied else matrix.shape[::-1]
+    block = min(engine.TILE_VOCABULARY, vocabulary)
 
     def step(index: tf.Tensor, total: tf.Tensor, of_targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         # The last block is a full one, too, and repeats some of the one before.
         begin = tf.minimum(index * block, vocabulary - block)
         ids = begin + tf.range(block)
-        logits = tf.cast(model.logits_of(states, begin, block), tf.float32)
+        # All sizes said: where XLA has to find one itself, it pads the whole matrix to twice its size.
+        part = tf.slice(matrix, (begin, 0), (block, width)) if tied else tf.slice(matrix, (0, begin), (width, block))
+        logits = tf.cast(tf.matmul(states, tf.cast(part, states.dtype), transpose_b=tied), tf.float32)
         of_targets = tf.where(
             (targets >= begin) & (targets < begin + block),
             tf.gather(logits, tf.clip_by_value(targets - begin, 0, block - 1), batch_dims=1),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from xglm_core.scoring.engine import TILE_POSITIONS, TILE_VOCABULARY
+from xglm_core.scoring import engine
 from xglm_torch.products import fast_products
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class TorchScorer:
         ids, mask = torch.from_numpy(input_ids).to(device), torch.from_numpy(attention_mask).to(device)
         with fast_products():
             states = self.model.model(ids, mask, use_cache=False, return_dict=True).last_hidden_state.flatten(0, 1)
-            chunk = TILE_POSITIONS
+            chunk = engine.TILE_POSITIONS
             if not _has_plain_weight(head):
-                chunk = max(1, TILE_POSITIONS * TILE_VOCABULARY // self.model.config.vocab_size)
+                chunk = max(1, engine.TILE_POSITIONS * engine.TILE_VOCABULARY // self.model.config.vocab_size)
             places, wanted = (torch.from_numpy(array).to(states.device) for array in (sources, targets))
             scores = [
                 _of_targets(head, states[at], tokens)
@@ -67,8 +67,8 @@ def _logit_blocks(head: nn.Module, states: torch.Tensor) -> Iterator[tuple[int, 
     if not _has_plain_weight(head):
         yield 0, head(states).to(torch.float32, copy=True)
         return
-    for begin in range(0, len(head.weight), TILE_VOCABULARY):
-        yield begin, F.linear(states, head.weight[begin : begin + TILE_VOCABULARY]).float()
+    for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
+        yield begin, F.linear(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()
 
 
 def _has_plain_weight(head: nn.Module) -> bool:
