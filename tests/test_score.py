@@ -1,14 +1,10 @@
 """`score` in every backend: log-probabilities of given tokens, in tiles of the logits."""
 
 import numpy as np
-import pytest
 
-from conformance.random_weights import write_checkpoint
-from tests.models import CONFIG, IDS, LEFT, RIGHT, SAME, changed
+from tests.models import IDS, SAME
 from xglm_core import open_checkpoint
 from xglm_core.compare.oracle import checkpoint_reader, forward
-from xglm_core.errors import InputError
-from xglm_core.scoring import engine
 
 
 def scores(fw, model, ids, mask=None, **kwargs):

@@ -69,7 +69,7 @@ def _log_probabilities(
 
 
 def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """log softmax(head(states))[target], float32 [positions].
+    """Log softmax(head(states))[target], float32 [positions].
 
     Args:
         matrix: the embedding [vocab_size, d_model] if it is `tied`, else a head [d_model, vocab_size].

@@ -49,7 +49,7 @@ class TorchScorer:
 
 
 def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
+    """Log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
     highest = torch.full(targets.shape, -torch.inf, device=states.device)
     total = torch.zeros_like(highest)
     of_targets = torch.zeros_like(highest)

@@ -17,6 +17,7 @@ from xglm_core.errors import InputError, XGLMError
 # A command's module offers `configure(parser)`, which sets its arguments and the default `run`: arguments -> exit code.
 _COMMANDS = {
     "compare": "run a checkpoint in each framework and compare the results",
+    "score": "log-probabilities, perplexity and surprisal of texts",
     "bench": "make checkpoints for benchmarks",
 }
 
