@@ -61,7 +61,7 @@ def _log_probabilities(
 
 
 def _of_targets(module: Any, params: Params, states: jax.Array, targets: jax.Array) -> jax.Array:
-    """Log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
+    """The numbers log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
     vocabulary = module.config.vocab_size
     block = min(engine.TILE_VOCABULARY, vocabulary)
 

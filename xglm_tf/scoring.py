@@ -57,8 +57,8 @@ def _log_probabilities(
     """See `ScoringEngine.log_probabilities`; float32 [chunks, chunk], of which the first `filled` chunks count."""
     outputs = model.model(input_ids, attention_mask, use_cache=False, return_dict=True)
     states = tf.reshape(outputs.last_hidden_state, (-1, model.config.d_model))
-    tied = model.lm_head is None
-    matrix = tf.convert_to_tensor(model.model.embed_tokens.embeddings if tied else model.lm_head.kernel)
+    head, tied = model.lm_head, model.lm_head is None
+    matrix = tf.convert_to_tensor(model.model.embed_tokens.embeddings if head is None else head.kernel)
 
     def step(index: tf.Tensor, scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         new = _of_targets(matrix, tied, tf.gather(states, sources[index]), targets[index])
@@ -69,7 +69,7 @@ def _log_probabilities(
 
 
 def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Log softmax(head(states))[target], float32 [positions].
+    """The numbers log softmax(head(states))[target], float32 [positions].
 
     Args:
         matrix: the embedding [vocab_size, d_model] if it is `tied`, else a head [d_model, vocab_size].

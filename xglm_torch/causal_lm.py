@@ -176,7 +176,8 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         Raises:
             InputError: see `xglm_core.scoring.engine.score`.
         """
-        scores = score(TorchScorer(self), as_numpy(input_ids), as_numpy(attention_mask), self.config)
+        mask = None if attention_mask is None else as_numpy(attention_mask)
+        scores = score(TorchScorer(self), as_numpy(input_ids), mask, self.config)
         return torch.from_numpy(scores).to(input_ids.device if isinstance(input_ids, torch.Tensor) else "cpu")
 
     def generate(

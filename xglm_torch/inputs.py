@@ -70,8 +70,6 @@ def has_values(tensor: torch.Tensor) -> bool:
     return not (torch.compiler.is_compiling() or tensor.is_meta)
 
 
-def as_numpy(array: Any) -> np.ndarray | None:
-    """A tensor, numpy array or nested list as an array on the host; None stays None."""
-    if array is None:
-        return None
+def as_numpy(array: Any) -> np.ndarray:
+    """A tensor or numpy array as an array in the memory of the host."""
     return array.numpy(force=True) if isinstance(array, torch.Tensor) else np.asarray(array)

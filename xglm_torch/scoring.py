@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class TorchScorer:
 
 
 def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
+    """The numbers log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
     highest = torch.full(targets.shape, -torch.inf, device=states.device)
     total = torch.zeros_like(highest)
     of_targets = torch.zeros_like(highest)
@@ -64,13 +64,13 @@ def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) ->
 
 def _logit_blocks(head: nn.Module, states: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Fresh float32 logits [positions, block] of one part of the vocabulary after the other, with its first id."""
-    if not _has_plain_weight(head):
+    if _has_plain_weight(head):
+        for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
+            yield begin, F.linear(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()
+    else:
         yield 0, head(states).to(torch.float32, copy=True)
-        return
-    for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
-        yield begin, F.linear(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()
 
 
-def _has_plain_weight(head: nn.Module) -> bool:
+def _has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the head is a product with its weight and nothing else, neither adapted nor moved in by a hook."""
     return type(head) is nn.Linear and "forward" not in vars(head) and not head._forward_hooks

@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
-        help='lines of text, or of {"text": ...} or {"context": ..., "continuation": ...}; - reads stdin',
+        help='lines of text, or of {"text": ...} or {"context": ..., "continuation": ...}; - for standard input',
     )
     parser.add_argument("--backend", choices=["auto", *BACKENDS], default="auto", help="(the first that is installed)")
     parser.add_argument("--format", choices=FORMATS, default="jsonl", help="of the output (%(default)s)")
@@ -65,8 +65,8 @@ def _run(arguments: argparse.Namespace) -> int:
     output = Output(arguments.output, header(arguments.format, arguments.words))
     if arguments.html and output.first > 1:
         raise InputError(
-            f"--html shows what one run scores, but {arguments.output} already holds {output.first} lines; leave out one "
-            "of the two, or choose another file"
+            f"--html shows what one run scores, but {arguments.output} already holds {output.first} lines; leave out "
+            "one of the two, or choose another file"
         )
     model = _load(arguments.backend, arguments.model, arguments.dtype)
     with opened(arguments.file) as file, _page(arguments.html, arguments.file) as page, _Progress(total) as progress:

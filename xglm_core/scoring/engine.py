@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, written once over a small protocol that each backend implements.
 
-No array of batch x length x vocabulary exists. An engine makes a tile of logits at a time, some positions by some of the
-vocabulary, and keeps two numbers of each position: the target's logit, and the logarithm of the sum of exponentials.
+No array of batch x length x vocabulary exists. An engine makes a tile of logits at a time, some positions by a part of
+the vocabulary, and keeps two numbers of each position: the target's logit, and the log of the sum of exponentials.
 """
 
 from __future__ import annotations

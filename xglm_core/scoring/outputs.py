@@ -53,8 +53,8 @@ class Output:
         if self._old:
             if len(self._old) > len(rows) or not all(map(agree, self._old, rows)):
                 raise InputError(
-                    f"{self.path}: holds other scores of line {number}, those of another input, checkpoint or option; go "
-                    "on with the same, or choose another file"
+                    f"{self.path}: holds other scores of line {number}, those of another input, checkpoint or option; "
+                    "go on with the same, or choose another file"
                 )
             self._old = []
             self._file.truncate()
@@ -73,7 +73,7 @@ class Output:
         self.flush()
         if self._old:
             raise InputError(
-                f"{self.path}: goes on to line {self.first}, but the input ends before; choose another file"
+                f"{self.path}: goes on to line {self.first}, but the input is shorter; choose another file"
             )
 
     def _find_end(self, header: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from html import escape
 from typing import BinaryIO
 
@@ -60,7 +61,7 @@ def _marked(word: Word) -> str:
 
 def _legend() -> str:
     bounds = [0, *STEPS]
-    names = [f"{low} to {high}" for low, high in zip(bounds, bounds[1:], strict=False)] + [f"{bounds[-1]} or more"]
+    names = [f"{low} to {high}" for low, high in itertools.pairwise(bounds)] + [f"{bounds[-1]} or more"]
     items = " ".join(f'<span class="s{shade}">{name}</span>' for shade, name in enumerate(names))
     return (
         f'<p class="legend">Surprisal of each word, -log<sub>2</sub> of its probability, in bits: {items}. '

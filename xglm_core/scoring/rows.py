@@ -1,4 +1,4 @@
-"""What `xglm score` writes: rows of JSON or of tab-separated values, which begin with the number of the input's line."""
+"""What `xglm score` writes: rows of JSON or of tab-separated values, which begin with the number of the line."""
 
 from __future__ import annotations
 

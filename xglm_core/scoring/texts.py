@@ -122,8 +122,8 @@ def score_texts(
         A score for each text, in order.
 
     Raises:
-        InputError: there are no texts; one is neither a string nor a pair, or has no tokens to score, or has tokens that
-            the model does not know; `stride`, `newline` or `batch_tokens` is out of range.
+        InputError: there are no texts; one is neither a string nor a pair, or has no tokens to score, or some that the
+            model does not know; `stride`, `newline` or `batch_tokens` is out of range.
     """
     if not isinstance(texts, list | tuple) or not texts:
         raise InputError(f"texts is {texts!r:.80}, expected a list of strings or pairs of strings, not empty")

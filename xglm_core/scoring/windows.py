@@ -26,8 +26,8 @@ def windows(sequence: int, length: int, first: int, limit: int, stride: int) -> 
     """Windows that score each place of a sequence once, from `first` on.
 
     Window k reads the places k * stride to k * stride + limit - 1. A place is scored in the first window that reads it:
-    given everything before it in the first window, and `limit - stride` to `limit - 1` tokens in the others. So its score
-    never depends on what follows, nor on how long the text is. Windows that would score nothing are left out.
+    given everything before it in the first window, and `limit - stride` to `limit - 1` tokens in the others. So its
+    score never depends on what follows, nor on how long the text is. Windows that would score nothing are left out.
 
     Args:
         sequence: its number.
