@@ -69,7 +69,7 @@ class TestNumbers:
         model = fw.causal_lm.from_pretrained(folder, dtype="bfloat16", **options)
         found = scores(fw, model, IDS)
         assert found.dtype == np.float32
-        # The products differ by the last of 8 bits where their order does; sums of 131 terms in 8 bits would be far off.
+        # Products differ by the last of 8 bits where their order does; sums of 131 terms in 8 bits would be far off.
         np.testing.assert_allclose(found, of_targets(fw.logits(model, IDS), IDS), rtol=0, atol=0.05)
 
 

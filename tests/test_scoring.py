@@ -93,7 +93,9 @@ class TestTexts:
         assert found == alone
 
     def test_line_breaks(self, tokenizer):
-        as_space, as_eos = (score_texts(Bigrams(), tokenizer, ["a dog\na fish"], newline=n)[0] for n in ("space", "eos"))
+        as_space, as_eos = (
+            score_texts(Bigrams(), tokenizer, ["a dog\na fish"], newline=n)[0] for n in ("space", "eos")
+        )
         assert "</s>" not in as_space.tokens
         assert as_eos.tokens.count("</s>") == 1
         assert as_eos.offsets[as_eos.tokens.index("</s>")] == (5, 6)
@@ -248,5 +250,7 @@ class TestErrors:
     def test_a_tokenizer_without_a_begin_of_text(self, tokenizer):
         bare = XGLMTokenizer.from_pretrained(ROOT / "examples" / "tiny_model" / "checkpoint")
         bare.sep_token = None
-        with pytest.raises(InputError, match=r"the first token is scored given sep_token \(</s>\), but the tokenizer has none"):
+        with pytest.raises(
+            InputError, match=r"the first token is scored given sep_token \(</s>\), but the tokenizer has none"
+        ):
             score_texts(Bigrams(), bare, ["dog"])

@@ -62,24 +62,28 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--batch-tokens is {arguments.batch_tokens}, expected 1 or more")
     tokenizer = XGLMTokenizer.from_pretrained(arguments.model)
     total = count_items(arguments.file)
-    output = Output(arguments.output, header(arguments.format, arguments.words))
-    if arguments.html and output.first > 1:
-        raise InputError(
-            f"--html shows what one run scores, but {arguments.output} already holds {output.first} lines; leave out "
-            "one of the two, or choose another file"
-        )
-    model = _load(arguments.backend, arguments.model, arguments.dtype)
-    with opened(arguments.file) as file, _page(arguments.html, arguments.file) as page, _Progress(total) as progress:
-        items = enumerate(read_items(file, arguments.file), start=1)
-        for group in _groups(items, config, tokenizer, arguments, output.first):
-            scores = score_encoded(model, tokenizer, [text for _, _, text in group], stride, arguments.batch_tokens)
-            for (number, item, _), score in zip(group, scores, strict=True):
-                output.write(number, rows(arguments.format, arguments.words, number, item, score))
-                if page:
-                    page.add(score)
-            output.flush()
-            progress.show(group[-1][0], sum(len(text.ids) for _, _, text in group))
-    output.finish()
+    with Output(arguments.output, header(arguments.format, arguments.words)) as output:
+        if arguments.html and output.first > 1:
+            raise InputError(
+                f"--html shows what one run scores, but {arguments.output} already holds {output.first} lines; leave "
+                "out one of the two, or choose another file"
+            )
+        model = _load(arguments.backend, arguments.model, arguments.dtype)
+        with (
+            opened(arguments.file) as file,
+            _page(arguments.html, arguments.file) as page,
+            _Progress(total) as progress,
+        ):
+            items = enumerate(read_items(file, arguments.file), start=1)
+            for group in _groups(items, config, tokenizer, arguments, output.first):
+                scores = score_encoded(model, tokenizer, [text for _, _, text in group], stride, arguments.batch_tokens)
+                for (number, item, _), score in zip(group, scores, strict=True):
+                    output.write(number, rows(arguments.format, arguments.words, number, item, score))
+                    if page:
+                        page.add(score)
+                output.flush()
+                progress.show(group[-1][0], sum(len(text.ids) for _, _, text in group))
+        output.finish()
     return 0
 
 

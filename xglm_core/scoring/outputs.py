@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 from xglm_core.errors import InputError
-from xglm_core.scoring.rows import agree, number_of
+from xglm_core.scoring.rows import ROW_BEGIN, agree, number_of
 
 
 class Output:
@@ -31,7 +31,10 @@ class Output:
 
     def __init__(self, path: str | None, header: str) -> None:
         self.path, self.first = path, 1
+        self._header = header
+        self._to_write = [header] if header else []
         self._old: list[str] = []
+        self._end: int | None = None  # Where to go on in the file; None once that has been done.
         self._file: BinaryIO = sys.stdout.buffer
         if path is not None:
             try:
@@ -39,10 +42,14 @@ class Output:
                 self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             except OSError as error:
                 raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
-            if self._find_end(header):
-                return
-        if header:
-            self._put([header])
+            self._find_end()
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.path is not None:
+            self._file.close()
 
     def write(self, number: int, rows: Sequence[str]) -> None:
         """Writes the rows of one line of the input.
@@ -57,44 +64,51 @@ class Output:
                     "go on with the same, or choose another file"
                 )
             self._old = []
+        if self._end is not None:
+            self._file.seek(self._end)
             self._file.truncate()
-        self._put(rows)
+            self._end = None
+        self._file.write("".join(f"{row}\n" for row in (*self._to_write, *rows)).encode())
+        self._to_write = []
 
     def flush(self) -> None:
         """Hands over what has been written."""
         self._file.flush()
 
     def finish(self) -> None:
-        """Ends the output.
+        """Makes sure that the input was long enough.
 
         Raises:
-            InputError: the input ended before the line that the file speaks of last.
+            InputError: it ended before the line that the file speaks of last.
         """
-        self.flush()
         if self._old:
             raise InputError(
                 f"{self.path}: goes on to line {self.first}, but the input is shorter; choose another file"
             )
 
-    def _find_end(self, header: str) -> bool:
-        """Goes to where the rows of the last line begin that a file speaks of; False if it holds no whole row."""
-        begin = end = 0
+    def _find_end(self) -> None:
+        """Finds the last line that the file speaks of, and where its rows begin."""
+        begin = end = place = 0
         for place, line in enumerate(self._file, start=1):
+            row = line.removesuffix(b"\n").decode(errors="replace")
+            if not self._is_ours(row, place, is_whole=line.endswith(b"\n")):
+                self._file.close()
+                raise InputError(f"{self.path}: row {place} is none of this kind of output; choose another file")
             if not line.endswith(b"\n"):
                 break
-            row = line[:-1].decode(errors="replace")
-            number = 0 if header and place == 1 and row == header else number_of(row)
-            if number is None or (header and place == 1 and number):
-                raise InputError(f"{self.path}: row {place} is none of this kind of output; choose another file")
-            if not self._old or number != self.first:
-                self.first, self._old, begin = number, [], end
-            self._old.append(row)
+            number = number_of(row)
+            if number is None:
+                self._to_write, begin = [], len(line)
+            elif not self._old or number != self.first:
+                self.first, self._old, begin = number, [row], end
+            else:
+                self._old.append(row)
             end += len(line)
-        if self.first == 0 or not self._old:  # A header alone, or nothing.
-            self.first, self._old, begin = 1, [], end
-        self._file.seek(begin)
-        self._file.truncate(end)
-        return end > 0
+        self._end = begin
 
-    def _put(self, rows: Sequence[str]) -> None:
-        self._file.write("".join(f"{row}\n" for row in rows).encode())
+    def _is_ours(self, row: str, place: int, *, is_whole: bool) -> bool:
+        """Whether a run of these options can have written a row, or a part of it."""
+        if place > 1:
+            return number_of(row) is not None or not is_whole
+        begin = self._header or ROW_BEGIN
+        return row.startswith(begin) if is_whole else begin.startswith(row[: len(begin)])

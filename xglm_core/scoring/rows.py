@@ -9,8 +9,10 @@ from xglm_core.scoring.texts import Item, TextScore
 
 FORMATS = ("jsonl", "tsv")
 
+ROW_BEGIN = '{"line": '  # Of a row of JSON.
+
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-_NUMBER = re.compile(r'(?:\{"line": )?(\d+)[,\t]')
+_NUMBER = re.compile(rf"(?:{re.escape(ROW_BEGIN)})?(\d+)[,\t]")
 _FLOAT = re.compile(r"(-?\d+(?:\.\d+(?:e[+-]\d+)?|e[+-]\d+))")
 
 
