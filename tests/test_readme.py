@@ -22,10 +22,17 @@ def python_blocks():
 def test_examples(backend):
     first, *others = python_blocks()
     (own,) = [block for block in others if _NEEDS[backend] in block]
-    run = subprocess.run([sys.executable, "-c", first + own], cwd=ROOT, capture_output=True, text=True, check=False)
+    shared = [block for block in others if not any(package in block for package in _NEEDS.values())]
+    code = "".join([first, own, *shared])
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    texts = ast.literal_eval(run.stdout)
+    generated, *scores = run.stdout.splitlines()
+    texts = ast.literal_eval(generated)
     corpus = ROOT / "examples" / "tiny_model" / "corpus"
     for text, prompt, language in zip(texts, ("The children", "Каждое утро"), ("en", "ru"), strict=True):
         assert text.startswith(prompt)
         assert text in (corpus / f"{language}.txt").read_text(encoding="utf-8").splitlines()
+    for line, text in zip(scores, ("The children", "Каждое утро"), strict=True):
+        perplexity, words = line.removeprefix(f"{text} ").split(" ", 1)
+        assert 1 < float(perplexity) < 10  # The first words of sentences that it has learned.
+        assert [word for word, _ in ast.literal_eval(words)] == text.split()

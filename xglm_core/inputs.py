@@ -85,6 +85,13 @@ def check_attention_mask(shape: Shape, batch: int | None, past: int, length: int
         raise InputError(f"attention_mask is {list(shape)}, expected [{batch}, {past + length}]{cached}")
 
 
+def check_has_tokens(attention_mask: np.ndarray) -> None:
+    """Raises `InputError` if a row of the mask [batch, length] is padding alone."""
+    empty = np.flatnonzero(~(attention_mask != 0).any(axis=1))
+    if len(empty):
+        raise InputError(f"attention_mask[{empty[0]}] is all 0, expected at least one token in each row")
+
+
 def check_positions(lowest: int, highest: int, config: XGLMConfig) -> None:
     """Raises `InputError` if the positions leave the position table at either end."""
     if lowest < 0:

@@ -14,6 +14,7 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.loop import generate
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_core.resizing import check_embeddings
+from xglm_core.scoring.engine import score
 from xglm_core.weight_names import HEAD
 from xglm_flax.attention import PRECISION, dense
 from xglm_flax.cache import FlaxXGLMCache
@@ -22,6 +23,7 @@ from xglm_flax.generation import FlaxEngine, compile_engine
 from xglm_flax.inputs import check_head_arguments
 from xglm_flax.loss import causal_lm_loss
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
+from xglm_flax.scoring import FlaxScorer, compile_scorer
 from xglm_flax.weights import Params, get_parameter
 
 
@@ -102,6 +104,19 @@ class FlaxXGLMForCausalLMModule(nn.Module):
             cross_attentions=outputs.cross_attentions,
         )
         return results if (self.config.return_dict if return_dict is None else return_dict) else results.to_tuple()
+
+    def decode(self, input_ids: jax.Array, attention_mask: jax.Array) -> Any:
+        """The decoder's output alone."""
+        return self.model(input_ids, attention_mask, use_cache=False, return_dict=True)
+
+    def logits_of(self, states: jax.Array, begin: jax.Array, count: int) -> jax.Array:
+        """[positions, d_model] -> logits [positions, count] of `count` ids from `begin` on."""
+        if self.config.tie_word_embeddings:
+            matrix, axis = self.model.embed_tokens.embedding, 0
+        else:
+            matrix, axis = self.lm_head.variables["params"]["kernel"], 1
+        part = jax.lax.dynamic_slice_in_dim(matrix, begin, count, axis).astype(self.dtype)
+        return jnp.einsum("ld,vd->lv" if axis == 0 else "ld,dv->lv", states, part, precision=PRECISION)
 
     def _head(self, hidden_states: jax.Array) -> jax.Array:
         if not self.config.tie_word_embeddings:
@@ -248,6 +263,25 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             self.params = {name: tree for name, tree in self._params_or_own(None).items() if name != "lm_head"}
         self._make_module()
 
+    def score(self, input_ids: Any, attention_mask: Any = None, *, params: Params | None = None) -> jax.Array:
+        """The log-probability of each token given those before it, without gradients and without holding all logits.
+
+        Args:
+            input_ids: integers [batch, length], a tensor or a numpy array, padded on either side.
+            attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
+            params: the parameters; None means the model's.
+
+        Returns:
+            float32 [batch, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding
+            before it.
+
+        Raises:
+            InputError: there are no parameters, or see `xglm_core.scoring.engine.score`.
+        """
+        mask = None if attention_mask is None else np.asarray(attention_mask)
+        scorer = FlaxScorer(self._scorer, self._params_or_own(params))
+        return jnp.asarray(score(scorer, np.asarray(input_ids), mask, self.config))
+
     def generate(
         self,
         input_ids: jax.Array,
@@ -285,6 +319,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
     def _make_module(self) -> None:
         super()._make_module()
         self._engine = compile_engine(self.module)
+        self._scorer = compile_scorer(self.module)
 
 
 def _kept(states: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:

@@ -14,12 +14,14 @@ from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.loop import generate
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
+from xglm_core.scoring.engine import score
 from xglm_tf.cache import as_cache
 from xglm_tf.decoder import TFXGLMMainLayer
 from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine
 from xglm_tf.inputs import check_head_arguments
 from xglm_tf.loss import causal_lm_loss
 from xglm_tf.pretrained import TFXGLMPreTrainedModel, embedding_matrix
+from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
 from xglm_tf.weights import name_scopes, unlocked
 
 
@@ -188,6 +190,7 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         """Drops compiled code, which holds on to variables that have been replaced."""
         super().forget_compiled()
         self.__dict__.pop("compiled_engine", None)
+        self.__dict__.pop("compiled_scorer", None)
 
     def _new_head(self) -> keras.layers.Dense:
         """A head without variables; those will be zero unless another initializer is set."""
@@ -208,6 +211,28 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         rows = tf.reshape(hidden_states, (batch * length, d_model))
         logits = tf.matmul(rows, self.model.embed_tokens.embeddings, transpose_b=True)
         return tf.reshape(logits, (batch, length, self.config.vocab_size))
+
+    @functools.cached_property
+    def compiled_scorer(self) -> CompiledScorer:
+        """The compiled function of `score`; kept, so that each shape is compiled once."""
+        return compile_scorer(self)
+
+    def score(self, input_ids: Any, attention_mask: Any = None) -> tf.Tensor:
+        """The log-probability of each token given those before it, without gradients and without holding all logits.
+
+        Args:
+            input_ids: integers [batch, length], a tensor or a numpy array, padded on either side.
+            attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
+
+        Returns:
+            float32 [batch, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding
+            before it.
+
+        Raises:
+            InputError: see `xglm_core.scoring.engine.score`.
+        """
+        mask = None if attention_mask is None else np.asarray(attention_mask)
+        return tf.constant(score(TFScorer(self.compiled_scorer), np.asarray(input_ids), mask, self.config))
 
     @functools.cached_property
     def compiled_engine(self) -> CompiledEngine:

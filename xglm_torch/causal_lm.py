@@ -16,12 +16,14 @@ from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
+from xglm_core.scoring.engine import score
 from xglm_torch.cache import as_cache
 from xglm_torch.decoder import XGLMModel
 from xglm_torch.generation import TorchEngine
-from xglm_torch.inputs import check_head_arguments
+from xglm_torch.inputs import as_numpy, check_head_arguments
 from xglm_torch.loss import causal_lm_loss
 from xglm_torch.pretrained import XGLMPreTrainedModel
+from xglm_torch.scoring import TorchScorer
 
 
 class XGLMForCausalLM(XGLMPreTrainedModel):
@@ -160,6 +162,26 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         """Makes head and embedding one parameter again, if the configuration ties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def score(self, input_ids: Any, attention_mask: Any = None) -> torch.Tensor:
+        """The log-probability of each token given those before it, without gradients and without holding all logits.
+
+        In training mode dropout acts, as in a call.
+
+        Args:
+            input_ids: integers [batch, length], a tensor or a numpy array, padded on either side.
+            attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
+
+        Returns:
+            float32 [batch, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding
+            before it.
+
+        Raises:
+            InputError: see `xglm_core.scoring.engine.score`.
+        """
+        mask = None if attention_mask is None else as_numpy(attention_mask)
+        scores = score(TorchScorer(self), as_numpy(input_ids), mask, self.config)
+        return torch.from_numpy(scores).to(input_ids.device if isinstance(input_ids, torch.Tensor) else "cpu")
 
     def generate(
         self,

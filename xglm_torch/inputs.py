@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 
 from xglm_core.config import XGLMConfig
@@ -65,3 +68,8 @@ def check_head_arguments(
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor can be looked at."""
     return not (torch.compiler.is_compiling() or tensor.is_meta)
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """A tensor or numpy array as an array in the memory of the host."""
+    return array.numpy(force=True) if isinstance(array, torch.Tensor) else np.asarray(array)

@@ -16,9 +16,11 @@ from xglm_core.errors import InputError, XGLMError
 
 # A command's module offers `configure(parser)`, which sets its arguments and the default `run`: arguments -> exit code.
 _COMMANDS = {
+    "generate": "continue texts",
+    "score": "log-probabilities, perplexity and surprisal of texts",
+    "convert": "write a checkpoint in another format or type",
     "inspect": "show what a checkpoint holds, without loading it",
     "compare": "run a checkpoint in each framework and compare the results",
-    "convert": "write a checkpoint in another format or type",
     "bench": "make checkpoints for benchmarks",
 }
 

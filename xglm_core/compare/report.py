@@ -204,9 +204,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"  {line}".rstrip() for line in padded)
 
 
-def json_line(values: dict[str, Any]) -> str:
+def json_line(values: dict[str, Any], *, ensure_ascii: bool = True) -> str:
     """The values as JSON on one line; a float that JSON cannot hold, such as an infinite error, becomes null."""
-    return json.dumps(_finite(values), allow_nan=False)
+    return json.dumps(_finite(values), allow_nan=False, ensure_ascii=ensure_ascii)
 
 
 def _scale(expected: np.ndarray, real: np.ndarray) -> float:

@@ -1,0 +1,167 @@
+"""`xglm score`: how likely texts are, token by token and word by word."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xglm_core.backends import BACKENDS, load_backend
+from xglm_core.checkpoint import open_checkpoint
+from xglm_core.checkpoint.dtypes import DTYPES
+from xglm_core.compare.run import installed_backends
+from xglm_core.config import XGLMConfig
+from xglm_core.errors import BackendError, InputError
+from xglm_core.files import replacing
+from xglm_core.scoring.lines import STDIN, count_items, opened, read_items
+from xglm_core.scoring.outputs import Output
+from xglm_core.scoring.page import Page
+from xglm_core.scoring.rows import FORMATS, header, rows
+from xglm_core.scoring.texts import BATCH_TOKENS, EncodedText, Item, checked_stride, encode, score_encoded
+from xglm_core.tokenization.base import Tokenizer
+from xglm_core.tokenization.sentencepiece import XGLMTokenizer
+
+# Batches to sort by length at a time: little is padded, and an interruption costs little.
+_GROUP_BATCHES = 8
+
+Group = list[tuple[int, Item, EncodedText]]  # Number of the line, what it holds, and its tokens.
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Sets the arguments of `xglm score`."""
+    parser.description = (
+        "Score each line of a file: log-probabilities of its tokens, perplexity, and the surprisal of its words."
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help='lines of text, or of {"text": ...} or {"context": ..., "continuation": ...}; - for standard input',
+    )
+    parser.add_argument("--backend", choices=["auto", *BACKENDS], default="auto", help="(the first that is installed)")
+    parser.add_argument("--format", choices=FORMATS, default="jsonl", help="of the output (%(default)s)")
+    parser.add_argument("--words", action="store_true", help="surprisal of words [bits]; as tsv, one row for each word")
+    parser.add_argument("--html", metavar="PAGE", help="also write a page that shows how surprising each word is")
+    parser.add_argument("--output", metavar="OUT", help="write here; if it exists, go on after its last line (printed)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens by which windows over long texts move (half)")
+    parser.add_argument("--newline", choices=["space", "eos"], help="what line breaks become (as the tokenizer says)")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, metavar="N", help="at a time (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the computation (%(default)s)")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = open_checkpoint(arguments.model).config
+    stride = checked_stride(config, arguments.stride)
+    if arguments.batch_tokens < 1:
+        raise InputError(f"--batch-tokens is {arguments.batch_tokens}, expected 1 or more")
+    tokenizer = XGLMTokenizer.from_pretrained(arguments.model)
+    total = count_items(arguments.file)
+    with Output(arguments.output, header(arguments.format, arguments.words)) as output:
+        if arguments.html and output.first > 1:
+            raise InputError(
+                f"--html shows what one run scores, but {arguments.output} already holds {output.first} lines; leave "
+                "out one of the two, or choose another file"
+            )
+        model = _load(arguments.backend, arguments.model, arguments.dtype)
+        with (
+            opened(arguments.file) as file,
+            _page(arguments.html, arguments.file) as page,
+            _Progress(total) as progress,
+        ):
+            items = enumerate(read_items(file, arguments.file), start=1)
+            for group in _groups(items, config, tokenizer, arguments, output.first):
+                scores = score_encoded(model, tokenizer, [text for _, _, text in group], stride, arguments.batch_tokens)
+                for (number, item, _), score in zip(group, scores, strict=True):
+                    output.write(number, rows(arguments.format, arguments.words, number, item, score))
+                    if page:
+                        page.add(score)
+                output.flush()
+                progress.show(group[-1][0], sum(len(text.ids) for _, _, text in group))
+        output.finish()
+    return 0
+
+
+def _groups(
+    items: Iterator[tuple[int, tuple[str, Item]]],
+    config: XGLMConfig,
+    tokenizer: Tokenizer,
+    arguments: argparse.Namespace,
+    first: int,
+) -> Iterator[Group]:
+    """The lines from `first` on, some batches of them at a time."""
+    group: Group = []
+    tokens = 0
+    for number, (where, item) in items:
+        if number < first:
+            continue
+        text = encode(config, tokenizer, item, arguments.newline, where)
+        group.append((number, item, text))
+        tokens += len(text.ids)
+        if tokens >= _GROUP_BATCHES * arguments.batch_tokens:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group
+
+
+def _load(backend: str, folder: str, dtype: str) -> Any:
+    """The causal language model of a backend, or of the first that is installed."""
+    if backend == "auto":
+        installed, missing = installed_backends()
+        if not installed:
+            raise BackendError(f"no backend is installed: {'; '.join(missing)}")
+        backend = installed[0]
+    # What a user of the command has no reason to set. Keras may be configured for another backend.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    model_class = getattr(load_backend(backend), BACKENDS[backend].causal_lm)
+    types = {"dtype": dtype, "param_dtype": dtype} if backend == "flax" else {"dtype": dtype}
+    return model_class.from_pretrained(folder, **types)
+
+
+@contextlib.contextmanager
+def _page(path: str | None, source: str) -> Iterator[Page | None]:
+    """The page, which is there once it is complete; None if there is to be none."""
+    if path is None:
+        yield None
+        return
+    try:
+        with replacing(path) as file:
+            page = Page(file, f"Surprisal: {'standard input' if source == STDIN else Path(source).name}")
+            yield page
+            page.end()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+class _Progress:
+    """A line of stderr that says how far it is and goes away at the end; only on a terminal."""
+
+    def __init__(self, total: int | None) -> None:
+        self._of = "" if total is None else f" of {total:,}"
+        self._tokens = 0
+        self._shown = sys.stderr.isatty()
+
+    def __enter__(self) -> _Progress:
+        self._start = time.monotonic()
+        return self
+
+    def show(self, lines: int, tokens: int) -> None:
+        """Adds a group of so many tokens, which ends at the given line."""
+        self._tokens += tokens
+        if self._shown:
+            speed = self._tokens / (time.monotonic() - self._start)
+            text = f"\r\x1b[K{lines:,}{self._of} lines, {speed:,.0f} tokens/s"
+            print(text, end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,90 @@
+"""What `xglm score` reads: lines of text, or of JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from xglm_core.errors import InputError
+from xglm_core.scoring.texts import Item
+
+STDIN = "-"
+
+_EXPECTED = 'expected {"text": ...}, or {"context": ..., "continuation": ...}, with strings'
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """The lines of a file, or of standard input.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    if path == STDIN:
+        yield sys.stdin.buffer
+        return
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with file:
+        yield file
+
+
+def read_items(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, Item]]:
+    """The texts and pairs in a file, one on each line, each with the words that name its line.
+
+    The file is JSON on every line if its first line begins with "{", else text.
+
+    Raises:
+        InputError: a line is no UTF-8, or empty, or JSON of another form; the message names it.
+    """
+    is_json = None
+    for number, line in enumerate(lines, start=1):
+        where = f"{line_name(path, number)}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: byte {error.start} is no UTF-8, expected UTF-8 text") from None
+        if is_json is None:
+            is_json = text.startswith("{")
+        if not text.strip():
+            raise InputError(f"{where}: the line is empty, expected {'JSON' if is_json else 'a text'}; remove it")
+        yield where, _parsed(text, where) if is_json else text
+
+
+def line_name(path: str, number: int) -> str:
+    """What errors call a line."""
+    return f"{'standard input' if path == STDIN else path}, line {number}"
+
+
+def count_items(path: str) -> int | None:
+    """Reads a file once, so that a bad line is found before anything is computed; None for what can be read only once.
+
+    Raises:
+        InputError: see `read_items`; or there are no lines.
+    """
+    if path == STDIN or (Path(path).exists() and not Path(path).is_file()):
+        return None
+    with opened(path) as file:
+        count = sum(1 for _ in read_items(file, path))
+    if not count:
+        raise InputError(f"{path}: is empty, expected at least one line")
+    return count
+
+
+def _parsed(line: str, where: str) -> Item:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: {error}, {_EXPECTED}; the first line, which begins with {{, makes it JSON"
+        ) from None
+    names = {"text", "context", "continuation"} & {*values} if isinstance(values, dict) else set()
+    if names not in ({"text"}, {"context", "continuation"}) or not all(isinstance(values[name], str) for name in names):
+        raise InputError(f"{where}: {line!r:.80} is another form of JSON, {_EXPECTED}")
+    return values["text"] if "text" in values else (values["context"], values["continuation"])

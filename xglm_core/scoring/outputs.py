@@ -1,0 +1,114 @@
+"""Where `xglm score` writes: standard output, or a file that an interrupted run goes on with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from xglm_core.errors import InputError
+from xglm_core.scoring.rows import ROW_BEGIN, agree, number_of
+
+
+class Output:
+    """Rows of consecutive lines of an input.
+
+    A file goes on after what it already holds; a half-written last row is dropped. The last line of the input that it
+    speaks of is scored again, and nothing changes before the new rows have been compared with the old ones: so rows of
+    another text, checkpoint or option are not mixed with these.
+
+    Args:
+        path: the file; None for standard output.
+        header: the row to begin with; empty for none.
+
+    Attributes:
+        first: the first line of the input to score.
+
+    Raises:
+        InputError: the file cannot be written, or is no output of such a run.
+    """
+
+    def __init__(self, path: str | None, header: str) -> None:
+        self.path, self.first = path, 1
+        self._header = header
+        self._to_write = [header] if header else []
+        self._old: list[str] = []
+        self._end: int | None = None  # Where to go on in the file; None once that has been done.
+        self._file: BinaryIO = sys.stdout.buffer
+        if path is not None:
+            try:
+                # Appending would not let the end be overwritten, and "w" would lose what is there.
+                self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+            self._find_end()
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.path is not None:
+            self._file.close()
+
+    def write(self, number: int, rows: Sequence[str]) -> None:
+        """Writes the rows of one line of the input.
+
+        Raises:
+            InputError: the file already has other rows of it.
+        """
+        if self._old:
+            if len(self._old) > len(rows) or not all(map(agree, self._old, rows)):
+                raise InputError(
+                    f"{self.path}: holds other scores of line {number}, those of another input, checkpoint or option; "
+                    "go on with the same, or choose another file"
+                )
+            self._old = []
+        if self._end is not None:
+            self._file.seek(self._end)
+            self._file.truncate()
+            self._end = None
+        self._file.write("".join(f"{row}\n" for row in (*self._to_write, *rows)).encode())
+        self._to_write = []
+
+    def flush(self) -> None:
+        """Hands over what has been written."""
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Makes sure that the input was long enough.
+
+        Raises:
+            InputError: it ended before the line that the file speaks of last.
+        """
+        if self._old:
+            raise InputError(
+                f"{self.path}: goes on to line {self.first}, but the input is shorter; choose another file"
+            )
+
+    def _find_end(self) -> None:
+        """Finds the last line that the file speaks of, and where its rows begin."""
+        begin = end = place = 0
+        for place, line in enumerate(self._file, start=1):
+            row = line.removesuffix(b"\n").decode(errors="replace")
+            if not self._is_ours(row, place, is_whole=line.endswith(b"\n")):
+                self._file.close()
+                raise InputError(f"{self.path}: row {place} is none of this kind of output; choose another file")
+            if not line.endswith(b"\n"):
+                break
+            number = number_of(row)
+            if number is None:
+                self._to_write, begin = [], len(line)
+            elif not self._old or number != self.first:
+                self.first, self._old, begin = number, [row], end
+            else:
+                self._old.append(row)
+            end += len(line)
+        self._end = begin
+
+    def _is_ours(self, row: str, place: int, *, is_whole: bool) -> bool:
+        """Whether a run of these options can have written a row, or a part of it."""
+        if place > 1:
+            return number_of(row) is not None or not is_whole
+        begin = self._header or ROW_BEGIN
+        return row.startswith(begin) if is_whole else begin.startswith(row[: len(begin)])

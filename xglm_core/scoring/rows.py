@@ -1,0 +1,83 @@
+"""What `xglm score` writes: rows of JSON or of tab-separated values, which begin with the number of the line."""
+
+from __future__ import annotations
+
+import re
+
+from xglm_core.compare.report import json_line
+from xglm_core.scoring.texts import Item, TextScore
+
+FORMATS = ("jsonl", "tsv")
+
+ROW_BEGIN = '{"line": '  # Of a row of JSON.
+
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+_NUMBER = re.compile(rf"(?:{re.escape(ROW_BEGIN)})?(\d+)[,\t]")
+_FLOAT = re.compile(r"(-?\d+(?:\.\d+(?:e[+-]\d+)?|e[+-]\d+))")
+
+
+def header(form: str, with_words: bool) -> str:
+    """The first row; empty if there is none."""
+    if form == "jsonl":
+        return ""
+    return "line\tbegin\tend\tbits\tword" if with_words else "line\tcount\tsum\tperplexity\ttext"
+
+
+def rows(form: str, with_words: bool, number: int, item: Item, score: TextScore) -> list[str]:
+    """The rows of one text: with JSON always one; as a table one, or one for each word.
+
+    Args:
+        form: one of `FORMATS`.
+        with_words: whether words are asked for.
+        number: the line of the text in the input.
+        item: the text or the pair.
+        score: its score.
+    """
+    if form == "jsonl":
+        return [_record(with_words, number, item, score)]
+    if with_words:
+        return [
+            f"{number}\t{word.begin}\t{word.end}\t{word.bits:.6f}\t{word.text.translate(_ESCAPES)}"
+            for word in score.words
+        ]
+    text = score.text.translate(_ESCAPES)
+    return [f"{number}\t{score.count}\t{score.sum:.6f}\t{score.perplexity:.6f}\t{text}"]
+
+
+def number_of(row: str) -> int | None:
+    """The number that a row begins with; None if it is no row of ours."""
+    found = _NUMBER.match(row)
+    return int(found[1]) if found else None
+
+
+def agree(old: str, new: str) -> bool:
+    """Whether two rows say the same: their numbers up to what batching and rounding change, the rest exactly.
+
+    The bound is that of bfloat16; another model, stride or treatment of line breaks is far beyond it.
+    """
+    old_parts, new_parts = _FLOAT.split(old), _FLOAT.split(new)
+    return old_parts[::2] == new_parts[::2] and all(
+        abs(float(one) - float(other)) <= 0.05 * (1 + abs(float(other)))
+        for one, other in zip(old_parts[1::2], new_parts[1::2], strict=True)
+    )
+
+
+def _record(with_words: bool, number: int, item: Item, score: TextScore) -> str:
+    values = {"line": number, "text": score.text}
+    if not isinstance(item, str):
+        values["context"], values["continuation"] = item
+    values |= {
+        "tokens": score.tokens,
+        "ids": score.ids,
+        "offsets": score.offsets,
+        "log_probabilities": [round(value, 6) for value in score.log_probabilities],
+        "sum": round(score.sum, 6),
+        "count": score.count,
+        "perplexity": round(score.perplexity, 6),
+    }
+    if with_words:
+        values["words"] = [
+            {"text": word.text, "begin": word.begin, "end": word.end, "bits": round(word.bits, 6)}
+            for word in score.words
+        ]
+    return json_line(values, ensure_ascii=False)

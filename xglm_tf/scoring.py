@@ -1,0 +1,106 @@
+"""The scoring engine: log-probabilities of given tokens, tile by tile of the logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tensorflow as tf
+
+from xglm_core.scoring import engine
+
+if TYPE_CHECKING:
+    from xglm_tf.causal_lm import TFXGLMForCausalLM
+
+CompiledScorer = Callable[..., tf.Tensor]
+
+
+def compile_scorer(model: TFXGLMForCausalLM) -> CompiledScorer:
+    """Prepares `_log_probabilities` of a model, to be compiled when it first meets a shape."""
+    return tf.function(functools.partial(_log_probabilities, model), jit_compile=True, autograph=False)
+
+
+class TFScorer:
+    """Implements `xglm_core.scoring.engine.ScoringEngine`. Differs: everything is compiled for fixed shapes."""
+
+    bucket = 64
+
+    def __init__(self, compiled: CompiledScorer) -> None:
+        self._compiled = compiled
+
+    def log_probabilities(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
+    ) -> np.ndarray:
+        """See `ScoringEngine.log_probabilities`."""
+        places, wanted = engine.in_chunks(sources, input_ids.size), engine.in_chunks(targets, input_ids.size)
+        filled = -(-len(targets) // places.shape[1])
+        scores = self._compiled(
+            tf.constant(input_ids, tf.int32),
+            tf.constant(attention_mask, tf.int32),
+            tf.constant(places),
+            tf.constant(wanted),
+            tf.constant(filled),
+        )
+        return scores.numpy().reshape(-1)[: len(targets)]
+
+
+def _log_probabilities(
+    model: TFXGLMForCausalLM,
+    input_ids: tf.Tensor,
+    attention_mask: tf.Tensor,
+    sources: tf.Tensor,
+    targets: tf.Tensor,
+    filled: tf.Tensor,
+) -> tf.Tensor:
+    """See `ScoringEngine.log_probabilities`; float32 [chunks, chunk], of which the first `filled` chunks count."""
+    outputs = model.model(input_ids, attention_mask, use_cache=False, return_dict=True)
+    states = tf.reshape(outputs.last_hidden_state, (-1, model.config.d_model))
+    head, tied = model.lm_head, model.lm_head is None
+    matrix = tf.convert_to_tensor(model.model.embed_tokens.embeddings if head is None else head.kernel)
+
+    def step(index: tf.Tensor, scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        new = _of_targets(matrix, tied, tf.gather(states, sources[index]), targets[index])
+        return index + 1, tf.tensor_scatter_nd_update(scores, [[index]], new[None])
+
+    _, scores = tf.while_loop(lambda index, _: index < filled, step, (0, tf.zeros(sources.shape)))
+    return scores
+
+
+def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """The numbers log softmax(head(states))[target], float32 [positions].
+
+    Args:
+        matrix: the embedding [vocab_size, d_model] if it is `tied`, else a head [d_model, vocab_size].
+        tied: which of the two it is.
+        states: [positions, d_model].
+        targets: int32 [positions].
+    """
+    vocabulary, width = matrix.shape if tied else matrix.shape[::-1]
+    block = min(engine.TILE_VOCABULARY, vocabulary)
+
+    def step(index: tf.Tensor, total: tf.Tensor, of_targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        # The last block is a full one, too, and repeats some of the one before.
+        begin = tf.minimum(index * block, vocabulary - block)
+        ids = begin + tf.range(block)
+        # All sizes said: where XLA has to find one itself, it pads the whole matrix to twice its size.
+        part = tf.slice(matrix, (begin, 0), (block, width)) if tied else tf.slice(matrix, (0, begin), (width, block))
+        logits = tf.cast(tf.matmul(states, tf.cast(part, states.dtype), transpose_b=tied), tf.float32)
+        of_targets = tf.where(
+            (targets >= begin) & (targets < begin + block),
+            tf.gather(logits, tf.clip_by_value(targets - begin, 0, block - 1), batch_dims=1),
+            of_targets,
+        )
+        logits = tf.where(ids >= index * block, logits, -np.inf)
+        return index + 1, _log_add_exp(total, tf.reduce_logsumexp(logits, axis=1)), of_targets
+
+    nothing = tf.zeros(targets.shape)
+    blocks = -(-vocabulary // block)
+    _, total, of_targets = tf.while_loop(lambda index, *_: index < blocks, step, (0, nothing - np.inf, nothing))
+    return of_targets - total
+
+
+def _log_add_exp(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    """log(exp(first) + exp(second)), where only `first` may be -inf."""
+    return second + tf.math.softplus(first - second)

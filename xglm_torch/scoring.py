@@ -1,0 +1,76 @@
+"""The scoring engine: log-probabilities of given tokens, tile by tile of the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeGuard
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from xglm_core.scoring import engine
+from xglm_torch.products import fast_products
+
+if TYPE_CHECKING:
+    from xglm_torch.causal_lm import XGLMForCausalLM
+
+
+class TorchScorer:
+    """Implements `xglm_core.scoring.engine.ScoringEngine`.
+
+    Differs: nothing is compiled and shapes are free, so `bucket` is 1 and the chunks are a Python loop.
+    """
+
+    bucket = 1
+
+    def __init__(self, model: XGLMForCausalLM) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def log_probabilities(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
+    ) -> np.ndarray:
+        """See `ScoringEngine.log_probabilities`."""
+        device, head = self.model.device, self.model.lm_head
+        ids, mask = torch.from_numpy(input_ids).to(device), torch.from_numpy(attention_mask).to(device)
+        with fast_products():
+            states = self.model.model(ids, mask, use_cache=False, return_dict=True).last_hidden_state.flatten(0, 1)
+            chunk = engine.TILE_POSITIONS
+            if not _has_plain_weight(head):
+                chunk = max(1, engine.TILE_POSITIONS * engine.TILE_VOCABULARY // self.model.config.vocab_size)
+            places, wanted = (torch.from_numpy(array).to(states.device) for array in (sources, targets))
+            scores = [
+                _of_targets(head, states[at], tokens)
+                for at, tokens in zip(places.split(chunk), wanted.split(chunk), strict=True)
+            ]
+        return torch.cat(scores).numpy(force=True)
+
+
+def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The numbers log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
+    highest = torch.full(targets.shape, -torch.inf, device=states.device)
+    total = torch.zeros_like(highest)
+    of_targets = torch.zeros_like(highest)
+    for begin, logits in _logit_blocks(head, states):
+        inside = (targets >= begin) & (targets < begin + logits.shape[1])
+        of_targets[inside] = logits[inside, targets[inside] - begin]
+        before, highest = highest, torch.maximum(highest, logits.amax(dim=1))
+        # In place, because fresh memory of this size costs more than the arithmetic.
+        total = total * (before - highest).exp() + logits.sub_(highest[:, None]).exp_().sum(dim=1)
+    return of_targets - highest - total.log()
+
+
+def _logit_blocks(head: nn.Module, states: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Fresh float32 logits [positions, block] of one part of the vocabulary after the other, with its first id."""
+    if _has_plain_weight(head):
+        for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
+            yield begin, F.linear(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()
+    else:
+        yield 0, head(states).to(torch.float32, copy=True)
+
+
+def _has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the head is a product with its weight and nothing else, neither adapted nor moved in by a hook."""
+    return type(head) is nn.Linear and "forward" not in vars(head) and not head._forward_hooks
