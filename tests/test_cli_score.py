@@ -241,11 +241,11 @@ class TestResuming:
         path = tmp_path / "out"
         run(texts, "--output", path)
         whole = path.read_bytes()
-        message = f"{path}: holds other scores of line 5, those of another input, checkpoint or option"
+        message = f"{path}: holds other rows of line 5, those of another input, checkpoint or option"
         model.scale = 1.2
         assert message in run(texts, "--output", path)[2]
         model.scale = 1.0
-        assert f"{path}: holds other scores of line 5" in run(texts, "--output", path, "--words")[2]
+        assert f"{path}: holds other rows of line 5" in run(texts, "--output", path, "--words")[2]
         texts.write_text("\n".join([*TEXTS[:4], "another"]), encoding="utf-8")
         assert message in run(texts, "--output", path)[2]
         texts.write_text("\n".join(TEXTS[:3]), encoding="utf-8")

@@ -277,22 +277,12 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         """What to run, and on what, with everything checked."""
         past = as_cache(past_key_values, self.config)
         generation = (generation_config or self.generation_config).updated(options)
-        prompts = Prompts.of(
-            self.config,
-            _array(input_ids),
-            _array(attention_mask),
-            _array(inputs_embeds),
-            0 if past is None else past.length,
-            None if past is None else _array(past.mask),
+        ids, mask, embeds, past_mask = (
+            None if given is None else as_numpy(given)
+            for given in (input_ids, attention_mask, inputs_embeds, None if past is None else past.mask)
         )
+        prompts = Prompts.of(self.config, ids, mask, embeds, 0 if past is None else past.length, past_mask)
         return TorchEngine(self, past), Request(self.config, generation, prompts, processors, tokenizer)
-
-
-def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
-    """On the host; numpy has no bfloat16."""
-    if tensor is None:
-        return None
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
 
 
 def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -71,5 +71,7 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """A tensor or numpy array as an array in the memory of the host."""
-    return array.numpy(force=True) if isinstance(array, torch.Tensor) else np.asarray(array)
+    """A tensor or numpy array as an array in the memory of the host; bfloat16, which numpy has not, as float32."""
+    if not isinstance(array, torch.Tensor):
+        return np.asarray(array)
+    return (array.float() if array.dtype is torch.bfloat16 else array).numpy(force=True)

@@ -14,6 +14,7 @@ from xglm_core.checkpoint.folder import open_checkpoint
 from xglm_core.checkpoint.loading import plan_loading
 from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
+from xglm_core.generation.config import GenerationConfig
 from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
@@ -31,6 +32,7 @@ class XGLMPreTrainedModel(nn.Module):
     """
 
     has_head: ClassVar[bool]
+    generation_config: GenerationConfig  # Where there is a head.
 
     # What accelerate and peft look for.
     _no_split_modules = ("XGLMDecoderLayer",)

@@ -93,7 +93,12 @@ def _run(argv: list[str]) -> int:
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if argv[:1] == [name]:
             importlib.import_module(f"xglm_core.cli.{name}").configure(command)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no more texts after an option has followed the first of them, or none.
+    if rest and (not hasattr(arguments, "texts_anywhere") or any(item.startswith("-") and item != "-" for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.text += rest
     run: Callable[[argparse.Namespace], int] = arguments.run
     return run(arguments)
 

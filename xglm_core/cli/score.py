@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from xglm_core.backends import BACKENDS, load_backend
 from xglm_core.checkpoint import open_checkpoint
-from xglm_core.checkpoint.dtypes import DTYPES
-from xglm_core.compare.run import installed_backends
+from xglm_core.cli.models import add_model, load_model
 from xglm_core.config import XGLMConfig
-from xglm_core.errors import BackendError, InputError
+from xglm_core.errors import InputError
 from xglm_core.files import replacing
 from xglm_core.scoring.lines import STDIN, count_items, opened, read_items
 from xglm_core.scoring.outputs import Output
@@ -37,13 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Score each line of a file: log-probabilities of its tokens, perplexity, and the surprisal of its words."
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder")
+    add_model(parser)
     parser.add_argument(
         "file",
         metavar="FILE",
         help='lines of text, or of {"text": ...} or {"context": ..., "continuation": ...}; - for standard input',
     )
-    parser.add_argument("--backend", choices=["auto", *BACKENDS], default="auto", help="(the first that is installed)")
     parser.add_argument("--format", choices=FORMATS, default="jsonl", help="of the output (%(default)s)")
     parser.add_argument("--words", action="store_true", help="surprisal of words [bits]; as tsv, one row for each word")
     parser.add_argument("--html", metavar="PAGE", help="also write a page that shows how surprising each word is")
@@ -51,16 +46,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=int, metavar="N", help="tokens by which windows over long texts move (half)")
     parser.add_argument("--newline", choices=["space", "eos"], help="what line breaks become (as the tokenizer says)")
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, metavar="N", help="at a time (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the computation (%(default)s)")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    config = open_checkpoint(arguments.model).config
+    config = open_checkpoint(arguments.checkpoint, revision=arguments.revision).config
     stride = checked_stride(config, arguments.stride)
     if arguments.batch_tokens < 1:
         raise InputError(f"--batch-tokens is {arguments.batch_tokens}, expected 1 or more")
-    tokenizer = XGLMTokenizer.from_pretrained(arguments.model)
+    tokenizer = XGLMTokenizer.from_pretrained(arguments.checkpoint, revision=arguments.revision)
     total = count_items(arguments.file)
     with Output(arguments.output, header(arguments.format, arguments.words)) as output:
         if arguments.html and output.first > 1:
@@ -68,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 f"--html shows what one run scores, but {arguments.output} already holds {output.first} lines; leave "
                 "out one of the two, or choose another file"
             )
-        model = _load(arguments.backend, arguments.model, arguments.dtype)
+        _, model = load_model(arguments)
         with (
             opened(arguments.file) as file,
             _page(arguments.html, arguments.file) as page,
@@ -108,21 +102,6 @@ def _groups(
             group, tokens = [], 0
     if group:
         yield group
-
-
-def _load(backend: str, folder: str, dtype: str) -> Any:
-    """The causal language model of a backend, or of the first that is installed."""
-    if backend == "auto":
-        installed, missing = installed_backends()
-        if not installed:
-            raise BackendError(f"no backend is installed: {'; '.join(missing)}")
-        backend = installed[0]
-    # What a user of the command has no reason to set. Keras may be configured for another backend.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    model_class = getattr(load_backend(backend), BACKENDS[backend].causal_lm)
-    types = {"dtype": dtype, "param_dtype": dtype} if backend == "flax" else {"dtype": dtype}
-    return model_class.from_pretrained(folder, **types)
 
 
 @contextlib.contextmanager

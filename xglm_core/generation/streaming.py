@@ -18,12 +18,12 @@ class GrowingText:
 
     Args:
         tokenizer: makes text of ids.
-        skip_special_tokens: see its `decode`.
+        skip_special_tokens, newline: see its `decode`.
     """
 
-    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True, newline: str | None = None) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._options = {"skip_special_tokens": skip_special_tokens, "newline": newline}
         self._ids: list[int] = []
         self._text = ""
 
@@ -38,7 +38,7 @@ class GrowingText:
         return self._beyond(self._decoded())
 
     def _decoded(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens) if self._ids else ""
+        return self._tokenizer.decode(self._ids, **self._options) if self._ids else ""
 
     def _beyond(self, text: str) -> str:
         new, self._text = text[len(self._text) :], text

@@ -60,7 +60,7 @@ class Output:
         if self._old:
             if len(self._old) > len(rows) or not all(map(agree, self._old, rows)):
                 raise InputError(
-                    f"{self.path}: holds other scores of line {number}, those of another input, checkpoint or option; "
+                    f"{self.path}: holds other rows of line {number}, those of another input, checkpoint or option; "
                     "go on with the same, or choose another file"
                 )
             self._old = []
