@@ -12,6 +12,8 @@ from xglm_core.compare.oracle import checkpoint_reader, forward
 from xglm_core.errors import InputError
 from xglm_core.scoring import engine
 
+SHALLOW = changed(CONFIG, num_layers=1)  # Where each test has something of its own to compile.
+
 
 def scores(fw, model, ids, mask=None, **kwargs):
     return fw.numpy(model.score(fw.tensor(ids), None if mask is None else fw.tensor(mask), **kwargs))
@@ -53,7 +55,7 @@ class TestNumbers:
     @pytest.mark.parametrize("tied", [True, False])
     def test_tiles(self, fw, small_tiles, tied, tmp_path):
         """The ids at both ends of each block; also of an untied head, which Keras and Flax hold transposed."""
-        write_checkpoint(tmp_path, changed(CONFIG, tie_word_embeddings=tied), seed=1)
+        write_checkpoint(tmp_path, changed(SHALLOW, tie_word_embeddings=tied), seed=1)
         model = fw.causal_lm.from_pretrained(tmp_path)
         assert model.config.tie_word_embeddings is tied
         ids = np.stack([np.arange(60), np.arange(71, 131)])
@@ -152,7 +154,7 @@ class TestCall:
 
     def test_after_a_change_of_the_vocabulary(self, fw, load):
         """Nothing compiled for the old head is used again."""
-        model = load(CONFIG)
+        model = load(SHALLOW)
         model.score(IDS)
         model.resize_token_embeddings(137)
         np.testing.assert_allclose(scores(fw, model, IDS), of_targets(fw.logits(model, IDS), IDS), **SAME)
@@ -172,7 +174,7 @@ class TestCall:
 class TestMemory:
     def test_no_array_of_all_logits(self, fw, load, small_tiles):
         """The vocabulary is a dimension of the weights alone."""
-        model = load(CONFIG)
+        model = load(SHALLOW)
         shapes = _SHAPES[fw.name](model)
         assert any(set(shape) >= {7, 16} for shape in shapes), "no tile of logits has been seen"
         assert {shape for shape in shapes if max(shape, default=0) >= 131} <= {(131, 35), (35, 131)}

@@ -12,6 +12,7 @@ from xglm_core.generation.engine import Processor
 from xglm_core.generation.rules import Rules
 from xglm_torch import selection
 from xglm_torch.cache import XGLMCache, empty_cache, reordered
+from xglm_torch.products import fast_products
 
 if TYPE_CHECKING:
     from xglm_torch.causal_lm import XGLMForCausalLM
@@ -116,14 +117,15 @@ class TorchEngine:
 
     def _read(self, attention_mask: torch.Tensor | None, **tokens: torch.Tensor) -> None:
         """Runs the model; afterwards `logits` are those of the last token of each row."""
-        outputs = self._model(
-            attention_mask=attention_mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-            **tokens,
-        )
+        with fast_products():
+            outputs = self._model(
+                attention_mask=attention_mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+                return_dict=True,
+                **tokens,
+            )
         self._cache = outputs.past_key_values
         self.logits = outputs.logits[:, 0]
 

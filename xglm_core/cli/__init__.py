@@ -95,7 +95,9 @@ def _run(argv: list[str]) -> int:
             importlib.import_module(f"xglm_core.cli.{name}").configure(command)
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no more texts after an option has followed the first of them, or none.
-    if rest and (not hasattr(arguments, "texts_anywhere") or any(item.startswith("-") and item != "-" for item in rest)):
+    if rest and (
+        not hasattr(arguments, "texts_anywhere") or any(item.startswith("-") and item != "-" for item in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.text += rest

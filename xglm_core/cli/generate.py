@@ -53,7 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Sets the arguments of `xglm generate`."""
     parser.description = "Continue texts. They are printed as they grow, or written to a file, a line of JSON for each."
     add_model(parser)
-    parser.add_argument("text", metavar="TEXT", nargs="*", default=[], help="a text to continue; none or - reads lines from stdin")
+    parser.add_argument(
+        "text", metavar="TEXT", nargs="*", default=[], help="a text to continue; none or - reads lines from stdin"
+    )
     for name, settings in _OPTIONS.items():
         parser.add_argument(name, **settings)
     parser.add_argument(

@@ -110,15 +110,14 @@ def _page(path: str | None, source: str) -> Iterator[Page | None]:
     if path is None:
         yield None
         return
-    try:
-        with replacing(path) as file:
-            page = Page(file, f"Surprisal: {'standard input' if source == STDIN else Path(source).name}")
-            yield page
-            page.end()
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(replacing(path))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+        page = Page(file, f"Surprisal: {'standard input' if source == STDIN else Path(source).name}")
+        yield page
+        page.end()
 
 
 class _Progress:

@@ -9,7 +9,7 @@ import numpy as np
 
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.inputs import check_attention_mask, check_input_ids, check_shapes
+from xglm_core.inputs import check_attention_mask, check_has_tokens, check_input_ids, check_shapes
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,7 @@ class Prompts:
         else:
             check_attention_mask(attention_mask.shape, rows, 0, length)
             mask = (np.asarray(attention_mask) != 0).astype(np.int64)
-        empty = ~mask[:, past:].any(axis=1)
-        if empty.any():
-            raise InputError(
-                f"attention_mask[{int(empty.argmax())}] is all 0, expected at least one token in each row"
-                + (" beyond what past_key_values holds" if past else "")
-            )
+        check_has_tokens(mask[:, past:])
         texts = [row[keep].tolist() for row, keep in zip(columns, mask != 0, strict=True)] if columns.size else []
         return cls(columns, tokens, mask, past, tuple(texts) or tuple([] for _ in range(rows)))
 

@@ -41,11 +41,12 @@ def read_items(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, Item]]:
     The file is JSON on every line if its first line begins with "{", else text.
 
     Raises:
-        InputError: a line is no UTF-8, or empty, or JSON of another form; the message names it.
+        InputError: a line is no UTF-8, or empty, or JSON of another form, and the message names it; or there are none.
     """
+    name = "standard input" if path == STDIN else path
     is_json = None
     for number, line in enumerate(lines, start=1):
-        where = f"{line_name(path, number)}"
+        where = f"{name}, line {number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -55,26 +56,20 @@ def read_items(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, Item]]:
         if not text.strip():
             raise InputError(f"{where}: the line is empty, expected {'JSON' if is_json else 'a text'}; remove it")
         yield where, _parsed(text, where) if is_json else text
-
-
-def line_name(path: str, number: int) -> str:
-    """What errors call a line."""
-    return f"{'standard input' if path == STDIN else path}, line {number}"
+    if is_json is None:
+        raise InputError(f"{name}: is empty, expected at least one line")
 
 
 def count_items(path: str) -> int | None:
     """Reads a file once, so that a bad line is found before anything is computed; None for what can be read only once.
 
     Raises:
-        InputError: see `read_items`; or there are no lines.
+        InputError: see `read_items`.
     """
-    if path == STDIN or (Path(path).exists() and not Path(path).is_file()):
+    if path == STDIN or Path(path).is_fifo() or Path(path).is_char_device():
         return None
     with opened(path) as file:
-        count = sum(1 for _ in read_items(file, path))
-    if not count:
-        raise InputError(f"{path}: is empty, expected at least one line")
-    return count
+        return sum(1 for _ in read_items(file, path))
 
 
 def _parsed(line: str, where: str) -> Item:
