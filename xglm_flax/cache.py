@@ -194,7 +194,7 @@ def with_capacity(cache: FlaxXGLMCache, capacity: int) -> FlaxXGLMCache:
 
 
 def reordered(cache: FlaxXGLMCache, rows: jax.Array, capacity: int) -> FlaxXGLMCache:
-    """A cache of these rows of another one, integers [new rows], with room for `capacity` positions, not fewer than now.
+    """A cache of these rows of another one, integers [new rows], with room for `capacity` positions.
 
     Differs: rows and room in one step, as each copies; and the layers are not stacked, however they were.
     """

@@ -286,7 +286,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
 
         Returns:
             int32 [rows, length + new]: `input_ids` as given, then the new tokens; rows that ended are filled with
-            padding. With `return_dict_in_generate`, a `GenerateOutput`. Differs: JAX has no int64 unless it is asked to.
+            padding. With `return_dict_in_generate`, a `GenerateOutput`. Differs: JAX has no int64 unless asked to.
 
         Raises:
             InputError: an option is unknown, impossible or contradicts another one, or the prompts do not fit the model
@@ -361,12 +361,11 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         if past is not None and tokens is not None:
             check_cache_batch(past.batch, len(tokens))
         length = 0 if past is None else int(past.length)
-        prompts = Prompts.of(
-            self.config,
-            *(None if array is None else np.asarray(array) for array in (input_ids, attention_mask, inputs_embeds)),
-            past=length,
-            past_mask=None if past is None else np.asarray(past.mask)[:, :length],
+        ids, mask, embeddings = (
+            None if array is None else np.asarray(array) for array in (input_ids, attention_mask, inputs_embeds)
         )
+        past_mask = None if past is None else np.asarray(past.mask)[:, :length]
+        prompts = Prompts.of(self.config, ids, mask, embeddings, length, past_mask)
         request = Request(self.config, generation, prompts, processors, tokenizer)
         return FlaxEngine(self.compiled_engine, params, past), request
 

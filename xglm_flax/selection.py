@@ -14,57 +14,63 @@ from xglm_core.generation.randomness import GOLDEN, MULTIPLIERS, SHIFTS
 from xglm_core.generation.rules import Rules
 
 _IMPOSSIBLE = -jnp.inf
-_GROUP = 128  # Neighbours of which `largest` first sees the best: few enough to sort all of a few dozen groups.
+_LEAST_WIDTH = 64  # Candidates to sort, so that most values of `top_k` share a program.
+_UNLIMITED = 2**31 - 1
 
 Number = np.float32 | None  # Traced; None where there is no such step.
 
 
 @dataclass(frozen=True)
 class TracedRules:
-    """`Rules` as compiled code takes them. Differs: which steps there are is compiled, while their numbers are traced.
+    """`Rules` as compiled code takes them.
+
+    Differs: which costly steps there are is compiled, while numbers are traced. Cheap steps are always there, with
+    numbers that change nothing.
 
     Attributes:
         banned: ids, int32 [rows, width].
-        repetition_penalty, temperature, top_p, typical_p: see `Rules`.
+        repetition_penalty, temperature, top_p, typical_p, top_k, least: see `Rules`.
         log_min_p: logarithm of `Rules.min_p`.
-        normalized, sample, top_k, least, ordered: see `Rules`.
+        normalized, sample: see `Rules`.
+        width: how many candidates to sort, a power of two; 0 if the limits do not need their order.
     """
 
     banned: jax.Array | np.ndarray
     repetition_penalty: Number
-    temperature: Number
-    top_p: Number
-    log_min_p: Number
+    temperature: np.float32
+    top_k: np.int32
+    top_p: np.float32
+    log_min_p: np.float32
     typical_p: Number
+    least: np.int32
     normalized: bool
     sample: bool
-    top_k: int
-    least: int
-    ordered: bool
+    width: int
 
     @classmethod
     def of(cls, rules: Rules) -> TracedRules:
-        """The same rules; what has no effect is left out, so that it does not ask for code of its own."""
-        sample = rules.sample
+        """The same rules."""
+        ordered, limited = rules.sample and rules.ordered, rules.sample and rules.typical_p < 1
         return cls(
             banned=rules.banned,
             repetition_penalty=np.float32(rules.repetition_penalty) if rules.penalized else None,
-            temperature=np.float32(rules.temperature) if sample else None,
-            top_p=np.float32(rules.top_p) if sample and rules.top_p < 1 else None,
-            log_min_p=np.float32(math.log(rules.min_p)) if sample and rules.min_p > 0 else None,
-            typical_p=np.float32(rules.typical_p) if sample and rules.typical_p < 1 else None,
+            temperature=np.float32(rules.temperature),
+            top_k=np.int32(rules.top_k or _UNLIMITED),
+            # Sums of all probabilities may round to 1 before the last.
+            top_p=np.float32(rules.top_p if rules.top_p < 1 else np.inf),
+            log_min_p=np.float32(math.log(rules.min_p) if rules.min_p > 0 else -np.inf),
+            typical_p=np.float32(rules.typical_p) if limited else None,
+            least=np.int32(rules.least),
             normalized=rules.normalized,
-            sample=sample,
-            top_k=rules.top_k if sample else 0,
-            least=rules.least if sample else 1,
-            ordered=sample and rules.ordered,
+            sample=rules.sample,
+            width=1 << (max(rules.top_k or _UNLIMITED, _LEAST_WIDTH) - 1).bit_length() if ordered else 0,
         )
 
 
 jax.tree_util.register_dataclass(
     TracedRules,
-    data_fields=["banned", "repetition_penalty", "temperature", "top_p", "log_min_p", "typical_p"],
-    meta_fields=["normalized", "sample", "top_k", "least", "ordered"],
+    data_fields=["banned", "repetition_penalty", "temperature", "top_k", "top_p", "log_min_p", "typical_p", "least"],
+    meta_fields=["normalized", "sample", "width"],
 )
 
 
@@ -90,15 +96,14 @@ def narrow(scores: jax.Array, rules: TracedRules) -> tuple[jax.Array, jax.Array]
     """What there is to draw from: scores and ids, each [rows, count], sorted only if that is needed."""
     scores = scores / rules.temperature
     ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    if rules.top_k:
-        scores, ids = largest(scores, rules.top_k)
-    elif rules.ordered:
-        scores, ids = _sorted(-scores, scores, ids)
-    if rules.top_p is not None:
+    if rules.width:
+        scores, ids = (
+            jax.lax.top_k(scores, rules.width) if rules.width < scores.shape[1] else _sorted(-scores, scores, ids)
+        )
+        scores = jnp.where(jnp.arange(scores.shape[1]) < rules.top_k, scores, _IMPOSSIBLE)
         scores = _without(scores, _mass_before(jax.nn.softmax(scores, axis=-1)) >= rules.top_p, rules)
-    if rules.log_min_p is not None:
-        likeliest = scores.max(axis=-1, keepdims=True)
-        scores = _without(scores, scores < likeliest + rules.log_min_p, rules)
+    likeliest = scores.max(axis=-1, keepdims=True)
+    scores = _without(scores, scores < likeliest + rules.log_min_p, rules)
     if rules.typical_p is not None:
         log_probabilities = jax.nn.log_softmax(scores, axis=-1)
         probabilities = jnp.exp(log_probabilities)
@@ -109,33 +114,8 @@ def narrow(scores: jax.Array, rules: TracedRules) -> tuple[jax.Array, jax.Array]
     return scores, ids
 
 
-def largest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The largest scores and their places, as `jax.lax.top_k`, in a fraction of its time.
-
-    None of the `count` largest is outside the `count` groups of neighbours with the largest maxima, as each of these has
-    one that comes first. The groups are kept in order, so that of equal ones the first place wins.
-
-    Args:
-        scores: float32 [rows, any].
-        count: how many.
-
-    Returns:
-        float32 and int32, each [rows, count].
-    """
-    rows, width = scores.shape
-    groups = -(-width // _GROUP)
-    if groups <= count:
-        return tuple(jax.lax.top_k(scores, count))
-    padded = jnp.pad(scores, ((0, 0), (0, groups * _GROUP - width)), constant_values=_IMPOSSIBLE)
-    grouped = padded.reshape(rows, groups, _GROUP)
-    best = jnp.sort(jax.lax.top_k(grouped.max(axis=-1), count)[1], axis=-1)
-    members = jnp.take_along_axis(grouped, best[:, :, None], axis=1).reshape(rows, -1)
-    values, place = jax.lax.top_k(members, count)
-    return values, jnp.take_along_axis(best, place // _GROUP, axis=1) * _GROUP + place % _GROUP
-
-
 def noise_bits(keys: jax.Array, index: jax.Array) -> jax.Array:
-    """See `xglm_core.generation.randomness.noise_bits`: uint32 [rows, any] of keys [rows, 2] and indices [rows, any]."""
+    """See `xglm_core.generation.randomness.noise_bits`: uint32 [rows, any] of keys [rows, 2], indices [rows, any]."""
     bits = index.astype(jnp.uint32) * np.uint32(GOLDEN) + keys[:, :1]
     return _mixed(_mixed(bits) ^ keys[:, 1:])
 
@@ -156,14 +136,14 @@ def gumbel(keys: jax.Array, index: jax.Array) -> jax.Array:
 
 def choose(scores: jax.Array, rules: TracedRules, keys: jax.Array) -> jax.Array:
     """An id of each row, or a code in its place, int32 [rows]; `keys` uint32 [rows, 2]."""
-    broken = jnp.isnan(scores).any(axis=-1)
-    empty = scores.max(axis=-1) == _IMPOSSIBLE
+    likeliest = scores.max(axis=-1)
+    broken, empty = jnp.isnan(likeliest), likeliest == _IMPOSSIBLE
     if rules.sample:
         scores, ids = narrow(scores, rules)
-        place = jnp.argmax(scores + gumbel(keys, ids), axis=-1)
+        place = _first_largest(scores + gumbel(keys, ids))
         chosen = jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
     else:
-        chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        chosen = _first_largest(scores)
     return jnp.where(broken, NOT_A_NUMBER, jnp.where(empty, NOTHING_LEFT, chosen))
 
 
@@ -189,11 +169,11 @@ def choose_candidates(
     if rules.sample:
         scores, ids = narrow(scores, rules)
     else:
-        scores, ids = largest(scores, min(count, vocab_size))
+        scores, ids = jax.lax.top_k(scores, min(count, vocab_size))
     index = ids.reshape(groups, beams, -1) + jnp.arange(beams)[:, None] * vocab_size
     sums = (scores.reshape(index.shape) + totals[:, :, None]).reshape(groups, -1)
     index = index.reshape(groups, -1)
-    _, place = largest(sums + gumbel(keys, index) if rules.sample else sums, count)
+    _, place = jax.lax.top_k(sums + gumbel(keys, index) if rules.sample else sums, count)
     sums, index = (jnp.take_along_axis(array, place, axis=1) for array in (sums, index))
     return jnp.where(broken, jnp.nan, sums), index
 
@@ -211,6 +191,13 @@ def _put(array: jax.Array, ids: jax.Array | np.ndarray, values: jax.Array | floa
     return array.at[jnp.arange(len(array))[:, None], ids].set(values, mode="drop")
 
 
+def _first_largest(scores: jax.Array) -> jax.Array:
+    """The place of the largest of each row, int32 [rows]; on a CPU, `jnp.argmax` takes several times as long."""
+    is_largest = scores == scores.max(axis=-1, keepdims=True)
+    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    return jnp.where(is_largest, places, scores.shape[1]).min(axis=-1)
+
+
 def _sorted(order: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Arrays [rows, any] in ascending order of the first; equal ones stay in order."""
     return tuple(jax.lax.sort((order, *arrays), num_keys=1, is_stable=True)[1:])
@@ -224,7 +211,7 @@ def _mass_before(probabilities: jax.Array) -> jax.Array:
 def _without(scores: jax.Array, dropped: jax.Array, rules: TracedRules) -> jax.Array:
     """Minus infinity where `dropped`, except for the first entries, of which the rules keep a number in any case."""
     first = jnp.arange(scores.shape[1]) < rules.least
-    return jnp.where(dropped & ~first if rules.ordered else dropped, _IMPOSSIBLE, scores)
+    return jnp.where(dropped & ~first if rules.width else dropped, _IMPOSSIBLE, scores)
 
 
 def _mixed(bits: jax.Array) -> jax.Array:
