@@ -193,6 +193,21 @@ def with_capacity(cache: FlaxXGLMCache, capacity: int) -> FlaxXGLMCache:
     )
 
 
+def reordered(cache: FlaxXGLMCache, rows: jax.Array, capacity: int) -> FlaxXGLMCache:
+    """A cache of these rows of another one, integers [new rows], with room for `capacity` positions.
+
+    Differs: rows and room in one step, as each copies; and the layers are not stacked, however they were.
+    """
+
+    def taken(array: Any) -> jax.Array:
+        return jnp.take(array, rows, axis=0, mode="clip")
+
+    keys, values = (tuple(map(taken, by_layer(items, stacked=False))) for items in (cache.keys, cache.values))
+    encoder, encoder_mask = jax.tree.map(taken, (cache.encoder, cache.encoder_mask))
+    fresh = FlaxXGLMCache(keys, values, taken(cache.mask), cache.length, encoder, encoder_mask)
+    return with_capacity(fresh, capacity)
+
+
 def _padded(states: jax.Array, capacity: int) -> jax.Array:
     """Keys or values [..., positions, head_dim] with room for `capacity` positions."""
     more = capacity - states.shape[-2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +12,16 @@ from flax import linen as nn
 
 from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
-from xglm_core.generation.loop import generate
-from xglm_core.outputs import CausalLMOutputWithCrossAttentions
+from xglm_core.generation.engine import Processor
+from xglm_core.generation.loop import Request, Streamer, generate, stream
+from xglm_core.generation.prompts import Prompts
+from xglm_core.inputs import check_cache_batch
+from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
 from xglm_core.scoring.engine import score
 from xglm_core.weight_names import HEAD
 from xglm_flax.attention import PRECISION, dense
-from xglm_flax.cache import FlaxXGLMCache
+from xglm_flax.cache import FlaxXGLMCache, as_cache
 from xglm_flax.decoder import FlaxXGLMModule
 from xglm_flax.generation import FlaxEngine, compile_engine
 from xglm_flax.inputs import check_head_arguments
@@ -135,6 +139,10 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
 
     has_head = True
     module_class = FlaxXGLMForCausalLMModule
+
+    def __init__(self, config: XGLMConfig, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)
+        self.generation_config = GenerationConfig.from_model(config)
 
     def __call__(
         self,
@@ -284,42 +292,126 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
 
     def generate(
         self,
-        input_ids: jax.Array,
+        input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
-        max_new_tokens: int = 20,
-        stop_at_eos: bool = True,
         params: Params | None = None,
-    ) -> jax.Array:
-        """Continues each row with the likeliest tokens.
+        inputs_embeds: jax.Array | None = None,
+        past_key_values: Any = None,
+        logits_processor: Sequence[Processor] = (),
+        streamer: Streamer | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> jax.Array | GenerateOutput:
+        """Continues each row: with its likeliest tokens, with drawn ones, or with the best beams.
 
         Args:
-            input_ids: prompts, integers [rows, length], padded on either side.
+            input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them.
             attention_mask: 1 for tokens, 0 for padding [rows, length]; None means no padding.
-            max_new_tokens: most tokens to add.
-            stop_at_eos: whether a row ends at `config.eos_token_id`.
+            generation_config: the options; None takes `self.generation_config`.
             params: the parameters; None means the model's.
+            inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
+            past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again.
+            logits_processor: functions of ids [rows, length] and logits [rows, vocab_size] that return other logits.
+            streamer: is told the prompt and each new token, as numpy arrays.
+            tokenizer: for `stop_strings`.
+            options: options of `GenerationConfig` that take precedence.
 
         Returns:
-            Integers [rows, length + new]: `input_ids` as given, then the new tokens; rows that ended are filled with
-            padding. Differs: int32, as JAX has no int64 unless it is asked to.
+            int32 [rows, length + new]: `input_ids` as given, then the new tokens; rows that ended are filled with
+            padding. With `return_dict_in_generate`, a `GenerateOutput`. Differs: JAX has no int64 unless asked to.
 
         Raises:
-            InputError: there are no parameters, or see `xglm_core.generation.loop.generate`.
+            InputError: an option is unknown, impossible or contradicts another one, or the prompts do not fit the model
+                or its window, or there are no parameters; before anything is computed. Or logits are not numbers.
         """
-        tokens = generate(
-            FlaxEngine(self._engine, self._params_or_own(params)),
-            np.asarray(input_ids),
-            None if attention_mask is None else np.asarray(attention_mask),
-            self.config,
-            GenerationConfig.from_model(self.config, max_new_tokens=max_new_tokens, stop_at_eos=stop_at_eos),
+        engine, request = self._generation(
+            input_ids,
+            attention_mask,
+            generation_config,
+            params,
+            inputs_embeds,
+            past_key_values,
+            logits_processor,
+            tokenizer,
+            options,
         )
-        return jnp.asarray(tokens)
+        output = generate(engine, request, streamer)
+        arrays = {
+            name: _as_jax(value) if isinstance(value, np.ndarray) else value
+            for name, value in zip(output.keys(), output, strict=True)
+        }
+        return GenerateOutput(**arrays) if request.generation.return_dict_in_generate else arrays["sequences"]
+
+    def stream(
+        self,
+        input_ids: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        params: Params | None = None,
+        inputs_embeds: jax.Array | None = None,
+        past_key_values: Any = None,
+        logits_processor: Sequence[Processor] = (),
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Iterator[np.ndarray]:
+        """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is there.
+
+        Raises:
+            InputError: see `generate`; or beams are asked for, of which none is final before the end.
+        """
+        engine, request = self._generation(
+            input_ids,
+            attention_mask,
+            generation_config,
+            params,
+            inputs_embeds,
+            past_key_values,
+            logits_processor,
+            tokenizer,
+            options,
+        )
+        return stream(engine, request)
+
+    def _generation(
+        self,
+        input_ids: jax.Array | None,
+        attention_mask: jax.Array | None,
+        generation_config: GenerationConfig | None,
+        params: Params | None,
+        inputs_embeds: jax.Array | None,
+        past_key_values: Any,
+        processors: Sequence[Processor],
+        tokenizer: Any,
+        options: dict[str, Any],
+    ) -> tuple[FlaxEngine, Request]:
+        """What to run, and on what, with everything checked."""
+        params = self._params_or_own(params)
+        past = as_cache(past_key_values, self.config, self.dtype)
+        generation = (generation_config or self.generation_config).updated(options)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if past is not None and tokens is not None:
+            check_cache_batch(past.batch, len(tokens))
+        length = 0 if past is None else int(past.length)
+        ids, mask, embeddings = (
+            None if array is None else np.asarray(array) for array in (input_ids, attention_mask, inputs_embeds)
+        )
+        past_mask = None if past is None else np.asarray(past.mask)[:, :length]
+        prompts = Prompts.of(self.config, ids, mask, embeddings, length, past_mask)
+        request = Request(self.config, generation, prompts, processors, tokenizer)
+        return FlaxEngine(self.compiled_engine, params, past), request
 
     def _make_module(self) -> None:
         super()._make_module()
-        self._engine = compile_engine(self.module)
+        self.compiled_engine = compile_engine(self.module)
         self._scorer = compile_scorer(self.module)
+
+
+def _as_jax(array: np.ndarray) -> jax.Array:
+    """A numpy array in 32 bits."""
+    return jnp.asarray(array.astype(np.int32) if array.dtype == np.int64 else array)
 
 
 def _kept(states: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:

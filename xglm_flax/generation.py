@@ -1,10 +1,10 @@
-"""The generation engine: prefill, steps and token selection on the device."""
+"""The generation engine: reading, one token at a time, and selection on the device."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xglm_core.generation.loop import BLOCK
-from xglm_flax.cache import FlaxXGLMCache, with_capacity
-from xglm_flax.stacking import stack_layers
+from xglm_core.generation.engine import BLOCK, Processor
+from xglm_core.generation.prompts import rounded_up
+from xglm_core.generation.rules import Rules
+from xglm_flax import selection
+from xglm_flax.cache import FlaxXGLMCache, reordered, with_capacity
+from xglm_flax.selection import TracedRules
+from xglm_flax.stacking import unstack_layers
 from xglm_flax.weights import Params
 
 
@@ -23,87 +27,193 @@ class CompiledEngine:
     """The compiled functions of one module. They take its parameters as an argument, so that there is no second copy.
 
     Attributes:
-        prefill: see `_prefill`, without its first argument.
-        advance: see `_advance`, without its first argument; it consumes the cache.
+        prefill, feed, advance: see `_prefill`, `_feed` and `_advance`, without their first argument; they consume
+            `cache` and `seen`.
     """
 
-    prefill: Callable[..., tuple[jax.Array, FlaxXGLMCache]]
-    advance: Callable[..., tuple[jax.Array, jax.Array, FlaxXGLMCache]]
+    prefill: Callable[..., Any]
+    feed: Callable[..., Any]
+    advance: Callable[..., Any]
 
 
 def compile_engine(module: nn.Module) -> CompiledEngine:
-    """Prepares the functions of a causal-LM module; each is compiled when it first meets a shape."""
+    """Prepares the functions of a causal-LM module; each is compiled when it first meets a shape.
+
+    A scan would copy the weights of each block for each token, so the blocks run one by one in any case.
+    """
+    unrolled = module.clone(scan_layers=False)
     return CompiledEngine(
-        prefill=jax.jit(functools.partial(_prefill, module), static_argnames="capacity"),
-        advance=jax.jit(functools.partial(_advance, module), donate_argnames="cache"),
+        prefill=jax.jit(functools.partial(_prefill, unrolled), static_argnames="capacity", donate_argnames="cache"),
+        feed=jax.jit(functools.partial(_feed, unrolled), donate_argnames=("cache", "seen")),
+        advance=jax.jit(functools.partial(_advance, unrolled), donate_argnames=("cache", "seen")),
     )
 
 
 class FlaxEngine:
-    """Implements `xglm_core.generation.loop.Engine`.
+    """Implements `xglm_core.generation.engine.Engine`.
 
     Differs: everything is compiled for fixed shapes, so prompts and capacities are multiples of `bucket`, and the steps
     are a loop in compiled code.
+
+    Args:
+        compiled: the functions of the model that continues the texts.
+        params: its parameters; stacked blocks are taken apart, which takes their memory again.
+        past: a cache to go on from, which stays as it is; None to begin.
     """
 
     bucket = 64
+    logits: Any
 
-    def __init__(self, compiled: CompiledEngine, params: Params) -> None:
+    def __init__(self, compiled: CompiledEngine, params: Params, past: FlaxXGLMCache | None = None) -> None:
         self._compiled = compiled
-        self._params = params
+        self._params = unstack_layers(params)
+        self._cache = past
+        self._seen: jax.Array | None = None
 
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, capacity: int) -> np.ndarray:
+    def prefill(self, tokens: np.ndarray, attention_mask: np.ndarray, capacity: int, seen: np.ndarray | None) -> None:
         """See `Engine.prefill`."""
-        self._tokens, self._cache = self._compiled.prefill(self._params, input_ids, attention_mask, capacity=capacity)
-        return np.asarray(self._tokens)[:, 0]
-
-    def advance(self, steps: int) -> np.ndarray:
-        """See `Engine.advance`."""
-        selected, self._tokens, self._cache = self._compiled.advance(
-            self._params, self._tokens, cache=self._cache, steps=steps
+        cache = self._cache
+        if cache is not None:
+            capacity = rounded_up(max(capacity, cache.capacity), self.bucket)
+            attention_mask = np.pad(attention_mask, ((0, 0), (0, capacity - attention_mask.shape[1])))
+            # A copy, as what follows is written in place.
+            cache = _reordered(cache, np.arange(cache.batch), capacity=capacity)
+        given = {"inputs_embeds": tokens} if tokens.ndim == 3 else {"input_ids": tokens.astype(np.int32)}
+        self.logits, self._cache = self._compiled.prefill(
+            self._params, given, attention_mask.astype(bool), cache=cache, capacity=capacity
         )
-        return np.asarray(selected)[:, :steps]
+        if seen is not None:
+            self._seen = _mark_seen(jnp.zeros(self.logits.shape, bool), seen)
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """See `Engine.reorder`."""
+        assert self._cache is not None  # As the prompts were read.
+        self._cache = _reordered(self._cache, rows, capacity=self._cache.capacity)
+        self.logits = self.logits[rows]
+        self._seen = None if self._seen is None else self._seen[rows]
+
+    def feed(self, tokens: np.ndarray) -> None:
+        """See `Engine.feed`."""
+        self.logits, self._cache, self._seen = self._compiled.feed(
+            self._params, tokens.astype(np.int32), cache=self._cache, seen=self._seen
+        )
+
+    def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
+        """See `Engine.select`."""
+        return np.asarray(_select(self.logits, self._seen, TracedRules.of(rules), keys)).astype(np.int64)
+
+    def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
+        """See `Engine.advance`."""
+        steps = keys.shape[1]
+        selected, self.logits, self._cache, self._seen = self._compiled.advance(
+            self._params,
+            tokens.astype(np.int32),
+            TracedRules.of(rules),
+            np.pad(keys, ((0, 0), (0, BLOCK - steps), (0, 0))),
+            steps,
+            cache=self._cache,
+            seen=self._seen,
+        )
+        return np.asarray(selected)[:, :steps].astype(np.int64)
+
+    def candidates(
+        self, rules: Rules, totals: np.ndarray, keys: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.candidates`."""
+        sums, index = _candidates(self.logits, self._seen, TracedRules.of(rules), totals, keys, count=count)
+        return np.asarray(sums), np.asarray(index).astype(np.int64)
+
+    def scores(self, rules: Rules) -> jax.Array:
+        """See `Engine.scores`."""
+        return _scores(self.logits, self._seen, TracedRules.of(rules))
+
+    def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
+        """See `Engine.process`."""
+        ids = jnp.asarray(texts.astype(np.int32))
+        for processor in processors:
+            self.logits = processor(ids, self.logits)
 
 
 def _prefill(
-    module: nn.Module, params: Params, input_ids: jax.Array, attention_mask: jax.Array, *, capacity: int
+    module: Any,
+    params: Params,
+    tokens: dict[str, jax.Array],
+    attention_mask: jax.Array,
+    cache: FlaxXGLMCache | None,
+    *,
+    capacity: int,
 ) -> tuple[jax.Array, FlaxXGLMCache]:
-    """Reads ids [rows, length]; returns the likeliest next ids [rows, 1] and a cache with room for `capacity`."""
-    outputs: Any = module.apply(
-        {"params": params}, input_ids, attention_mask, use_cache=True, logits_to_keep=1, return_dict=True
-    )
-    return _likeliest(outputs.logits), with_capacity(outputs.past_key_values, capacity)
+    """Reads prompts; returns logits [rows, vocab_size] and a cache with room for `capacity` positions."""
+    logits, cache = _read(module, params, cache, attention_mask=attention_mask, **tokens)
+    return logits, with_capacity(cache, capacity)
+
+
+def _feed(
+    module: Any, params: Params, tokens: jax.Array, cache: FlaxXGLMCache, seen: jax.Array | None
+) -> tuple[jax.Array, FlaxXGLMCache, jax.Array | None]:
+    """Reads ids [rows]; returns logits [rows, vocab_size], the cache, and what the texts now contain."""
+    seen = None if seen is None else selection.mark_seen(seen, tokens[:, None])
+    return *_read(module, params, cache, input_ids=tokens[:, None]), seen
 
 
 def _advance(
-    module: Any, params: Params, tokens: jax.Array, cache: FlaxXGLMCache, steps: jax.Array
-) -> tuple[jax.Array, jax.Array, FlaxXGLMCache]:
-    """Feeds the last ids [rows, 1] and selects the next, `steps` times.
+    module: Any,
+    params: Params,
+    tokens: jax.Array,
+    rules: TracedRules,
+    keys: jax.Array,
+    steps: jax.Array,
+    cache: FlaxXGLMCache,
+    seen: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, FlaxXGLMCache, jax.Array | None]:
+    """Feeds ids [rows] and selects the next, `steps` times, with keys [rows, BLOCK, 2].
 
-    `steps` is traced, so that one compilation serves all counts. Layers to be scanned are stacked once for all steps.
+    `steps` is traced, so that one compilation serves all counts.
 
     Returns:
-        The selected ids [rows, BLOCK], of which the first `steps` columns count, the last of these [rows, 1], and the
-        cache.
+        The selected ids [rows, BLOCK], of which the first `steps` columns count, and what `_feed` returns.
     """
 
-    def step(
-        index: jax.Array, state: tuple[jax.Array, jax.Array, FlaxXGLMCache]
-    ) -> tuple[jax.Array, jax.Array, FlaxXGLMCache]:
-        selected, tokens, cache = state
-        outputs: Any = module.apply(
-            {"params": params}, tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True
-        )
-        tokens = _likeliest(outputs.logits)
-        selected = jax.lax.dynamic_update_slice_in_dim(selected, tokens, index, axis=1)
-        return selected, tokens, outputs.past_key_values
+    def step(index: jax.Array, state: Any) -> Any:
+        selected, tokens, _, cache, seen = state
+        logits, cache, seen = _feed(module, params, tokens, cache, seen)
+        chosen = _select(logits, seen, rules, keys[:, index])
+        # A code stands for no token.
+        return selected.at[:, index].set(chosen), jnp.maximum(chosen, 0), logits, cache, seen
 
-    if module.scan_layers:
-        params = stack_layers(params)
-    selected = jnp.zeros((len(tokens), BLOCK), jnp.int32)
-    return jax.lax.fori_loop(0, steps, step, (selected, tokens, cache))
+    rows = len(tokens)
+    selected = jnp.zeros((rows, BLOCK), jnp.int32)
+    logits = jnp.zeros((rows, module.config.vocab_size), module.dtype)
+    selected, _, *rest = jax.lax.fori_loop(0, steps, step, (selected, tokens, logits, cache, seen))
+    return selected, *rest
 
 
-def _likeliest(logits: jax.Array) -> jax.Array:
-    """[rows, 1, vocab_size] -> the id of each row's largest logit, int32 [rows, 1]."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def _read(
+    module: Any, params: Params, cache: FlaxXGLMCache | None, **arguments: jax.Array
+) -> tuple[jax.Array, FlaxXGLMCache]:
+    """Runs the module; returns the logits of the last token of each row, and the cache."""
+    outputs = module.apply(
+        {"params": params}, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True, **arguments
+    )
+    return outputs.logits[:, 0], outputs.past_key_values
+
+
+_reordered = jax.jit(reordered, static_argnames="capacity")
+_mark_seen = jax.jit(selection.mark_seen, donate_argnames="seen")
+
+
+@jax.jit
+def _select(logits: jax.Array, seen: jax.Array | None, rules: TracedRules, keys: jax.Array) -> jax.Array:
+    return selection.choose(selection.process(logits, seen, rules), rules, keys)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _candidates(
+    logits: jax.Array, seen: jax.Array | None, rules: TracedRules, totals: jax.Array, keys: jax.Array, *, count: int
+) -> tuple[jax.Array, jax.Array]:
+    return selection.choose_candidates(selection.process(logits, seen, rules), rules, totals, keys, count)
+
+
+@jax.jit
+def _scores(logits: jax.Array, seen: jax.Array | None, rules: TracedRules) -> jax.Array:
+    return selection.narrowed(selection.process(logits, seen, rules), rules)
