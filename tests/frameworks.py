@@ -74,11 +74,11 @@ class Framework:
         return _FRESH[self.name](self.causal_lm, config, seed)
 
     def embedded(self, model: Any, input_ids: np.ndarray) -> np.ndarray:
-        """What `inputs_embeds` takes for these ids."""
+        """What `inputs_embeds` takes for these ids, as an array of its own."""
         embeddings = model.get_input_embeddings()
         if self.name == "flax":  # A matrix, as parameters are no part of a module.
             return np.asarray(embeddings)[input_ids] * np.float32(embed_scale(model.config))
-        return self.numpy(embeddings(self.tensor(input_ids)))
+        return self.numpy(embeddings(self.tensor(input_ids))).copy()
 
     def embedding_matrix(self, model: Any) -> np.ndarray:
         """The table [vocab_size, d_model]."""

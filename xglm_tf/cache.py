@@ -172,6 +172,18 @@ def with_capacity(cache: TFXGLMCache, capacity: int | tf.Tensor) -> TFXGLMCache:
     )
 
 
+def reordered(cache: TFXGLMCache, rows: tf.Tensor) -> TFXGLMCache:
+    """A cache of these rows of another one, integers [new rows], with room for as many positions."""
+    return dataclasses.replace(
+        cache,
+        keys=tuple(tf.gather(storage, rows) for storage in cache.keys),
+        values=tuple(tf.gather(storage, rows) for storage in cache.values),
+        mask=tf.gather(cache.mask, rows),
+        encoder=tuple((tf.gather(key, rows), tf.gather(value, rows)) for key, value in cache.encoder),
+        encoder_mask=None if cache.encoder_mask is None else tf.gather(cache.encoder_mask, rows),
+    )
+
+
 def written(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
     """`storage` [batch, heads, capacity, head_dim] with `new` [batch, heads, new, head_dim] from `start` on.
 

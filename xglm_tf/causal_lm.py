@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -12,8 +13,10 @@ import tensorflow as tf
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
-from xglm_core.generation.loop import generate
-from xglm_core.outputs import CausalLMOutputWithCrossAttentions
+from xglm_core.generation.engine import Processor
+from xglm_core.generation.loop import Request, Streamer, generate, stream
+from xglm_core.generation.prompts import Prompts
+from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.scoring.engine import score
 from xglm_tf.cache import as_cache
 from xglm_tf.decoder import TFXGLMMainLayer
@@ -40,6 +43,7 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
 
     def __init__(self, config: XGLMConfig, *, dtype: Any = None, plan: LoadPlan | None = None, **kwargs: Any) -> None:
         super().__init__(config, dtype=dtype, **kwargs)
+        self.generation_config = GenerationConfig.from_model(config)
         self.model = TFXGLMMainLayer(config, dtype=self.dtype_policy, name="model")
         # Differs: no layer if tied, because a Keras layer cannot use another's matrix transposed.
         self.lm_head = None if config.tie_word_embeddings else self._new_head()
@@ -241,35 +245,106 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
 
     def generate(
         self,
-        input_ids: tf.Tensor,
+        input_ids: tf.Tensor | None = None,
         attention_mask: tf.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
-        max_new_tokens: int = 20,
-        stop_at_eos: bool = True,
-    ) -> tf.Tensor:
-        """Continues each row with the likeliest tokens.
+        inputs_embeds: tf.Tensor | None = None,
+        past_key_values: Any = None,
+        logits_processor: Sequence[Processor] = (),
+        streamer: Streamer | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> tf.Tensor | GenerateOutput:
+        """Continues each row: with its likeliest tokens, with drawn ones, or with the best beams.
 
         Args:
-            input_ids: prompts, integers [rows, length], padded on either side.
+            input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them.
             attention_mask: 1 for tokens, 0 for padding [rows, length]; None means no padding.
-            max_new_tokens: most tokens to add.
-            stop_at_eos: whether a row ends at `config.eos_token_id`.
+            generation_config: the options; None takes `self.generation_config`.
+            inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
+            past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again.
+            logits_processor: functions of ids [rows, length] and logits [rows, vocab_size] that return other logits.
+            streamer: is told the prompt and each new token, as numpy arrays.
+            tokenizer: for `stop_strings`.
+            options: options of `GenerationConfig` that take precedence.
 
         Returns:
             int64 [rows, length + new]: `input_ids` as given, then the new tokens; rows that ended are filled with
-            padding.
+            padding. With `return_dict_in_generate`, a `GenerateOutput`.
 
         Raises:
-            InputError: see `xglm_core.generation.loop.generate`.
+            InputError: an option is unknown, impossible or contradicts another one, or the prompts do not fit the model
+                or its window; before anything is computed. Or logits are not numbers.
         """
-        tokens = generate(
-            TFEngine(self.compiled_engine),
-            np.asarray(input_ids),
-            None if attention_mask is None else np.asarray(attention_mask),
-            self.config,
-            GenerationConfig.from_model(self.config, max_new_tokens=max_new_tokens, stop_at_eos=stop_at_eos),
+        engine, request = self._generation(
+            input_ids,
+            attention_mask,
+            generation_config,
+            inputs_embeds,
+            past_key_values,
+            logits_processor,
+            tokenizer,
+            options,
         )
-        return tf.constant(tokens)
+        output = generate(engine, request, streamer)
+        tensors = {
+            name: tf.constant(value) if isinstance(value, np.ndarray) else value
+            for name, value in zip(output.keys(), output, strict=True)
+        }
+        return GenerateOutput(**tensors) if request.generation.return_dict_in_generate else tensors["sequences"]
+
+    def stream(
+        self,
+        input_ids: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        inputs_embeds: tf.Tensor | None = None,
+        past_key_values: Any = None,
+        logits_processor: Sequence[Processor] = (),
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Iterator[np.ndarray]:
+        """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is there.
+
+        Raises:
+            InputError: see `generate`; or beams are asked for, of which none is final before the end.
+        """
+        engine, request = self._generation(
+            input_ids,
+            attention_mask,
+            generation_config,
+            inputs_embeds,
+            past_key_values,
+            logits_processor,
+            tokenizer,
+            options,
+        )
+        return stream(engine, request)
+
+    def _generation(
+        self,
+        input_ids: tf.Tensor | None,
+        attention_mask: tf.Tensor | None,
+        generation_config: GenerationConfig | None,
+        inputs_embeds: tf.Tensor | None,
+        past_key_values: Any,
+        processors: Sequence[Processor],
+        tokenizer: Any,
+        options: dict[str, Any],
+    ) -> tuple[TFEngine, Request]:
+        """What to run, and on what, with everything checked."""
+        past = as_cache(past_key_values, self.config)
+        generation = (generation_config or self.generation_config).updated(options)
+        held = 0 if past is None else int(past.length)
+        prompts = Prompts.of(
+            self.config,
+            *(None if tensor is None else np.asarray(tensor) for tensor in (input_ids, attention_mask, inputs_embeds)),
+            past=held,
+            past_mask=None if past is None else past.mask[:, :held].numpy(),
+        )
+        return TFEngine(self.compiled_engine, past), Request(self.config, generation, prompts, processors, tokenizer)
 
 
 def _kept(states: tf.Tensor, logits_to_keep: int | tf.Tensor) -> tf.Tensor:

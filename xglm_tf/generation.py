@@ -1,17 +1,21 @@
-"""The generation engine: prefill, steps and token selection on the device."""
+"""The generation engine: reading, several tokens at a time, and selection on the device."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from xglm_core.generation.loop import BLOCK
-from xglm_tf.cache import TFXGLMCache, with_capacity
+from xglm_core.generation.engine import BLOCK, Processor
+from xglm_core.generation.prompts import rounded_up
+from xglm_core.generation.rules import Rules
+from xglm_tf import selection
+from xglm_tf.cache import TFXGLMCache, empty_cache, reordered, with_capacity
+from xglm_tf.selection import TFRules
 
 if TYPE_CHECKING:
     from xglm_tf.causal_lm import TFXGLMForCausalLM
@@ -22,79 +26,195 @@ class CompiledEngine:
     """The compiled functions of one model. They refer to its variables, so that there is no second copy.
 
     Attributes:
-        prefill: see `_prefill`, without its first argument.
-        advance: see `_advance`, without its first argument.
+        prefill, feed, advance: see `_prefill`, `_feed` and `_advance`, without their first argument.
+        select, candidates, scores: see `_select`, `_candidates` and `_scores`.
     """
 
     prefill: Callable[..., tuple[tf.Tensor, TFXGLMCache]]
-    advance: Callable[..., tuple[tf.Tensor, tf.Tensor, TFXGLMCache]]
+    feed: Callable[..., tuple[tf.Tensor, TFXGLMCache, tf.Tensor]]
+    advance: Callable[..., tuple[tf.Tensor, tf.Tensor, TFXGLMCache, tf.Tensor]]
+    select: Callable[..., tf.Tensor]
+    candidates: Callable[..., tuple[tf.Tensor, tf.Tensor]]
+    scores: Callable[..., tf.Tensor]
 
 
 def compile_engine(model: TFXGLMForCausalLM) -> CompiledEngine:
-    """Prepares the functions of a model; each is compiled when it first meets a shape."""
+    """Prepares the functions of a model; each is compiled when it first meets a shape or rules of another kind."""
+    compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
     return CompiledEngine(
-        prefill=tf.function(functools.partial(_prefill, model), jit_compile=True, autograph=False),
-        advance=tf.function(functools.partial(_advance, model), jit_compile=True, autograph=False),
+        prefill=compiled(functools.partial(_prefill, model)),
+        feed=compiled(functools.partial(_feed, model)),
+        advance=compiled(functools.partial(_advance, model)),
+        select=compiled(_select),
+        candidates=compiled(_candidates),
+        scores=compiled(_scores),
     )
 
 
 class TFEngine:
-    """Implements `xglm_core.generation.loop.Engine`.
+    """Implements `xglm_core.generation.engine.Engine`.
 
     Differs: everything is compiled for fixed shapes, so prompts and capacities are multiples of `bucket`, and the steps
     are a loop in compiled code.
+
+    Args:
+        compiled: the functions of the model that continues the texts.
+        past: a cache to go on from, which stays as it is; None to begin.
     """
 
     bucket = 64
+    logits: tf.Tensor
 
-    def __init__(self, compiled: CompiledEngine) -> None:
+    def __init__(self, compiled: CompiledEngine, past: TFXGLMCache | None = None) -> None:
         self._compiled = compiled
+        self._cache = past
+        self._seen = tf.zeros((0, 0), tf.bool)
 
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray, capacity: int) -> np.ndarray:
+    def prefill(self, tokens: np.ndarray, attention_mask: np.ndarray, capacity: int, seen: np.ndarray | None) -> None:
         """See `Engine.prefill`."""
-        ids, mask = tf.constant(input_ids, tf.int32), tf.constant(attention_mask, tf.int32)
-        self._tokens, self._cache = self._compiled.prefill(ids, mask, capacity)
-        return self._tokens[:, 0].numpy()
+        capacity = rounded_up(capacity, self.bucket)
+        if self._cache is not None:
+            capacity = max(capacity, self._cache.capacity)
+            self._cache = with_capacity(self._cache, capacity)
+        mask = np.ones((len(tokens), capacity), bool)
+        mask[:, : attention_mask.shape[1]] = attention_mask
+        given = self._tensor(tokens) if tokens.ndim == 2 else tf.constant(tokens)
+        self.logits, self._cache = self._compiled.prefill(given, tf.constant(mask), self._cache)
+        # Without columns if nobody will ask: marking ids in it then does nothing.
+        self._seen = tf.zeros((len(tokens), 0 if seen is None else self.logits.shape[1]), tf.bool)
+        if seen is not None:
+            self._seen = selection.mark_seen(self._seen, self._tensor(seen))
 
-    def advance(self, steps: int) -> np.ndarray:
+    def reorder(self, rows: np.ndarray) -> None:
+        """See `Engine.reorder`."""
+        places = self._tensor(rows)
+        self._cache = reordered(self._cache, places)
+        self.logits = tf.gather(self.logits, places)
+        self._seen = tf.gather(self._seen, places)
+
+    def feed(self, tokens: np.ndarray) -> None:
+        """See `Engine.feed`."""
+        self.logits, self._cache, self._seen = self._compiled.feed(self._tensor(tokens), self._cache, self._seen)
+
+    def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
+        """See `Engine.select`."""
+        selected = self._compiled.select(self.logits, self._seen, TFRules.of(rules), tf.constant(keys))
+        return selected.numpy().astype(np.int64)
+
+    def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
         """See `Engine.advance`."""
-        selected, self._tokens, self._cache = self._compiled.advance(self._tokens, self._cache, tf.constant(steps))
-        return selected[:, :steps].numpy()
+        steps = keys.shape[1]
+        words = tf.constant(np.pad(keys, ((0, 0), (0, BLOCK - steps), (0, 0))))
+        selected, self.logits, self._cache, self._seen = self._compiled.advance(
+            self._tensor(tokens), self.logits, self._cache, self._seen, TFRules.of(rules), words, tf.constant(steps)
+        )
+        return selected[:, :steps].numpy().astype(np.int64)
+
+    def candidates(
+        self, rules: Rules, totals: np.ndarray, keys: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Engine.candidates`."""
+        sums, index = self._compiled.candidates(
+            self.logits, self._seen, TFRules.of(rules), tf.constant(totals), tf.constant(keys), count
+        )
+        return sums.numpy(), index.numpy().astype(np.int64)
+
+    def scores(self, rules: Rules) -> tf.Tensor:
+        """See `Engine.scores`."""
+        return self._compiled.scores(self.logits, self._seen, TFRules.of(rules))
+
+    def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
+        """See `Engine.process`."""
+        ids: Any = tf.constant(texts)
+        for processor in processors:
+            self.logits = processor(ids, self.logits)
+
+    def _tensor(self, array: np.ndarray) -> tf.Tensor:
+        """Integers."""
+        return tf.constant(array, tf.int32)
 
 
 def _prefill(
-    model: TFXGLMForCausalLM, input_ids: tf.Tensor, attention_mask: tf.Tensor, capacity: int
+    model: TFXGLMForCausalLM, tokens: tf.Tensor, mask: tf.Tensor, past: TFXGLMCache | None
 ) -> tuple[tf.Tensor, TFXGLMCache]:
-    """Reads ids [rows, length]; returns the likeliest next ids [rows, 1] and a cache with room for `capacity`."""
-    outputs = model(input_ids, attention_mask, use_cache=True, logits_to_keep=1)
-    return _likeliest(outputs.logits), with_capacity(outputs.past_key_values, capacity)
+    """Reads ids [rows, length] or embeddings [rows, length, d_model].
+
+    Args:
+        model: the model.
+        tokens: ids or embeddings.
+        mask: that of the cache, bool [rows, capacity].
+        past: a cache of that capacity; None to begin.
+
+    Returns:
+        The logits of the last token of each row [rows, vocab_size], and the cache.
+    """
+    if past is None:
+        past = empty_cache(model.config, *mask.shape, model.compute_dtype)
+    past = dataclasses.replace(past, mask=mask)
+    if tokens.dtype.is_floating:
+        given = {"inputs_embeds": tf.cast(tokens, model.compute_dtype)}
+    else:
+        given = {"input_ids": tokens}
+    outputs = model(**given, past_key_values=past, use_cache=True, return_dict=True, logits_to_keep=1)
+    return outputs.logits[:, 0], outputs.past_key_values
+
+
+def _feed(
+    model: TFXGLMForCausalLM, tokens: tf.Tensor, cache: TFXGLMCache, seen: tf.Tensor
+) -> tuple[tf.Tensor, TFXGLMCache, tf.Tensor]:
+    """Reads an id of each row [rows]; returns logits [rows, vocab_size], the cache, and `seen` with these ids."""
+    column = tokens[:, None]
+    outputs = model(column, past_key_values=cache, use_cache=True, return_dict=True, logits_to_keep=1)
+    return outputs.logits[:, 0], outputs.past_key_values, selection.mark_seen(seen, column)
+
+
+def _select(logits: tf.Tensor, seen: tf.Tensor, rules: TFRules, keys: tf.Tensor) -> tf.Tensor:
+    """The next id of each row, int32 [rows]; `keys` uint32 [rows, 2]."""
+    return selection.choose(selection.process(logits, seen, rules), rules, keys)
 
 
 def _advance(
-    model: TFXGLMForCausalLM, tokens: tf.Tensor, cache: TFXGLMCache, steps: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, TFXGLMCache]:
-    """Feeds the last ids [rows, 1] and selects the next, `steps` times.
+    model: TFXGLMForCausalLM,
+    tokens: tf.Tensor,
+    logits: tf.Tensor,
+    cache: TFXGLMCache,
+    seen: tf.Tensor,
+    rules: TFRules,
+    keys: tf.Tensor,
+    steps: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, TFXGLMCache, tf.Tensor]:
+    """Feeds the last ids [rows] and selects the next, `steps` times.
 
-    `steps` is a tensor, so that one compilation serves all counts.
+    `steps` is a tensor, so that one compilation serves all counts; `keys` are uint32 [rows, BLOCK, 2]. The logits
+    before count for nothing but the shape and type of those after.
 
     Returns:
-        The selected ids [rows, BLOCK], of which the first `steps` columns count, the last of these [rows, 1], and the
-        cache.
+        The selected ids, int32 [rows, BLOCK], of which the first `steps` columns count; the logits of the last step
+        [rows, vocab_size], the cache, and `seen`.
     """
     columns = tf.range(BLOCK)
 
     def step(
-        index: tf.Tensor, selected: tf.Tensor, tokens: tf.Tensor, cache: TFXGLMCache
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, TFXGLMCache]:
-        outputs = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens = _likeliest(outputs.logits)
-        return index + 1, tf.where(columns == index, tokens, selected), tokens, outputs.past_key_values
+        index: tf.Tensor, tokens: tf.Tensor, selected: tf.Tensor, _: tf.Tensor, cache: TFXGLMCache, seen: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, TFXGLMCache, tf.Tensor]:
+        logits, cache, seen = _feed(model, tokens, cache, seen)
+        chosen = _select(logits, seen, rules, tf.gather(keys, index, axis=1))
+        selected = tf.where(columns == index, chosen[:, None], selected)
+        # A code stands for no token.
+        return index + 1, tf.maximum(chosen, 0), selected, logits, cache, seen
 
     selected = tf.zeros((tokens.shape[0], BLOCK), tf.int32)
-    _, *results = tf.while_loop(lambda index, *_: index < steps, step, (0, selected, tokens, cache))
+    _, _, *results = tf.while_loop(lambda index, *_: index < steps, step, (0, tokens, selected, logits, cache, seen))
     return tuple(results)
 
 
-def _likeliest(logits: tf.Tensor) -> tf.Tensor:
-    """[rows, 1, vocab_size] -> the id of each row's largest logit, int32 [rows, 1]."""
-    return tf.argmax(logits, axis=-1, output_type=tf.int32)
+def _candidates(
+    logits: tf.Tensor, seen: tf.Tensor, rules: TFRules, totals: tf.Tensor, keys: tf.Tensor, count: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """See `xglm_tf.selection.choose_candidates`."""
+    return selection.choose_candidates(selection.process(logits, seen, rules), rules, totals, keys, count)
+
+
+def _scores(logits: tf.Tensor, seen: tf.Tensor, rules: TFRules) -> tf.Tensor:
+    """See `xglm_tf.selection.narrowed`."""
+    return selection.narrowed(selection.process(logits, seen, rules), rules)
