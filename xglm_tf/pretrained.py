@@ -19,6 +19,7 @@ from xglm_core.checkpoint.loading import LoadPlan, plan_loading
 from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
+from xglm_core.generation.config import GenerationConfig
 from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
@@ -34,6 +35,7 @@ class TFXGLMPreTrainedModel(keras.Model):
     """
 
     has_head: ClassVar[bool]
+    generation_config: GenerationConfig  # Where there is a head.
 
     def __init__(self, config: XGLMConfig, *, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(dtype=dtype, **kwargs)
