@@ -1,10 +1,10 @@
-"""What generation in JAX has to see to besides the contract: what is compiled, what is consumed, what is copied."""
+"""What generation in JAX has to see to besides the contract: how tokens are selected, and whose caches are consumed."""
 
 import numpy as np
 import pytest
 
 from tests.frameworks import backends_under_test
-from tests.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, IDS, LEFT, changed
+from tests.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, IDS, LEFT
 from xglm_core.errors import InputError
 from xglm_core.generation import randomness
 from xglm_core.generation.rules import Rules
@@ -15,7 +15,7 @@ if "flax" not in backends_under_test():
 import jax
 import jax.numpy as jnp
 
-from xglm_flax import FlaxXGLMForCausalLM, selection, stack_layers
+from xglm_flax import FlaxXGLMForCausalLM, selection
 from xglm_flax.selection import TracedRules
 
 NEW = {"max_new_tokens": 5, "stop_at_eos": False}
@@ -60,46 +60,6 @@ class TestSelection:
             chosen = selection.choose(processed, rules, np.zeros((3, 2), np.uint32))
             assert chosen[:2].tolist() == [-1, -2]
             assert chosen[2] >= 0
-
-
-class TestCompilation:
-    @pytest.fixture
-    def counted(self, model):
-        """A model, and a list that grows when its code is traced."""
-        traces = []
-
-        def activation(states):
-            traces.append(states.shape)
-            return jax.nn.gelu(states, approximate=False)
-
-        model_ = FlaxXGLMForCausalLM(changed(CONFIG, activation_function=activation), _do_init=False)
-        model_.params = model.params
-        return model_, traces
-
-    def test_one_for_all_numbers_and_lengths_of_a_bucket(self, counted):
-        model, traces = counted
-        sample = {"do_sample": True, "stop_at_eos": False}
-        options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
-        others = {"temperature": 1.7, "top_k": 50, "top_p": 0.4, "repetition_penalty": 0.9}
-        model.generate(IDS, seed=1, max_new_tokens=20, **options, **sample)
-        # Both are in a loop of their own, so that each traces its layers once.
-        assert traces == [(2, 64, 53)] * 3 + [(2, 1, 53)] * 3
-        model.generate(IDS[:, :5], seed=2, max_new_tokens=33, suppress_tokens=None, **others, **sample)
-        assert len(traces) == 6
-        # Token by token there is another program, for whatever comes after.
-        for options in ({"seed": 1, **sample}, {"stop_at_eos": False}):
-            assert len(list(model.stream(IDS, **options))) == 20
-        assert model.generate(IDS, num_beams=2, **NEW).shape == (2, 16)
-        assert len(traces) == 12
-
-    def test_layers_of_a_scan_run_one_by_one(self, counted):
-        model, traces = counted
-        scanned = FlaxXGLMForCausalLM(model.config, _do_init=False, scan_layers=True)
-        expected = model.generate(IDS, **NEW)
-        traces.clear()
-        for params in (model.params, stack_layers(model.params)):
-            assert np.array_equal(scanned.generate(IDS, params=params, **NEW), expected)
-            assert traces == [(2, 64, 53)] * 3 + [(2, 1, 53)] * 3
 
 
 class TestCaches:

@@ -17,8 +17,6 @@ _IMPOSSIBLE = -jnp.inf
 _LEAST_WIDTH = 64  # Candidates to sort, so that most values of `top_k` share a program.
 _UNLIMITED = 2**31 - 1
 
-Number = np.float32 | None  # Traced; None where there is no such step.
-
 
 @dataclass(frozen=True)
 class TracedRules:
@@ -29,19 +27,19 @@ class TracedRules:
 
     Attributes:
         banned: ids, int32 [rows, width].
-        repetition_penalty, temperature, top_p, typical_p, top_k, least: see `Rules`.
+        repetition_penalty, temperature, top_p, typical_p, top_k, least: see `Rules`; None where there is no such step.
         log_min_p: logarithm of `Rules.min_p`.
         normalized, sample: see `Rules`.
         width: how many candidates to sort, a power of two; 0 if the limits do not need their order.
     """
 
     banned: jax.Array | np.ndarray
-    repetition_penalty: Number
+    repetition_penalty: np.float32 | None
     temperature: np.float32
     top_k: np.int32
     top_p: np.float32
     log_min_p: np.float32
-    typical_p: Number
+    typical_p: np.float32 | None
     least: np.int32
     normalized: bool
     sample: bool
@@ -85,6 +83,7 @@ def process(logits: jax.Array, seen: jax.Array | None, rules: TracedRules) -> ja
     if rules.normalized:
         scores = jax.nn.log_softmax(scores, axis=-1)
     if rules.repetition_penalty is not None:
+        assert seen is not None  # As the prefill was told.
         factor = rules.repetition_penalty
         scores = jnp.where(seen, jnp.where(scores < 0, scores * factor, scores / factor), scores)
     if rules.banned.shape[1]:
