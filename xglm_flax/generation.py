@@ -77,7 +77,7 @@ class FlaxEngine:
             capacity = rounded_up(max(capacity, cache.capacity), self.bucket)
             attention_mask = np.pad(attention_mask, ((0, 0), (0, capacity - attention_mask.shape[1])))
             # A copy, as what follows is written in place.
-            cache = _copied(cache, np.arange(cache.batch), capacity=capacity)
+            cache = _copied(cache, capacity=capacity)
         given = {"inputs_embeds": tokens} if tokens.ndim == 3 else {"input_ids": tokens.astype(np.int32)}
         self.logits, self._cache = self._compiled.prefill(
             self._params, given, attention_mask.astype(bool), cache=cache, capacity=capacity
@@ -144,7 +144,8 @@ def _prefill(
     capacity: int,
 ) -> tuple[jax.Array, FlaxXGLMCache]:
     """Reads prompts; returns logits [rows, vocab_size] and a cache with room for `capacity` positions."""
-    logits, cache = _read(module, params, cache, attention_mask=attention_mask, **tokens)
+    past = None if cache is None else _unpacked(cache)
+    logits, cache = _read(module, params, past, attention_mask=attention_mask, **tokens)
     return logits, _packed(with_capacity(cache, capacity))
 
 
@@ -213,8 +214,12 @@ def _reshaped(cache: FlaxXGLMCache, change: Callable[[jax.Array], jax.Array]) ->
     return dataclasses.replace(cache, keys=jax.tree.map(change, cache.keys), values=jax.tree.map(change, cache.values))
 
 
-_copied = jax.jit(reordered, static_argnames="capacity")
 _mark_seen = jax.jit(selection.mark_seen, donate_argnames="seen")
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _copied(cache: FlaxXGLMCache, *, capacity: int) -> FlaxXGLMCache:
+    return _packed(reordered(cache, jnp.arange(cache.batch), capacity))
 
 
 @jax.jit
