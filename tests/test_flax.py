@@ -20,7 +20,7 @@ from xglm_core import XGLMConfig
 from xglm_core.checkpoint.dtypes import FLOAT32
 from xglm_core.errors import InputError
 from xglm_core.weight_names import weight_specs
-from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMModel
+from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMModel, stack_layers
 from xglm_flax.weights import load_weights
 
 IDS, MASK = models.IDS.astype(np.int32), models.LEFT
@@ -255,10 +255,27 @@ class TestCompilation:
             past = model(IDS[:, end - 1 : end], MASK[:, :end], past_key_values=past).past_key_values
         assert len(traces) == before + CONFIG.num_layers
 
-    def test_one_for_prompts_and_counts_of_one_bucket(self, counted):
+    def test_one_for_all_numbers_and_lengths_of_a_bucket(self, counted):
         model, traces = counted
-        model.generate(IDS, max_new_tokens=20, stop_at_eos=False)
-        before = len(traces)
-        for length, count in ((11, 33), (5, 7), (9, 2)):
-            assert model.generate(IDS[:, :length], max_new_tokens=count, stop_at_eos=False).shape == (2, length + count)
-        assert len(traces) == before
+        sample = {"do_sample": True, "stop_at_eos": False}
+        options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
+        others = {"temperature": 1.7, "top_k": 50, "top_p": 0.4, "repetition_penalty": 0.9}
+        model.generate(IDS, seed=1, max_new_tokens=20, **options, **sample)
+        # The prompt, and one step of a loop.
+        assert traces == [(2, 64, 53)] * 3 + [(2, 1, 53)] * 3
+        model.generate(IDS[:, :5], seed=2, max_new_tokens=33, suppress_tokens=None, **others, **sample)
+        assert len(traces) == 6
+        # Token by token there is another program, for whatever comes after.
+        for options in ({"seed": 1, **sample}, {"stop_at_eos": False}):
+            assert len(list(model.stream(IDS, **options))) == 20
+        assert model.generate(IDS, num_beams=2, stop_at_eos=False).shape == (2, 31)
+        assert len(traces) == 12
+
+    def test_layers_of_a_scan_run_one_by_one(self, counted):
+        model, traces = counted
+        scanned = FlaxXGLMForCausalLM(model.config, _do_init=False, scan_layers=True)
+        expected = model.generate(IDS, max_new_tokens=5)
+        traces.clear()
+        for params in (model.params, stack_layers(model.params)):
+            assert np.array_equal(scanned.generate(IDS, params=params, max_new_tokens=5), expected)
+            assert traces == [(2, 64, 53)] * 3 + [(2, 1, 53)] * 3

@@ -1,10 +1,10 @@
-"""What generation in JAX has to see to besides the contract: what is compiled, what is consumed, what is copied."""
+"""What generation in JAX has to see to besides the contract: how tokens are selected, and whose caches are consumed."""
 
 import numpy as np
 import pytest
 
 from tests.frameworks import backends_under_test
-from tests.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, IDS, LEFT, changed
+from tests.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, IDS, LEFT
 from xglm_core.errors import InputError
 from xglm_core.generation import randomness
 from xglm_core.generation.rules import Rules
@@ -15,7 +15,7 @@ if "flax" not in backends_under_test():
 import jax
 import jax.numpy as jnp
 
-from xglm_flax import FlaxXGLMForCausalLM, selection, stack_layers
+from xglm_flax import FlaxXGLMForCausalLM, selection
 from xglm_flax.selection import TracedRules
 
 NEW = {"max_new_tokens": 5, "stop_at_eos": False}
@@ -42,13 +42,13 @@ class TestSelection:
         scores[0, [70, 80, 299]] = 1
         greedy = Rules(np.zeros((2, 0), np.int32))
         assert np.array_equal(selection.choose(scores, TracedRules.of(greedy), np.zeros((2, 2), np.uint32)), [70, 0])
-        rules = Rules(np.zeros((2, 0), np.int32), sample=True, top_k=top_k, top_p=0.9 if top_k == 0 else 1.0)
+        rules = Rules(np.zeros((2, 0), np.int32), sample=True, top_k=top_k, top_p=1.0 if top_k else 0.899)
         values, ids = selection.narrow(scores, TracedRules.of(rules))
-        expected = np.argsort(-scores, axis=1, kind="stable")
-        kept = np.isfinite(values).sum(axis=1)
-        assert (kept == (top_k or kept)).all()
+        kept = np.isfinite(values)
+        count = top_k or 270  # Of three weights of e and 297 of 1, and of 300 equal ones.
         for row in range(2):
-            assert np.array_equal(ids[row, : kept[row]], expected[row, : kept[row]])
+            expected = np.argsort(-scores[row], kind="stable")[:count]
+            assert sorted(ids[row, kept[row]].tolist()) == sorted(expected.tolist())
 
     def test_scores_that_are_no_numbers_are_told_from_none(self):
         scores = np.zeros((3, 131), np.float32)
@@ -60,46 +60,6 @@ class TestSelection:
             chosen = selection.choose(processed, rules, np.zeros((3, 2), np.uint32))
             assert chosen[:2].tolist() == [-1, -2]
             assert chosen[2] >= 0
-
-
-class TestCompilation:
-    @pytest.fixture
-    def counted(self, model):
-        """A model, and a list that grows when its code is traced."""
-        traces = []
-
-        def activation(states):
-            traces.append(states.shape)
-            return jax.nn.gelu(states, approximate=False)
-
-        model_ = FlaxXGLMForCausalLM(changed(CONFIG, activation_function=activation), _do_init=False)
-        model_.params = model.params
-        return model_, traces
-
-    def test_one_for_all_numbers_and_lengths_of_a_bucket(self, counted):
-        model, traces = counted
-        sample = {"do_sample": True, "stop_at_eos": False}
-        options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
-        others = {"temperature": 1.7, "top_k": 50, "top_p": 0.4, "repetition_penalty": 0.9}
-        model.generate(IDS, seed=1, max_new_tokens=20, **options, **sample)
-        # Both are in a loop of their own, so that each traces its layers once.
-        assert traces == [(2, 64, 53)] * 3 + [(2, 1, 53)] * 3
-        model.generate(IDS[:, :5], seed=2, max_new_tokens=33, suppress_tokens=None, **others, **sample)
-        assert len(traces) == 6
-        # Token by token there is another program, for whatever comes after.
-        for options in ({"seed": 1, **sample}, {"stop_at_eos": False}):
-            assert len(list(model.stream(IDS, **options))) == 20
-        assert model.generate(IDS, num_beams=2, **NEW).shape == (2, 16)
-        assert len(traces) == 12
-
-    def test_layers_of_a_scan_run_one_by_one(self, counted):
-        model, traces = counted
-        scanned = FlaxXGLMForCausalLM(model.config, _do_init=False, scan_layers=True)
-        expected = model.generate(IDS, **NEW)
-        traces.clear()
-        for params in (model.params, stack_layers(model.params)):
-            assert np.array_equal(scanned.generate(IDS, params=params, **NEW), expected)
-            assert traces == [(2, 64, 53)] * 3 + [(2, 1, 53)] * 3
 
 
 class TestCaches:
@@ -119,13 +79,14 @@ class TestCaches:
 
     @pytest.mark.parametrize("kind", ["fixed", "stacked", "tuple"])
     def test_of_any_kind_and_size(self, model, kind):
-        """From a cache without room for what follows."""
-        expected = model.generate(IDS, **NEW)
+        """From a cache without room for what follows, of a single row."""
+        expected = model.generate(IDS[:1], **NEW)
         maker = FlaxXGLMForCausalLM(CONFIG, _do_init=False, scan_layers=kind == "stacked")
-        empty = maker.init_cache(2, 7)
-        cache = maker(IDS[:, :6], params=model.params, past_key_values=empty).past_key_values
+        empty = maker.init_cache(1, 7)
+        cache = maker(IDS[:1, :6], params=model.params, past_key_values=empty).past_key_values
         cache = tuple(cache) if kind == "tuple" else cache
-        assert np.array_equal(model.generate(IDS, past_key_values=cache, **NEW), expected)
+        for _ in range(2):
+            assert np.array_equal(model.generate(IDS[:1], past_key_values=cache, **NEW), expected)
 
     def test_of_other_rows(self, model):
         cache = model(IDS[:, :6], use_cache=True).past_key_values

@@ -1,5 +1,6 @@
 """What only the TensorFlow backend promises."""
 
+import dataclasses
 import gc
 import os
 import subprocess
@@ -20,8 +21,12 @@ import tensorflow as tf
 from conformance.random_weights import random_weights, write_checkpoint
 from xglm_core import XGLMConfig
 from xglm_core.errors import InputError
+from xglm_core.generation.engine import NOTHING_LEFT
+from xglm_core.generation.randomness import gumbel, noise_bits
+from xglm_core.generation.rules import Rules
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
-from xglm_tf import TFXGLMForCausalLM, TFXGLMModel
+from xglm_tf import TFXGLMForCausalLM, TFXGLMModel, selection
+from xglm_tf.selection import TFRules
 
 CONFIG = XGLMConfig(vocab_size=131, max_position_embeddings=89, d_model=35, ffn_dim=53, num_layers=2, attention_heads=5)
 IDS = np.random.RandomState(0).randint(4, CONFIG.vocab_size, (2, 11))
@@ -275,9 +280,20 @@ class TestGeneration:
         model = TFXGLMForCausalLM.from_pretrained(folder)
         for length, new in ((3, 2), (9, 40), (5, 21)):
             model.generate(IDS[:, :length], max_new_tokens=new, stop_at_eos=False)
-        engine = model.compiled_engine
-        assert engine.prefill.experimental_get_tracing_count() == 1
-        assert engine.advance.experimental_get_tracing_count() == 1
+        assert _traces(model) == {"prefill": 1, "feed": 0, "advance": 1, "select": 1, "candidates": 0, "scores": 0}
+
+    def test_one_compilation_serves_all_numbers_of_an_option(self, folder):
+        model = TFXGLMForCausalLM.from_pretrained(folder)
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": 9, "stop_at_eos": False}
+        for seed, number, banned in ((1, 0.5, [3]), (2, 0.6, [4, 9]), (3, 0.7, [5, 6, 7])):
+            limits = {"temperature": 2 * number, "top_p": number, "min_p": number / 10, "typical_p": number + 0.2}
+            penalty = {"repetition_penalty": 1 + number, "suppress_tokens": banned, "seed": seed}
+            model.generate(IDS, **options, **limits, **penalty)
+        assert _traces(model) == {"prefill": 1, "feed": 0, "advance": 1, "select": 1, "candidates": 0, "scores": 0}
+        for penalty in (0.5, 1.5):
+            for length in (5, 9):
+                model.generate(IDS[:, :length], num_beams=3, length_penalty=penalty, max_new_tokens=length)
+        assert _traces(model) == {"prefill": 1, "feed": 1, "advance": 1, "select": 1, "candidates": 1, "scores": 0}
 
     def test_compiled_code_sees_new_values_of_the_variables(self, folder):
         model = TFXGLMForCausalLM.from_pretrained(folder)
@@ -300,6 +316,30 @@ class TestGeneration:
         del model
         gc.collect()
         assert before - _resident_mebibytes() > 60
+
+
+class TestSelection:
+    def test_noise_is_that_of_the_definition(self):
+        """Bit by bit, and its logarithms up to rounding."""
+        keys = np.random.RandomState(0).randint(0, 2**32, (3, 2), dtype=np.uint32)
+        index = np.concatenate([np.arange(300_000), [2**31 - 1]]).astype(np.int32)[None].repeat(3, axis=0)
+        bits = tf.function(selection.noise_bits, jit_compile=True)(keys, index)
+        expected = noise_bits(keys[:, None], index)
+        assert bits.dtype == tf.uint32
+        assert np.array_equal(bits, expected)
+        noise = tf.function(selection.gumbel, jit_compile=True)(keys, index)
+        np.testing.assert_allclose(noise, gumbel(expected), rtol=0, atol=2e-6)  # An ulp of the largest, 22.9.
+
+    def test_the_lower_id_comes_first_among_equal_scores(self):
+        scores = np.random.RandomState(0).randint(0, 50, (3, 20_011)).astype(np.float32)
+        scores[2] = -np.inf
+        for limit in ({"top_k": 700}, {"top_p": 0.5}):
+            rules = TFRules.of(Rules(np.zeros((3, 0), np.int32), sample=True, **limit))
+            _, ids = tf.function(selection.narrow, jit_compile=True)(scores[:2], rules)
+            assert np.array_equal(ids, np.argsort(-scores[:2], axis=1, kind="stable")[:, : ids.shape[1]])
+        greedy = TFRules.of(Rules(np.zeros((3, 0), np.int32)))
+        chosen = tf.function(selection.choose, jit_compile=True)(scores, greedy, np.zeros((3, 2), np.uint32))
+        assert chosen.numpy().tolist() == [*scores[:2].argmax(axis=1), NOTHING_LEFT]
 
 
 class TestTraining:
@@ -332,6 +372,13 @@ class TestErrors:
         with pytest.raises(InputError) as caught:
             model(IDS, MASK[:, :5])
         assert str(caught.value) == "attention_mask is [2, 5], expected [2, 11]"
+
+
+def _traces(model):
+    engine = model.compiled_engine
+    return {
+        item.name: getattr(engine, item.name).experimental_get_tracing_count() for item in dataclasses.fields(engine)
+    }
 
 
 def _resident_mebibytes():

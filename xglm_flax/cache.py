@@ -161,6 +161,9 @@ def extend_cache(
 
 def put(states: jax.Array, new: jax.Array, start: Length) -> jax.Array:
     """Keys or values [..., capacity, head_dim] with those of new positions from `start` on."""
+    if len(states) == 1 and states.ndim > 2:
+        # XLA would drop this axis later, and then not see that it could write in place.
+        return put(states[0], new[0], start)[None]
     return jax.lax.dynamic_update_slice_in_dim(states, new, start, axis=states.ndim - 2)
 
 

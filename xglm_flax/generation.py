@@ -77,7 +77,7 @@ class FlaxEngine:
             capacity = rounded_up(max(capacity, cache.capacity), self.bucket)
             attention_mask = np.pad(attention_mask, ((0, 0), (0, capacity - attention_mask.shape[1])))
             # A copy, as what follows is written in place.
-            cache = _reordered(cache, np.arange(cache.batch), capacity=capacity)
+            cache = _copied(cache, capacity=capacity)
         given = {"inputs_embeds": tokens} if tokens.ndim == 3 else {"input_ids": tokens.astype(np.int32)}
         self.logits, self._cache = self._compiled.prefill(
             self._params, given, attention_mask.astype(bool), cache=cache, capacity=capacity
@@ -88,7 +88,7 @@ class FlaxEngine:
     def reorder(self, rows: np.ndarray) -> None:
         """See `Engine.reorder`."""
         assert self._cache is not None  # As the prompts were read.
-        self._cache = _reordered(self._cache, rows, capacity=self._cache.capacity)
+        self._cache = _reordered(self._cache, rows)
         self.logits = self.logits[rows]
         self._seen = None if self._seen is None else self._seen[rows]
 
@@ -144,8 +144,9 @@ def _prefill(
     capacity: int,
 ) -> tuple[jax.Array, FlaxXGLMCache]:
     """Reads prompts; returns logits [rows, vocab_size] and a cache with room for `capacity` positions."""
-    logits, cache = _read(module, params, cache, attention_mask=attention_mask, **tokens)
-    return logits, with_capacity(cache, capacity)
+    past = None if cache is None else _unpacked(cache)
+    logits, cache = _read(module, params, past, attention_mask=attention_mask, **tokens)
+    return logits, _packed(with_capacity(cache, capacity))
 
 
 def _feed(
@@ -153,7 +154,8 @@ def _feed(
 ) -> tuple[jax.Array, FlaxXGLMCache, jax.Array | None]:
     """Reads ids [rows]; returns logits [rows, vocab_size], the cache, and what the texts now contain."""
     seen = None if seen is None else selection.mark_seen(seen, tokens[:, None])
-    return *_read(module, params, cache, input_ids=tokens[:, None]), seen
+    logits, cache = _read(module, params, _unpacked(cache), input_ids=tokens[:, None])
+    return logits, _packed(cache), seen
 
 
 def _advance(
@@ -198,8 +200,31 @@ def _read(
     return outputs.logits[:, 0], outputs.past_key_values
 
 
-_reordered = jax.jit(reordered, static_argnames="capacity")
+def _packed(cache: FlaxXGLMCache) -> FlaxXGLMCache:
+    """The cache as it goes from step to step: that of one row without the axis of rows, see `put`."""
+    return _reshaped(cache, lambda states: states.squeeze(0)) if cache.batch == 1 else cache
+
+
+def _unpacked(cache: FlaxXGLMCache) -> FlaxXGLMCache:
+    """The cache with the axis of rows again."""
+    return _reshaped(cache, lambda states: states[None]) if cache.batch == 1 else cache
+
+
+def _reshaped(cache: FlaxXGLMCache, change: Callable[[jax.Array], jax.Array]) -> FlaxXGLMCache:
+    return dataclasses.replace(cache, keys=jax.tree.map(change, cache.keys), values=jax.tree.map(change, cache.values))
+
+
 _mark_seen = jax.jit(selection.mark_seen, donate_argnames="seen")
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _copied(cache: FlaxXGLMCache, *, capacity: int) -> FlaxXGLMCache:
+    return _packed(reordered(cache, jnp.arange(cache.batch), capacity))
+
+
+@jax.jit
+def _reordered(cache: FlaxXGLMCache, rows: jax.Array) -> FlaxXGLMCache:
+    return _packed(reordered(_unpacked(cache), rows, cache.capacity))
 
 
 @jax.jit

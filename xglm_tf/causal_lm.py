@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from xglm_tf.loss import causal_lm_loss
 from xglm_tf.pretrained import TFXGLMPreTrainedModel, embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
 from xglm_tf.weights import name_scopes, unlocked
+
+# For how many rows the head computes another product, and in how many parts at most; see `_logits`.
+_FEW_ROWS, _PARTS = 16, 8
 
 
 @keras.saving.register_keras_serializable(package="xglm")
@@ -211,10 +215,19 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         if self.lm_head is not None:
             return self.lm_head(hidden_states)
         batch, length, d_model = keras.ops.shape(hidden_states)
-        # As one matrix product: for a batch of them, TensorFlow would repeat the table.
+        table, vocab_size = self.model.embed_tokens.embeddings, self.config.vocab_size
         rows = tf.reshape(hidden_states, (batch * length, d_model))
-        logits = tf.matmul(rows, self.model.embed_tokens.embeddings, transpose_b=True)
-        return tf.reshape(logits, (batch, length, self.config.vocab_size))
+        if isinstance(batch, int) and isinstance(length, int) and batch * length <= _FEW_ROWS:
+            # XLA's product on a CPU is twice as fast with the table on the left, which it would undo without the parts.
+            parts = math.gcd(vocab_size, _PARTS)
+            left = tf.reshape(table, (parts, vocab_size // parts, d_model))
+            right = tf.broadcast_to(rows, (parts, batch * length, d_model))
+            products = tf.matmul(left, right, transpose_b=True)
+            logits = tf.transpose(tf.reshape(products, (vocab_size, batch * length)))
+        else:
+            # As one matrix product: for a batch of them, TensorFlow would repeat the table.
+            logits = tf.matmul(rows, table, transpose_b=True)
+        return tf.reshape(logits, (batch, length, vocab_size))
 
     @functools.cached_property
     def compiled_scorer(self) -> CompiledScorer:
@@ -338,9 +351,14 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         past = as_cache(past_key_values, self.config)
         generation = (generation_config or self.generation_config).updated(options)
         held = 0 if past is None else int(past.length)
+        tokens, mask, embeddings = (
+            None if tensor is None else np.asarray(tensor) for tensor in (input_ids, attention_mask, inputs_embeds)
+        )
         prompts = Prompts.of(
             self.config,
-            *(None if tensor is None else np.asarray(tensor) for tensor in (input_ids, attention_mask, inputs_embeds)),
+            tokens,
+            mask,
+            embeddings,
             past=held,
             past_mask=None if past is None else past.mask[:, :held].numpy(),
         )

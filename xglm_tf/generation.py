@@ -64,22 +64,23 @@ class TFEngine:
 
     bucket = 64
     logits: tf.Tensor
+    _cache: TFXGLMCache
 
     def __init__(self, compiled: CompiledEngine, past: TFXGLMCache | None = None) -> None:
         self._compiled = compiled
-        self._cache = past
+        self._past = past
         self._seen = tf.zeros((0, 0), tf.bool)
 
     def prefill(self, tokens: np.ndarray, attention_mask: np.ndarray, capacity: int, seen: np.ndarray | None) -> None:
         """See `Engine.prefill`."""
-        capacity = rounded_up(capacity, self.bucket)
-        if self._cache is not None:
-            capacity = max(capacity, self._cache.capacity)
-            self._cache = with_capacity(self._cache, capacity)
+        past, capacity = self._past, rounded_up(capacity, self.bucket)
+        if past is not None:
+            capacity = max(capacity, int(past.capacity))
+            past = with_capacity(past, capacity)
         mask = np.ones((len(tokens), capacity), bool)
         mask[:, : attention_mask.shape[1]] = attention_mask
-        given = self._tensor(tokens) if tokens.ndim == 2 else tf.constant(tokens)
-        self.logits, self._cache = self._compiled.prefill(given, tf.constant(mask), self._cache)
+        given = tf.constant(tokens, tf.int32 if tokens.ndim == 2 else tf.float32)
+        self.logits, self._cache = self._compiled.prefill(given, tf.constant(mask), past)
         # Without columns if nobody will ask: marking ids in it then does nothing.
         self._seen = tf.zeros((len(tokens), 0 if seen is None else self.logits.shape[1]), tf.bool)
         if seen is not None:
@@ -149,7 +150,7 @@ def _prefill(
         The logits of the last token of each row [rows, vocab_size], and the cache.
     """
     if past is None:
-        past = empty_cache(model.config, *mask.shape, model.compute_dtype)
+        past = empty_cache(model.config, mask.shape[0], mask.shape[1], model.compute_dtype)
     past = dataclasses.replace(past, mask=mask)
     if tokens.dtype.is_floating:
         given = {"inputs_embeds": tf.cast(tokens, model.compute_dtype)}
