@@ -16,7 +16,7 @@ from tests.frameworks import backends_under_test
 from xglm_core import XGLMConfig
 from xglm_core.checkpoint.dtypes import FloatType
 from xglm_core.checkpoint.layout import Entry
-from xglm_core.checkpoint.mapped import row_blocks
+from xglm_core.checkpoint.mapped import Buffers, row_blocks
 from xglm_core.checkpoint.safetensors import SAFETENSORS_WRITER
 from xglm_core.checkpoint.writing import write_numbers
 from xglm_core.weight_names import HEAD, weight_specs
@@ -41,7 +41,9 @@ def write_safetensors(
     """Any tensors at all, by the writer under test; they need not be a model's."""
     entries = [Entry(*tensor) for tensor in tensors]
     layout = SAFETENSORS_WRITER.lay_out(file, entries, False)
-    write_numbers(file, entries, layout, lambda index: row_blocks(read(entries[index].name), transposed=False))
+    write_numbers(
+        file, entries, layout, lambda index: row_blocks(read(entries[index].name), Buffers(), transposed=False)
+    )
 
 
 def tensors(weights: Weights, dtype: str = "float32") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from xglm_core.checkpoint.dtypes import FLOAT8, FloatType, float_type
 from xglm_core.checkpoint.folder import Checkpoint, open_source
 from xglm_core.checkpoint.formats import FORMATS, Format, present_formats, shortened
 from xglm_core.checkpoint.loading import plan_loading
+from xglm_core.checkpoint.mapped import Buffers
 from xglm_core.checkpoint.writing import Advance, NewWeight, parse_size, write_checkpoint
 from xglm_core.config import CONFIG_FILE, GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
@@ -72,10 +73,11 @@ class Conversion:
 
     def run(self, advance: Advance = lambda written, verified: None) -> None:
         """Writes the checkpoint; see `convert_checkpoint`."""
+        buffers = Buffers()
         dtypes = {weight.spec.name: weight.dtype for weight in self.weights}
 
         def blocks(name: str, transposed: bool) -> Iterator[np.ndarray]:
-            return self.source.blocks(_source_name(name, self.config), dtypes[name], transposed=transposed)
+            return self.source.blocks(_source_name(name, self.config), dtypes[name], buffers, transposed=transposed)
 
         others = {}
         within_source = _same_folder(self.source.folder, self.destination)

@@ -12,7 +12,7 @@ import numpy as np
 from xglm_core.checkpoint.dtypes import FloatType, convert, overflows
 from xglm_core.checkpoint.fairseq import FairseqFile
 from xglm_core.checkpoint.formats import FORMATS, fetch_weights, find_format, open_files, shortened
-from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, row_blocks
+from xglm_core.checkpoint.mapped import Buffers, TensorFile, TensorInfo, row_blocks
 from xglm_core.config import CONFIG_FILE, GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.hub import HubOptions, Source, find_source
@@ -64,19 +64,22 @@ class Checkpoint:
         array = file.read(stored)
         return array if dtype is None else convert(array, file.tensors[stored].dtype, dtype)
 
-    def blocks(self, name: str, dtype: FloatType, *, transposed: bool = False) -> Iterator[np.ndarray]:
+    def blocks(
+        self, name: str, dtype: FloatType, buffers: Buffers, *, transposed: bool = False
+    ) -> Iterator[np.ndarray]:
         """A tensor in blocks of rows, see `row_blocks`; the pages of the file are freed when the next one is asked for.
 
         Args:
             name: canonical name.
             dtype: the type to convert to.
+            buffers: see `row_blocks`.
             transposed: whether each block is transposed.
 
         Raises:
             CheckpointError: a number is finite, but beyond the range of `dtype`.
         """
         stored = self.info(name).dtype
-        for block in row_blocks(self.read(name), transposed=transposed):
+        for block in row_blocks(self.read(name), buffers, transposed=transposed):
             converted = convert(block, stored, dtype)
             if overflows(block, stored, converted, dtype):
                 raise CheckpointError(

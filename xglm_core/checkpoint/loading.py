@@ -10,6 +10,7 @@ import numpy as np
 
 from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, float_type
 from xglm_core.checkpoint.folder import Checkpoint
+from xglm_core.checkpoint.mapped import Buffers
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.generation.config import GenerationConfig
@@ -135,8 +136,8 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return all(
         np.array_equal(ours.view(bits), theirs.view(bits))
         for ours, theirs in zip(
-            checkpoint.blocks(HEAD, head.dtype, transposed=transposed),
-            checkpoint.blocks(EMBEDDING, head.dtype, transposed=transposed),
+            checkpoint.blocks(HEAD, head.dtype, Buffers(), transposed=transposed),
+            checkpoint.blocks(EMBEDDING, head.dtype, Buffers(), transposed=transposed),
             strict=True,
         )
     )

@@ -148,16 +148,30 @@ def copy_numbers(target: np.ndarray, source: np.ndarray) -> None:
         np.copyto(target, source)
 
 
-def row_blocks(array: np.ndarray, *, transposed: bool) -> Iterator[np.ndarray]:
+class Buffers:
+    """Memory for one array after the other: fresh memory takes longer than the copy into it."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """An array of any content, in the memory that the last one had."""
+        size = math.prod(shape) * dtype.itemsize
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size].view(dtype).reshape(shape)
+
+
+def row_blocks(array: np.ndarray, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
     """Cuts an array into blocks of up to a few million numbers, by its first dimension.
 
     Args:
         array: in canonical shape, in any order.
+        buffers: memory for blocks that are not in order already.
         transposed: whether the blocks of a matrix are to be transposed: columns of the transpose, one after the other.
 
     Yields:
-        Row-major blocks, each of which is valid until the next but one is asked for. Where they begin depends on the
-        shape and on `transposed` alone.
+        Row-major blocks. Where they begin depends on the shape and on `transposed` alone.
     """
     if not array.size:
         return
@@ -165,15 +179,11 @@ def row_blocks(array: np.ndarray, *, transposed: bool) -> Iterator[np.ndarray]:
         array = array.reshape(1)
     most = _TRANSPOSED_BLOCK_NUMBERS if transposed else _BLOCK_NUMBERS
     rows = max(1, most // math.prod(array.shape[1:]))
-    # The same for all copies, in turns: fresh memory takes longer than the copy.
-    memory, other = np.empty(0, array.dtype), np.empty(0, array.dtype)
     for begin in range(0, len(array), rows):
         block = array[begin : begin + rows]
         block = block.T if transposed else block
         if not block.flags.c_contiguous:
-            memory, other = other, memory
-            memory = memory if memory.size >= block.size else np.empty(block.size, block.dtype)
-            copy = memory[: block.size].reshape(block.shape)
+            copy = buffers.array(block.shape, block.dtype)
             copy_numbers(copy, block)
             block = copy
         yield block

@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import FloatType
 from xglm_core.checkpoint.formats import FORMATS, Format
 from xglm_core.checkpoint.layout import Entry, Layout, Piece, Writer
-from xglm_core.checkpoint.mapped import row_blocks
+from xglm_core.checkpoint.mapped import Buffers, row_blocks
 from xglm_core.config import CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.files import remove_leftovers, replacing
@@ -28,8 +28,6 @@ from xglm_core.weight_names import WeightSpec
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _READERS = 2  # Threads that read a file back.
-
-Item = TypeVar("Item")
 
 # What is called with the numbers of bytes that were written and that were read back since the last call.
 Advance = Callable[[int, int], None]
@@ -49,6 +47,7 @@ class NewWeight:
 
 
 # Gives a weight in blocks of rows, see `row_blocks`: by canonical name, and whether each block is transposed.
+# A block is valid until the next one is asked for, be that of the same weight or of another.
 Blocks = Callable[[str, bool], Iterator[np.ndarray]]
 
 
@@ -78,11 +77,12 @@ def save_checkpoint(
         ConfigError: the configuration cannot be saved.
         CheckpointError: the files cannot be written.
     """
+    buffers = Buffers()
     write_checkpoint(
         Path(folder),
         FORMATS["safetensors"],
         [NewWeight(spec, dtype) for spec in specs],
-        lambda name, transposed: row_blocks(read(name), transposed=transposed),
+        lambda name, transposed: row_blocks(read(name), buffers, transposed=transposed),
         {CONFIG_FILE: config.to_json_string().encode()},
         parse_size(max_shard_size),
     )
@@ -208,9 +208,9 @@ def write_numbers(
     checksums = []
     for index, (entry, pieces) in enumerate(zip(entries, layout.places, strict=True)):
         checksum = count = 0
-        for block, so_far in _ahead(_with_checksums(blocks(index))):
-            checksum = so_far
+        for block in blocks(index):
             _check_block(entry, block)
+            checksum = zlib.crc32(_bytes_of(block), checksum)
             _write_block(file, pieces, entry, block, count)
             count += block.size
             advance(block.nbytes, 0)
@@ -220,23 +220,6 @@ def write_numbers(
     layout.finish(checksums)
     file.flush()  # A full disk shows here, while nothing has been replaced yet.
     return checksums
-
-
-def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items, each of which is made while the one before it is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
-
-
-def _with_checksums(blocks: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
-    """Blocks, and the CRC-32 of all up to each of them."""
-    checksum = 0
-    for block in blocks:
-        checksum = zlib.crc32(_bytes_of(block), checksum)
-        yield block, checksum
 
 
 def _check_block(entry: Entry, block: np.ndarray) -> None:
@@ -292,7 +275,7 @@ def _verify(
 
     def checksum(weight: NewWeight) -> int:
         name, result = weight.spec.name, 0
-        for block in row_blocks(file.read(name), transposed=writer.is_transposed(weight.spec)):
+        for block in row_blocks(file.read(name), Buffers(), transposed=writer.is_transposed(weight.spec)):
             result = zlib.crc32(_bytes_of(block), result)
             file.release(name)
         return result
