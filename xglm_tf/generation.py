@@ -62,7 +62,7 @@ class TFEngine:
         past: a cache to go on from, which stays as it is; None to begin.
     """
 
-    bucket = 64
+    bucket = 32
     logits: tf.Tensor
     _cache: TFXGLMCache
 
