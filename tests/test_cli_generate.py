@@ -32,7 +32,8 @@ class TestText:
     @pytest.mark.parametrize("backend", backends_under_test())
     def test_is_printed(self, backend):
         result = run_xglm("generate", TINY, "The little", "--max-new-tokens", 12, "--backend", backend)
-        assert (result.returncode, result.stdout, result.stderr) == (0, LITTLE, "")
+        assert (result.returncode, result.stdout) == (0, LITTLE), result.stderr
+        assert "xglm" not in result.stderr  # TensorFlow says something of its own.
 
     def test_several(self, run):
         assert run("The little", "-", "--max-new-tokens", 12, stdin="Treni ya\nПосле школы\n")[:2] == (
@@ -105,7 +106,7 @@ class TestErrors:
             (("a", "--output", "x", "--do-sample"), "--output with --do-sample needs --seed"),
             (("",), "TEXT is empty, expected a text to continue"),
             (("a", "--stop-strings", "b\n"), "stop_strings has 'b\\n', which the tokenizer's texts never contain"),
-            ((), "there is no text to continue; expected TEXT, or lines on standard input"),
+            ((), "standard input: is empty, expected at least one line"),
         ],
     )
     def test_one_line(self, run, arguments, message):

@@ -20,7 +20,7 @@ from xglm_core.scoring import page, score_texts
 CHECKPOINT = ROOT / "examples" / "tiny_model" / "checkpoint"
 # `xglm score CHECKPOINT` with a model made of numpy, in a process of its own.
 _CODE = (
-    "import sys; from tests.test_cli_score import Model, command, main; command._load = lambda *arguments: Model(); "
+    "import sys; from tests.test_cli_score import Model, command, main; command.load_model = lambda *arguments: (None, Model()); "
     "sys.exit(main())"
 )
 WITH_MODEL = (sys.executable, "-c", _CODE, "score", str(CHECKPOINT))
@@ -47,7 +47,7 @@ class Model:
 def model(monkeypatch):
     """Stands in for the backend's."""
     model = Model()
-    monkeypatch.setattr(command, "_load", lambda *arguments: model)
+    monkeypatch.setattr(command, "load_model", lambda *arguments: (None, model))
     return model
 
 
@@ -136,7 +136,7 @@ class TestFormats:
         assert "</s>" not in json.loads(run(tmp_path / "in", "--newline", "space")[1])["tokens"]
 
     def test_numbers_that_json_cannot_hold(self, texts, run, monkeypatch):
-        monkeypatch.setattr(command, "_load", lambda *arguments: Model(scale=np.nan))
+        monkeypatch.setattr(command, "load_model", lambda *arguments: (None, Model(scale=np.nan)))
         assert json.loads(run(texts)[1].splitlines()[0])["sum"] is None
 
     def test_standard_input(self, texts):

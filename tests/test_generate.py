@@ -209,6 +209,8 @@ class TestInputs:
         )
         with pytest.raises(InputError, match="input_ids has 6 columns, of which past_key_values holds 6; expected all"):
             fw.generate(model, IDS[:, :6], past_key_values=cache)
+        with pytest.raises(InputError, match="past_key_values holds 2 rows, expected 3, as many as the input has"):
+            fw.generate(model, IDS[[0, 1, 0]], past_key_values=cache)
 
     def test_processors(self, fw, model):
         plain = fw.generate(model, IDS, max_new_tokens=5, stop_at_eos=False)

@@ -15,7 +15,6 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import Processor
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
-from xglm_core.inputs import check_cache_batch
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
 from xglm_core.scoring.engine import score
@@ -391,15 +390,12 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         params = self._params_or_own(params)
         past = as_cache(past_key_values, self.config, self.dtype)
         generation = (generation_config or self.generation_config).updated(options)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if past is not None and tokens is not None:
-            check_cache_batch(past.batch, len(tokens))
-        length = 0 if past is None else int(past.length)
+        length, rows = (0, None) if past is None else (int(past.length), past.batch)
         ids, mask, embeddings = (
             None if array is None else np.asarray(array) for array in (input_ids, attention_mask, inputs_embeds)
         )
         past_mask = None if past is None else np.asarray(past.mask)[:, :length]
-        prompts = Prompts.of(self.config, ids, mask, embeddings, length, past_mask)
+        prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask)
         request = Request(self.config, generation, prompts, processors, tokenizer)
         return FlaxEngine(self.compiled_engine, params, past), request
 

@@ -350,18 +350,12 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         """What to run, and on what, with everything checked."""
         past = as_cache(past_key_values, self.config)
         generation = (generation_config or self.generation_config).updated(options)
-        held = 0 if past is None else int(past.length)
-        tokens, mask, embeddings = (
+        length, rows = (0, None) if past is None else (int(past.length), past.batch)
+        ids, mask, embeddings = (
             None if tensor is None else np.asarray(tensor) for tensor in (input_ids, attention_mask, inputs_embeds)
         )
-        prompts = Prompts.of(
-            self.config,
-            tokens,
-            mask,
-            embeddings,
-            past=held,
-            past_mask=None if past is None else past.mask[:, :held].numpy(),
-        )
+        past_mask = None if past is None else past.mask[:, :length].numpy()
+        prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask)
         return TFEngine(self.compiled_engine, past), Request(self.config, generation, prompts, processors, tokenizer)
 
 

@@ -281,7 +281,8 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             None if given is None else as_numpy(given)
             for given in (input_ids, attention_mask, inputs_embeds, None if past is None else past.mask)
         )
-        prompts = Prompts.of(self.config, ids, mask, embeds, 0 if past is None else past.length, past_mask)
+        length, rows = (0, None) if past is None else (past.length, past.batch)
+        prompts = Prompts.of(self.config, ids, mask, embeds, length, rows, past_mask)
         return TorchEngine(self, past), Request(self.config, generation, prompts, processors, tokenizer)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.inputs import check_attention_mask, check_has_tokens, check_input_ids, check_shapes
+from xglm_core.inputs import check_attention_mask, check_cache_batch, check_has_tokens, check_input_ids, check_shapes
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Prompts:
         attention_mask: np.ndarray | None,
         inputs_embeds: np.ndarray | None = None,
         past: int = 0,
+        past_rows: int | None = None,
         past_mask: np.ndarray | None = None,
     ) -> Prompts:
         """Checks what a caller gives.
@@ -50,6 +51,7 @@ class Prompts:
                 other padding.
             inputs_embeds: [rows, length, d_model], in place of ids, without what a cache holds.
             past: positions that a given cache holds.
+            past_rows: rows of that cache; None if there is none.
             past_mask: the mask of these [rows, past], or None.
 
         Raises:
@@ -63,6 +65,8 @@ class Prompts:
                 "inputs_embeds": None if inputs_embeds is None else inputs_embeds.shape,
             },
         )
+        if past_rows is not None:
+            check_cache_batch(past_rows, len(input_ids if inputs_embeds is None else inputs_embeds))
         if inputs_embeds is not None:
             rows, length = len(inputs_embeds), past + inputs_embeds.shape[1]
             columns: np.ndarray = np.zeros((rows, 0), np.int64)
