@@ -20,7 +20,8 @@ from xglm_core.scoring import page, score_texts
 CHECKPOINT = ROOT / "examples" / "tiny_model" / "checkpoint"
 # `xglm score CHECKPOINT` with a model made of numpy, in a process of its own.
 _CODE = (
-    "import sys; from tests.test_cli_score import Model, command, main; command.load_model = lambda *arguments: (None, Model()); "
+    "import sys; from tests.test_cli_score import Model, command, main; "
+    "command.load_model = lambda *arguments: (None, Model()); "
     "sys.exit(main())"
 )
 WITH_MODEL = (sys.executable, "-c", _CODE, "score", str(CHECKPOINT))

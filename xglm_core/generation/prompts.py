@@ -65,8 +65,6 @@ class Prompts:
                 "inputs_embeds": None if inputs_embeds is None else inputs_embeds.shape,
             },
         )
-        if past_rows is not None:
-            check_cache_batch(past_rows, len(input_ids if inputs_embeds is None else inputs_embeds))
         if inputs_embeds is not None:
             rows, length = len(inputs_embeds), past + inputs_embeds.shape[1]
             columns: np.ndarray = np.zeros((rows, 0), np.int64)
@@ -82,6 +80,8 @@ class Prompts:
                     f"input_ids has {length} columns, of which past_key_values holds {past}; expected all of the text, "
                     "and at least one token that was not read yet"
                 )
+        if past_rows is not None:
+            check_cache_batch(past_rows, rows)
         if attention_mask is None:
             mask = np.ones((rows, length), np.int64)
             if past_mask is not None:
