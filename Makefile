@@ -19,7 +19,7 @@ demo: $(READY) ## continue prompts with PyTorch, TensorFlow and JAX from one che
 	  --text "The little" --text "После школы" --text "كل صباح" --text "हर सुबह" --text "子どもたちは" --text "Treni ya"
 
 test: $(READY) ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 fuzz: $(READY) ## change checkpoint files at random, 20,000 times: each must load or be rejected
 	$(BIN)/python -m tests.fuzz 20000

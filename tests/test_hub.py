@@ -83,16 +83,16 @@ def assert_seed(checkpoint, seed):
 class TestWhatIsDownloaded:
     def test_checkpoint(self, hub, cache):
         checkpoint = open_checkpoint(TOY, cache_dir=cache)
-        assert hub.downloads() == ["config.json", "model.safetensors"]
+        assert hub.downloads() == ["config.json", "generation_config.json", "model.safetensors"]
         assert checkpoint.config == XGLMConfig.from_pretrained(BUNDLED)
         assert (checkpoint.folder / "model.safetensors").read_bytes() == (BUNDLED / "model.safetensors").read_bytes()
 
     def test_nothing_twice(self, hub, cache):
         for _ in range(2):
             open_checkpoint(TOY, cache_dir=cache)
-        assert hub.downloads() == ["config.json", "model.safetensors"]
+        assert hub.downloads() == ["config.json", "generation_config.json", "model.safetensors"]
         open_checkpoint(TOY, cache_dir=cache, force_download=True)
-        assert hub.downloads() == ["config.json", "model.safetensors"]
+        assert hub.downloads() == ["config.json", "generation_config.json", "model.safetensors"]
 
     def test_generation_config(self, hub, cache):
         folder = open_checkpoint(SMALL, cache_dir=cache).folder
