@@ -329,12 +329,12 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             input_ids,
             attention_mask,
             generation_config,
-            params,
-            inputs_embeds,
-            past_key_values,
-            logits_processor,
-            tokenizer,
-            options,
+            params=params,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            logits_processor=logits_processor,
+            tokenizer=tokenizer,
+            **options,
         )
         output = generate(engine, request, streamer)
         arrays = {
@@ -348,6 +348,23 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         input_ids: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         generation_config: GenerationConfig | None = None,
+        **arguments: Any,
+    ) -> Iterator[np.ndarray]:
+        """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is there.
+
+        Args:
+            input_ids, attention_mask, generation_config, arguments: see `generate`, which has `streamer` beside them.
+
+        Raises:
+            InputError: see `generate`; or beams are asked for, of which none is final before the end.
+        """
+        return stream(*self._generation(input_ids, attention_mask, generation_config, **arguments))
+
+    def _generation(
+        self,
+        input_ids: jax.Array | None,
+        attention_mask: jax.Array | None,
+        generation_config: GenerationConfig | None,
         *,
         params: Params | None = None,
         inputs_embeds: jax.Array | None = None,
@@ -355,36 +372,6 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         logits_processor: Sequence[Processor] = (),
         tokenizer: Any = None,
         **options: Any,
-    ) -> Iterator[np.ndarray]:
-        """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is there.
-
-        Raises:
-            InputError: see `generate`; or beams are asked for, of which none is final before the end.
-        """
-        engine, request = self._generation(
-            input_ids,
-            attention_mask,
-            generation_config,
-            params,
-            inputs_embeds,
-            past_key_values,
-            logits_processor,
-            tokenizer,
-            options,
-        )
-        return stream(engine, request)
-
-    def _generation(
-        self,
-        input_ids: jax.Array | None,
-        attention_mask: jax.Array | None,
-        generation_config: GenerationConfig | None,
-        params: Params | None,
-        inputs_embeds: jax.Array | None,
-        past_key_values: Any,
-        processors: Sequence[Processor],
-        tokenizer: Any,
-        options: dict[str, Any],
     ) -> tuple[FlaxEngine, Request]:
         """What to run, and on what, with everything checked."""
         params = self._params_or_own(params)
@@ -396,7 +383,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         )
         past_mask = None if past is None else np.asarray(past.mask)[:, :length]
         prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask)
-        request = Request(self.config, generation, prompts, processors, tokenizer)
+        request = Request(self.config, generation, prompts, logits_processor, tokenizer)
         return FlaxEngine(self.compiled_engine, params, past), request
 
     def _make_module(self) -> None:

@@ -294,11 +294,11 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
             input_ids,
             attention_mask,
             generation_config,
-            inputs_embeds,
-            past_key_values,
-            logits_processor,
-            tokenizer,
-            options,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            logits_processor=logits_processor,
+            tokenizer=tokenizer,
+            **options,
         )
         output = generate(engine, request, streamer)
         tensors = {
@@ -312,40 +312,29 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         input_ids: tf.Tensor | None = None,
         attention_mask: tf.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        *,
-        inputs_embeds: tf.Tensor | None = None,
-        past_key_values: Any = None,
-        logits_processor: Sequence[Processor] = (),
-        tokenizer: Any = None,
-        **options: Any,
+        **arguments: Any,
     ) -> Iterator[np.ndarray]:
         """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is there.
+
+        Args:
+            input_ids, attention_mask, generation_config, arguments: see `generate`, which has `streamer` beside them.
 
         Raises:
             InputError: see `generate`; or beams are asked for, of which none is final before the end.
         """
-        engine, request = self._generation(
-            input_ids,
-            attention_mask,
-            generation_config,
-            inputs_embeds,
-            past_key_values,
-            logits_processor,
-            tokenizer,
-            options,
-        )
-        return stream(engine, request)
+        return stream(*self._generation(input_ids, attention_mask, generation_config, **arguments))
 
     def _generation(
         self,
         input_ids: tf.Tensor | None,
         attention_mask: tf.Tensor | None,
         generation_config: GenerationConfig | None,
-        inputs_embeds: tf.Tensor | None,
-        past_key_values: Any,
-        processors: Sequence[Processor],
-        tokenizer: Any,
-        options: dict[str, Any],
+        *,
+        inputs_embeds: tf.Tensor | None = None,
+        past_key_values: Any = None,
+        logits_processor: Sequence[Processor] = (),
+        tokenizer: Any = None,
+        **options: Any,
     ) -> tuple[TFEngine, Request]:
         """What to run, and on what, with everything checked."""
         past = as_cache(past_key_values, self.config)
@@ -356,7 +345,9 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         )
         past_mask = None if past is None else past.mask[:, :length].numpy()
         prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask)
-        return TFEngine(self.compiled_engine, past), Request(self.config, generation, prompts, processors, tokenizer)
+        return TFEngine(self.compiled_engine, past), Request(
+            self.config, generation, prompts, logits_processor, tokenizer
+        )
 
 
 def _kept(states: tf.Tensor, logits_to_keep: int | tf.Tensor) -> tf.Tensor:

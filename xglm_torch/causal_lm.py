@@ -221,11 +221,11 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             input_ids,
             attention_mask,
             generation_config,
-            inputs_embeds,
-            past_key_values,
-            logits_processor,
-            tokenizer,
-            options,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            logits_processor=logits_processor,
+            tokenizer=tokenizer,
+            **options,
         )
         output = generate(engine, request, streamer)
         tensors = {
@@ -239,40 +239,29 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        *,
-        inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        logits_processor: Sequence[Processor] = (),
-        tokenizer: Any = None,
-        **options: Any,
+        **arguments: Any,
     ) -> Iterator[np.ndarray]:
         """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is there.
+
+        Args:
+            input_ids, attention_mask, generation_config, arguments: see `generate`, which has `streamer` beside them.
 
         Raises:
             InputError: see `generate`; or beams are asked for, of which none is final before the end.
         """
-        engine, request = self._generation(
-            input_ids,
-            attention_mask,
-            generation_config,
-            inputs_embeds,
-            past_key_values,
-            logits_processor,
-            tokenizer,
-            options,
-        )
-        return stream(engine, request)
+        return stream(*self._generation(input_ids, attention_mask, generation_config, **arguments))
 
     def _generation(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         generation_config: GenerationConfig | None,
-        inputs_embeds: torch.Tensor | None,
-        past_key_values: Any,
-        processors: Sequence[Processor],
-        tokenizer: Any,
-        options: dict[str, Any],
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        logits_processor: Sequence[Processor] = (),
+        tokenizer: Any = None,
+        **options: Any,
     ) -> tuple[TorchEngine, Request]:
         """What to run, and on what, with everything checked."""
         past = as_cache(past_key_values, self.config)
@@ -283,7 +272,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         )
         length, rows = (0, None) if past is None else (past.length, past.batch)
         prompts = Prompts.of(self.config, ids, mask, embeds, length, rows, past_mask)
-        return TorchEngine(self, past), Request(self.config, generation, prompts, processors, tokenizer)
+        return TorchEngine(self, past), Request(self.config, generation, prompts, logits_processor, tokenizer)
 
 
 def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
