@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from xglm_core.checkpoint import open_checkpoint
+from xglm_core.cli.lines import STDIN, read_items
 from xglm_core.cli.models import add_model, load_model
+from xglm_core.cli.outputs import Output
 from xglm_core.compare.report import json_line
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.streaming import GrowingText
-from xglm_core.scoring.lines import STDIN, read_items
-from xglm_core.scoring.outputs import Output
 from xglm_core.scoring.texts import Item
 from xglm_core.tokenization.base import Tokenizer
 from xglm_core.tokenization.sentencepiece import XGLMTokenizer

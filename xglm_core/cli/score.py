@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xglm_core.checkpoint import open_checkpoint
+from xglm_core.cli.lines import STDIN, count_items, opened, read_items
 from xglm_core.cli.models import add_model, load_model
+from xglm_core.cli.outputs import Output
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.files import replacing
-from xglm_core.scoring.lines import STDIN, count_items, opened, read_items
-from xglm_core.scoring.outputs import Output
 from xglm_core.scoring.page import Page
 from xglm_core.scoring.rows import FORMATS, header, rows
 from xglm_core.scoring.texts import BATCH_TOKENS, EncodedText, Item, checked_stride, encode, score_encoded

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from xglm_core.compare.report import json_line
 from xglm_core.scoring.texts import Item, TextScore
 
 FORMATS = ("jsonl", "tsv")
 
-ROW_BEGIN = '{"line": '  # Of a row of JSON.
-
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-_NUMBER = re.compile(rf"(?:{re.escape(ROW_BEGIN)})?(\d+)[,\t]")
-_FLOAT = re.compile(r"(-?\d+(?:\.\d+(?:e[+-]\d+)?|e[+-]\d+))")
 
 
 def header(form: str, with_words: bool) -> str:
@@ -42,24 +36,6 @@ def rows(form: str, with_words: bool, number: int, item: Item, score: TextScore)
         ]
     text = score.text.translate(_ESCAPES)
     return [f"{number}\t{score.count}\t{score.sum:.6f}\t{score.perplexity:.6f}\t{text}"]
-
-
-def number_of(row: str) -> int | None:
-    """The number that a row begins with; None if it is no row of ours."""
-    found = _NUMBER.match(row)
-    return int(found[1]) if found else None
-
-
-def agree(old: str, new: str) -> bool:
-    """Whether two rows say the same: their numbers up to what batching and rounding change, the rest exactly.
-
-    The bound is that of bfloat16; another model, stride or treatment of line breaks is far beyond it.
-    """
-    old_parts, new_parts = _FLOAT.split(old), _FLOAT.split(new)
-    return old_parts[::2] == new_parts[::2] and all(
-        abs(float(one) - float(other)) <= 0.05 * (1 + abs(float(other)))
-        for one, other in zip(old_parts[1::2], new_parts[1::2], strict=True)
-    )
 
 
 def _record(with_words: bool, number: int, item: Item, score: TextScore) -> str:

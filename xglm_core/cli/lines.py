@@ -1,4 +1,4 @@
-"""What `xglm score` reads: lines of text, or of JSON."""
+"""What `xglm score` and `xglm generate` read: lines of text, or of JSON."""
 
 from __future__ import annotations
 
