@@ -34,6 +34,9 @@ def loss_and_gradients(
     head_mask: np.ndarray | None = None,
     cross_attn_head_mask: np.ndarray | None = None,
     num_items_in_batch: int | None = None,
+    weights: np.ndarray | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[float, dict[str, Array]]:
     """Runs a small model forth and back.
 
@@ -49,7 +52,10 @@ def loss_and_gradients(
         encoder_attention_mask: 0 for encoder states to hide [batch, encoder_length]; None hides none.
         head_mask: factors of the self-attention probabilities [num_layers, attention_heads]; None means 1.
         cross_attn_head_mask: the same for cross-attention.
-        num_items_in_batch: what to divide the loss by; None means the number of predicted labels.
+        num_items_in_batch: what to divide the loss by; None means the sum of the weights of the predicted labels.
+        weights: of each label [batch, length]; None means 1.
+        label_smoothing: the part of each target that is spread over the whole vocabulary.
+        z_loss: factor of the squared log of the sum of exponentials, which is added.
 
     Returns:
         The loss, and its gradient by each weight under the canonical name, by `inputs_embeds` and by
@@ -93,7 +99,8 @@ def loss_and_gradients(
     for step in steps:
         state, reverse = step(state)
         reverses.append(reverse)
-    loss, gradient = _cross_entropy(state, labels, num_items_in_batch)
+    weights = np.ones(labels.shape) if weights is None else weights
+    loss, gradient = _cross_entropy(state, labels, weights, num_items_in_batch, label_smoothing, z_loss)
     for reverse in reversed(reverses):
         gradient = reverse(gradient)
     return loss, leaves.gradients
@@ -262,15 +269,27 @@ def _relu(x: Array) -> tuple[Array, Reverse]:
 _ACTIVATIONS: dict[str, Step] = {"gelu": _gelu, "gelu_new": _gelu_new, "silu": _silu, "relu": _relu}
 
 
-def _cross_entropy(logits: Array, labels: np.ndarray, num_items_in_batch: int | None) -> tuple[float, Array]:
-    """The loss, and its gradient by the logits: at each position that counts, softmax less the target."""
+def _cross_entropy(
+    logits: Array,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    num_items_in_batch: int | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[float, Array]:
+    """The loss, and its gradient by the logits: at each position that counts, softmax less the smoothed target."""
     batch, position = np.nonzero(labels[:, 1:] != -100)
     target = labels[batch, position + 1]
-    divisor = max(len(target), 1) if num_items_in_batch is None else num_items_in_batch
+    weight = weights[batch, position + 1]
+    divisor = weight.sum() if num_items_in_batch is None else num_items_in_batch
+    factor = (weight / divisor if divisor else np.zeros(len(weight)))[:, None]
     scores = logits[batch, position]
     highest = scores.max(axis=-1, keepdims=True)
     log_total = highest + np.log(np.exp(scores - highest).sum(axis=-1, keepdims=True))
     one_hot = np.arange(logits.shape[-1]) == target[:, None]
+    smoothed = (1 - label_smoothing) * one_hot + label_smoothing / logits.shape[-1]
     gradient = np.zeros_like(logits)
-    gradient[batch, position] = (np.exp(scores - log_total) - one_hot) / divisor
-    return float((log_total[:, 0] - scores[one_hot]).sum() / divisor), gradient
+    softmax = np.exp(scores - log_total)
+    gradient[batch, position] = factor * (softmax * (1 + 2 * z_loss * log_total) - smoothed)
+    losses = log_total - (smoothed * scores).sum(axis=-1, keepdims=True) + z_loss * log_total**2
+    return float((factor * losses).sum()), gradient

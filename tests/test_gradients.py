@@ -17,6 +17,7 @@ TOLERANCE = 1e-9
 SMALL = {"vocab_size": 17, "d_model": 15, "attention_heads": 3, "ffn_dim": 11, "num_layers": 2}
 IDS = np.array([[3, 5, 5, 16, 0, 9, 3], [12, 7, 5, 1, 12, 2, 8]])  # Tokens recur within a row and between rows.
 LABELS = np.array([[3, 5, -100, 16, 0, 9, 3], [-100, -100, 5, 1, 12, -100, -100]])
+WEIGHTS = np.random.RandomState(6).random_sample(LABELS.shape)
 STATES, ENCODER = (np.random.RandomState(length).standard_normal((2, length, 15)) for length in (7, 4))
 HEAD_MASK = np.array([[1, 0, 0.5], [0.25, 1, 1]])
 CROSS_HEAD_MASK = np.array([[0.5, 1, 0], [1, 0.75, 1]])
@@ -31,6 +32,7 @@ CASES = {
     "positions": ({}, {"position_ids": np.array([[4, 0, 1, 1, 2, 9, 3], [0, 1, 2, 3, 4, 5, 6]])}),
     "ignored": ({}, {"labels": LABELS}),
     "items": ({}, {"labels": LABELS, "num_items_in_batch": 29}),
+    "options": ({}, {"labels": LABELS, "weights": WEIGHTS, "label_smoothing": 0.125, "z_loss": 0.25}),
     "untied": ({"tie_word_embeddings": False}, {}),
     "head_mask": ({}, {"head_mask": HEAD_MASK}),
     "embeddings": ({}, {"input_ids": None, "inputs_embeds": STATES}),
@@ -68,8 +70,9 @@ def prepare(name):
 def loss_of_oracle(config, leaves, arguments):
     """The loss, in which `leaves` are the weights and the states that are differentiated by."""
     arguments = {name: leaves.get(name, value) for name, value in arguments.items()}
-    labels, items = arguments.pop("labels"), arguments.pop("num_items_in_batch", None)
-    return oracle.loss(oracle.forward(config, leaves.__getitem__, **arguments).logits, labels, items)
+    names = ("labels", "num_items_in_batch", "weights", "label_smoothing", "z_loss")
+    options = {name: arguments.pop(name) for name in names if name in arguments}
+    return oracle.loss(oracle.forward(config, leaves.__getitem__, **arguments).logits, **options)
 
 
 def directions(gradient, stream):

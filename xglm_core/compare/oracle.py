@@ -117,25 +117,40 @@ def forward(
     return output
 
 
-def loss(logits: np.ndarray, labels: np.ndarray, num_items_in_batch: int | None = None) -> float:
+def loss(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    num_items_in_batch: int | None = None,
+    *,
+    weights: np.ndarray | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> float:
     """The cross-entropy of the next token.
 
     Args:
         logits: [batch, length, vocab_size].
         labels: ids, or -100 where nothing is to be predicted [batch, length]. Position t predicts the label of
             position t + 1: the first label is predicted by none, and the last position predicts none.
-        num_items_in_batch: what to divide the sum by; None means the number of predicted labels.
+        num_items_in_batch: what to divide the sum by; None means the sum of the weights of the predicted labels.
+        weights: of each label [batch, length]; None means 1.
+        label_smoothing: the part of each target that is spread over the whole vocabulary.
+        z_loss: factor of the squared log of the sum of exponentials, which is added.
 
     Returns:
         The mean, or 0 if nothing is predicted.
     """
     targets = labels[:, 1:]
     counted = targets != -100
+    weights = _or_ones(weights, labels.shape)[:, 1:][counted]
     scores = logits[:, :-1][counted].astype(np.float64)
-    shifted = scores - scores.max(axis=-1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    losses = -log_probabilities[np.arange(len(scores)), targets[counted]]
-    return float(losses.sum() / (max(len(losses), 1) if num_items_in_batch is None else num_items_in_batch))
+    highest = scores.max(axis=-1, keepdims=True)
+    log_total = highest[:, 0] + np.log(np.exp(scores - highest).sum(axis=-1))
+    of_targets = scores[np.arange(len(scores)), targets[counted]]
+    expected = (1 - label_smoothing) * of_targets + label_smoothing * scores.mean(axis=-1)
+    losses = log_total - expected + z_loss * log_total**2
+    divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
+    return float((weights * losses).sum() / divisor) if divisor else 0.0
 
 
 def checkpoint_reader(checkpoint: Checkpoint) -> Read:

@@ -1,0 +1,111 @@
+"""The training loss, as data: its options, what it returns, and how much of the logits exists at a time.
+
+The formula is in docs/numerics.md. Each backend computes it, and its gradients, from the states below the head: with
+256,008 words the logits of a batch would take more memory than the model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xglm_core.errors import InputError
+from xglm_core.inputs import IGNORED_LABEL
+
+# Of float32 logits at a time: 256 positions by 256,008 words. The gradient of the head is read and written once for each
+# such chunk, which then takes a twentieth of the time of the products.
+LOGITS_BYTES = 2**28
+_MULTIPLE = 32  # Positions of a chunk, unless there is no room for so many: products like round numbers.
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is added to the cross-entropy of a token; zero by default.
+
+    Attributes:
+        label_smoothing: the part of each target, 0 to 1, that is spread evenly over the vocabulary.
+        z_loss: factor of log(Z)^2, where Z is the sum of the exponentials of a token's logits; keeps them from growing
+            (Chowdhery et al., PaLM, arXiv 2204.02311, section 5).
+
+    Raises:
+        InputError: a number is outside its range.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, highest in (("label_smoothing", 1.0), ("z_loss", math.inf)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest:
+                raise InputError(f"{name} is {value!r}, expected a number from 0 to {highest}")
+
+
+class LossOutput(NamedTuple):
+    """What a backend's `causal_lm_loss` returns, all float32 scalars. Only the loss has gradients.
+
+    Attributes:
+        loss: the weighted mean of the losses of the labels that count, or their sum over `num_items_in_batch`.
+        surprisal: the weighted sum of -ln p(label), without smoothing and z-loss; its mean is the log of the perplexity.
+        correct: the weighted number of labels that have the largest logit.
+        count: the sum of the weights: without weights, how many labels count.
+    """
+
+    loss: Any
+    surprisal: Any
+    correct: Any
+    count: Any
+
+
+def chunk_positions(vocab_size: int) -> int:
+    """How many positions' logits are computed at a time."""
+    positions = LOGITS_BYTES // (4 * vocab_size)
+    return positions // _MULTIPLE * _MULTIPLE or max(1, positions)
+
+
+def labels_for(input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+    """The labels that train on all tokens of a padded batch.
+
+    Args:
+        input_ids: integers [batch, length].
+        attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
+
+    Returns:
+        int64 [batch, length]: the ids, with -100 for padding and for tokens right after padding, which nothing predicts.
+    """
+    labels = np.array(input_ids, np.int64)
+    if attention_mask is not None:
+        padding = np.asarray(attention_mask) == 0
+        labels[padding] = IGNORED_LABEL
+        labels[:, 1:][padding[:, :-1]] = IGNORED_LABEL
+    return labels
+
+
+def wants_logits(return_logits: bool | None, *, has_labels: bool, training: bool, logits_to_keep: Any) -> bool:
+    """Whether a call returns logits.
+
+    Args:
+        return_logits: what the caller says; None leaves it to the rest.
+        has_labels: whether there is a loss to return.
+        training: whether the call is one of training, where the logits would be the largest array by far.
+        logits_to_keep: which ones; to name some is to ask for them.
+    """
+    if return_logits is not None:
+        return return_logits
+    return not (has_labels and training) or not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+
+
+def check_trainable_type(dtype: str) -> None:
+    """Raises `InputError` if parameters of a type cannot be trained by the optimizers in use.
+
+    Args:
+        dtype: name of the type of parameters that have gradients.
+    """
+    if dtype == "float16":
+        raise InputError(
+            "the trainable parameters are float16, in which small updates and Adam's epsilon of 1e-8 are 0; load them "
+            "with dtype='float32' or 'bfloat16', and compute in mixed precision"
+        )
