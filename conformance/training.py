@@ -50,7 +50,9 @@ def adamw_losses(given: Sequence[dict[str, np.ndarray]]) -> list[float]:
     first, second = ({name: np.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
     losses = []
     for step, batch in enumerate(given, 1):
-        loss, gradients = loss_and_gradients(CONFIG, weights.__getitem__, **batch)
+        loss, gradients = loss_and_gradients(
+            CONFIG, weights.__getitem__, batch["input_ids"], batch["labels"], batch["attention_mask"]
+        )
         losses.append(loss)
         for name, gradient in gradients.items():
             first[name] = B1 * first[name] + (1 - B1) * gradient

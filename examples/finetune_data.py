@@ -1,7 +1,7 @@
 """What the fine-tuning examples share: sentences to learn, batches of them, and the learning curve.
 
-The sentences are about the weather, of which the bundled model has read little. All examples get the same batches in the
-same order, so their first losses are the same, whatever the framework.
+The sentences are about the weather, of which the bundled model has read little. All examples get the same batches in
+the same order, so their first losses are the same, whatever the framework.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import numpy as np
 from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
 
-# Of float32 logits at a time: 256 positions by 256,008 words. The gradient of the head is read and written once for each
-# such chunk, which then takes a twentieth of the time of the products.
+# Of float32 logits at a time: 256 positions by 256,008 words. The gradient of the head is read and written once for
+# each such chunk, which then takes a twentieth of the time of the products.
 LOGITS_BYTES = 2**28
 _MULTIPLE = 32  # Positions of a chunk, unless there is no room for so many: products like round numbers.
 
@@ -49,7 +49,7 @@ class LossOutput(NamedTuple):
 
     Attributes:
         loss: the weighted mean of the losses of the labels that count, or their sum over `num_items_in_batch`.
-        surprisal: the weighted sum of -ln p(label), without smoothing and z-loss; its mean is the log of the perplexity.
+        surprisal: the weighted sum of -ln p(label), without smoothing and z-loss; its mean is ln(perplexity).
         correct: the weighted number of labels that have the largest logit.
         count: the sum of the weights: without weights, how many labels count.
     """
@@ -74,7 +74,7 @@ def labels_for(input_ids: np.ndarray, attention_mask: np.ndarray | None = None) 
         attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
 
     Returns:
-        int64 [batch, length]: the ids, with -100 for padding and for tokens right after padding, which nothing predicts.
+        int64 [batch, length]: the ids, with -100 for padding, and for tokens right after it, which nothing predicts.
     """
     labels = np.array(input_ids, np.int64)
     if attention_mask is not None:

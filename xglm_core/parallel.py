@@ -1,8 +1,8 @@
 """How a model is spread over devices: which dimension of each weight is split, and what divides.
 
 The scheme is that of Megatron-LM (Shoeybi et al., arXiv 1909.08053): heads and inner units are split, so that a block
-needs one sum over the devices for attention and one for the feed-forward part. Embedding and head, which are half of the
-small models, are split by the vocabulary.
+needs one sum over the devices for attention and one for the feed-forward part. Embedding and head, which are half of
+the small models, are split by the vocabulary.
 """
 
 from __future__ import annotations
