@@ -35,9 +35,9 @@ def batches() -> list[dict[str, np.ndarray]]:
     stream, result = np.random.RandomState(7), []
     for step in range(STEPS):
         ids = stream.randint(4, CONFIG.vocab_size, (3, 13))
-        mask = np.arange(13) < stream.randint(5, 14, (3, 1))
-        mask = (mask if step % 2 else mask[:, ::-1]).astype(np.int64)
-        ids[mask == 0] = CONFIG.pad_token_id
+        right = np.arange(13) < stream.randint(5, 14, (3, 1))
+        mask = (right if step % 2 else right[:, ::-1]).astype(np.int64)
+        ids = np.where(mask, ids, 1)  # XGLM's padding.
         result.append({"input_ids": ids, "attention_mask": mask, "labels": labels_for(ids, mask)})
     return result
 
