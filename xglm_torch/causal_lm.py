@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import XGLMConfig
@@ -21,11 +22,12 @@ from xglm_core.scoring.engine import score
 from xglm_torch.cache import as_cache
 from xglm_torch.decoder import XGLMModel
 from xglm_torch.generation import TorchEngine
-from xglm_torch.inputs import as_numpy, check_head_arguments, check_trainable
+from xglm_torch.inputs import as_numpy, check_head_arguments, check_ids, check_trainable
 from xglm_torch.loss import causal_lm_loss
 from xglm_torch.pretrained import XGLMPreTrainedModel
 from xglm_torch.products import with_fast_gradients
 from xglm_torch.scoring import TorchScorer
+from xglm_torch.tying import table_and_head
 
 
 class XGLMForCausalLM(XGLMPreTrainedModel):
@@ -97,6 +99,14 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         check_head_arguments(self.config, tokens, labels, logits_to_keep)
         if labels is not None and self.training:
             check_trainable(self)
+        head: nn.Module | torch.Tensor = self.lm_head
+        if labels is not None and input_ids is not None and inputs_embeds is None:
+            both = table_and_head(self.model.embed_tokens, self.lm_head)
+            if both is not None:
+                check_ids(self.config, input_ids)
+                table, head = both
+                inputs_embeds = F.embedding(input_ids, table, sparse=True) * self.model.embed_tokens.embed_scale
+                input_ids = None
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -115,9 +125,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = causal_lm_loss(
-                hidden_states, self.lm_head, labels, num_items_in_batch, options=self.loss_options
-            ).loss
+            loss = causal_lm_loss(hidden_states, head, labels, num_items_in_batch, options=self.loss_options).loss
         if wants_logits(
             return_logits, has_labels=labels is not None, training=self.training, logits_to_keep=logits_to_keep
         ):

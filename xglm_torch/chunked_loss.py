@@ -168,6 +168,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # Zeros as large as the other outputs, for nothing.
     ctx.save_for_backward(*inputs[:4])
     ctx.options, ctx.gradients = inputs[4:], output[3:]
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype

@@ -37,8 +37,13 @@ def check_arguments(config: XGLMConfig, past: XGLMCache | None, **arguments: tor
     )
     if past is not None:
         check_cache_batch(past.batch, shapes["input_ids" if "input_ids" in shapes else "inputs_embeds"][0])
-    input_ids = arguments["input_ids"]
-    if input_ids is not None and has_values(input_ids):
+    if arguments["input_ids"] is not None:
+        check_ids(config, arguments["input_ids"])
+
+
+def check_ids(config: XGLMConfig, input_ids: torch.Tensor) -> None:
+    """Checks that the ids are a matrix and in the vocabulary."""
+    if has_values(input_ids):
         check_input_ids(input_ids.numpy(force=True), config)
 
 

@@ -24,7 +24,7 @@ _COPIES = 4
 
 def causal_lm_loss(
     hidden_states: torch.Tensor,
-    head: nn.Module,
+    head: nn.Module | torch.Tensor,
     labels: torch.Tensor,
     num_items_in_batch: int | torch.Tensor | None = None,
     *,
@@ -35,9 +35,9 @@ def causal_lm_loss(
 
     Args:
         hidden_states: what the head reads [batch, length, d_model].
-        head: gives logits [..., vocab_size]. Of a plain `nn.Linear` without bias, only the weight is used, which may be
-            a DTensor that is split by the vocabulary. Any other head, such as an adapted one, is called chunk by chunk,
-            and again in the backward pass.
+        head: gives logits [..., vocab_size]; or its matrix [vocab_size, d_model], which is all that is used of a plain
+            `nn.Linear` without bias. It may be a DTensor that is split by the vocabulary. Any other head, such as an
+            adapted one, is called chunk by chunk, and again in the backward pass.
         labels: the tokens themselves, integers [batch, length]: position i is judged by label i + 1, the last by none;
             -100 does not count.
         num_items_in_batch: what to divide the sum by; None divides by the sum of the weights of the labels that count.
@@ -58,8 +58,13 @@ def causal_lm_loss(
     divisor = torch.as_tensor(divisor, dtype=torch.float32, device=count.device)
     shares = counted / torch.where(divisor > 0, divisor, 1)  # No 0 / 0 where nothing counts.
     states = hidden_states.flatten(0, 1)
-    by = _by_weight if has_plain_weight(head) else _by_calls
-    loss, surprisals, correct = by(states, head, targets, shares, options)
+    if isinstance(head, torch.Tensor):
+        losses = _by_weight(states, head, targets, shares, options)
+    elif has_plain_weight(head):
+        losses = _by_weight(states, head.weight, targets, shares, options)
+    else:
+        losses = _by_calls(states, head, targets, shares, options)
+    loss, surprisals, correct = losses
     return LossOutput(loss, (counted * surprisals).sum(), (counted * correct).sum(), count)
 
 
@@ -70,11 +75,10 @@ def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _by_weight(
-    states: torch.Tensor, head: nn.Module, targets: torch.Tensor, shares: torch.Tensor, options: LossOptions
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor, options: LossOptions
 ) -> _Losses:
     """Of all positions: the sum of the shares of the losses, -ln p, and 1 where a target has the largest logit."""
-    weight, device, recording = head.weight, states.device.type, torch.is_grad_enabled()
-    assert isinstance(weight, torch.Tensor)
+    device, recording = states.device.type, torch.is_grad_enabled()
     # Differs: on a CPU, PyTorch has no product of shorter numbers that is summed in float32 and stays so.
     factors = torch.float32
     if device == "cuda":

@@ -77,7 +77,12 @@ class _OneDNN(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and not kwargs and all(map(_is_plain, args)) and not _is_transformed():
+        if (
+            func is F.linear
+            and not kwargs
+            and all(map(_is_plain, args))
+            and not (torch.is_autocast_enabled("cpu") or is_transformed())
+        ):
             states, weight, bias = (*args, None)[:3]
             return _linear(states, weight, bias)
         return func(*args, **(kwargs or {}))
@@ -124,13 +129,9 @@ def _is_plain(tensor: torch.Tensor | None) -> bool:
     )
 
 
-def _is_transformed() -> bool:
-    """Whether autocast, a transform of `torch.func`, or forward differentiation asks for more than a product."""
-    return (
-        torch.is_autocast_enabled("cpu")
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward differentiation, wants to see each operation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 @functools.cache
