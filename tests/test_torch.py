@@ -222,7 +222,7 @@ class TestTypes:
     def test_meta(self):
         with torch.device("meta"):
             model = XGLMForCausalLM(CONFIG)
-        outputs = model(IDS.to("meta"), MASK.to("meta"), labels=IDS.to("meta"))
+        outputs = model(IDS.to("meta"), MASK.to("meta"), labels=IDS.to("meta"), return_logits=True)
         assert outputs.logits.shape == (2, 11, 131)
         assert outputs.logits.is_meta
         assert model.device.type == "meta"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import XGLMConfig
@@ -14,16 +15,19 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import Processor
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
+from xglm_core.loss import LossOptions, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
 from xglm_core.scoring.engine import score
 from xglm_torch.cache import as_cache
 from xglm_torch.decoder import XGLMModel
 from xglm_torch.generation import TorchEngine
-from xglm_torch.inputs import as_numpy, check_head_arguments
+from xglm_torch.inputs import as_numpy, check_head_arguments, check_ids, check_trainable
 from xglm_torch.loss import causal_lm_loss
 from xglm_torch.pretrained import XGLMPreTrainedModel
+from xglm_torch.products import with_fast_gradients
 from xglm_torch.scoring import TorchScorer
+from xglm_torch.tying import table_and_head
 
 
 class XGLMForCausalLM(XGLMPreTrainedModel):
@@ -31,6 +35,9 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
 
     Args:
         config: the architecture; weights are drawn at random, see `from_pretrained` for trained ones.
+
+    Attributes:
+        loss_options: smoothing and z-loss of the training loss.
     """
 
     has_head = True
@@ -38,11 +45,13 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
     def __init__(self, config: XGLMConfig) -> None:
         super().__init__(config)
         self.generation_config = GenerationConfig.from_model(config)
+        self.loss_options = LossOptions()
         self.model = XGLMModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
         self.tie_weights()
 
+    @with_fast_gradients
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -62,6 +71,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         *,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
+        return_logits: bool | None = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Runs the decoder and the head.
 
@@ -74,16 +84,29 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
                 all of them. With labels, the loss is that of all positions.
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
+            return_logits: whether to compute and return logits; None means no in training with labels, as the loss does
+                not need them, unless `logits_to_keep` names some.
 
         Returns:
             The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in
             the parameters' type, the loss is a float32 scalar.
 
         Raises:
-            InputError: see `XGLMModel.forward`; or labels outside the vocabulary.
+            InputError: see `XGLMModel.forward`; or labels outside the vocabulary, or labels in training with float16
+                parameters that are to be trained.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         check_head_arguments(self.config, tokens, labels, logits_to_keep)
+        if labels is not None and self.training:
+            check_trainable(self)
+        head: nn.Module | torch.Tensor = self.lm_head
+        if labels is not None and input_ids is not None and inputs_embeds is None:
+            both = table_and_head(self.model.embed_tokens, self.lm_head)
+            if both is not None:
+                check_ids(self.config, input_ids)
+                table, head = both
+                inputs_embeds = F.embedding(input_ids, table, sparse=True) * self.model.embed_tokens.embed_scale
+                input_ids = None
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -100,12 +123,12 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             return_dict=True,
         )
         hidden_states = outputs.last_hidden_state
-        loss = None
+        loss = logits = None
         if labels is not None:
-            logits = self.lm_head(hidden_states)
-            loss = causal_lm_loss(logits, labels.to(logits.device), num_items_in_batch)
-            logits = _kept(logits, logits_to_keep)
-        else:
+            loss = causal_lm_loss(hidden_states, head, labels, num_items_in_batch, options=self.loss_options).loss
+        if wants_logits(
+            return_logits, has_labels=labels is not None, training=self.training, logits_to_keep=logits_to_keep
+        ):
             logits = self.lm_head(_kept(hidden_states, logits_to_keep))
         results = CausalLMOutputWithCrossAttentions(
             loss=loss,

@@ -21,6 +21,7 @@ from xglm_torch.blocks import XGLMDecoderLayer
 from xglm_torch.cache import XGLMCache, as_cache, extend_cache
 from xglm_torch.inputs import check_arguments, check_position_ids, has_values
 from xglm_torch.pretrained import XGLMPreTrainedModel
+from xglm_torch.products import with_fast_gradients
 
 
 class XGLMSinusoidalPositionalEmbedding(nn.Module):
@@ -89,6 +90,7 @@ class XGLMModel(XGLMPreTrainedModel):
         if embed_tokens is not None:
             self.set_input_embeddings(embed_tokens)
 
+    @with_fast_gradients
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -207,7 +209,7 @@ class XGLMModel(XGLMPreTrainedModel):
 
     def _checkpointed(self, layer: nn.Module, *args: Any) -> Any:
         """Runs a block and computes it again in the backward pass, rather than keeping what is inside it."""
-        return checkpoint(layer, *args, **self.gradient_checkpointing_kwargs)
+        return checkpoint(with_fast_gradients(layer), *args, **self.gradient_checkpointing_kwargs)
 
     def _dropped(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """What follows a block: in training, with probability `config.layerdrop`, what came before it.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import (
@@ -17,6 +18,7 @@ from xglm_core.inputs import (
     check_positions,
     check_shapes,
 )
+from xglm_core.loss import check_trainable_type
 from xglm_torch.cache import XGLMCache
 
 
@@ -35,8 +37,13 @@ def check_arguments(config: XGLMConfig, past: XGLMCache | None, **arguments: tor
     )
     if past is not None:
         check_cache_batch(past.batch, shapes["input_ids" if "input_ids" in shapes else "inputs_embeds"][0])
-    input_ids = arguments["input_ids"]
-    if input_ids is not None and has_values(input_ids):
+    if arguments["input_ids"] is not None:
+        check_ids(config, arguments["input_ids"])
+
+
+def check_ids(config: XGLMConfig, input_ids: torch.Tensor) -> None:
+    """Checks that the ids are a matrix and in the vocabulary."""
+    if has_values(input_ids):
         check_input_ids(input_ids.numpy(force=True), config)
 
 
@@ -63,6 +70,16 @@ def check_head_arguments(
         check_logits_to_keep(logits_to_keep, tokens.shape[1])
     elif has_values(logits_to_keep):
         check_logits_to_keep(logits_to_keep.numpy(force=True), tokens.shape[1])
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raises `InputError` if parameters that are to be trained are float16.
+
+    While FSDP computes, its parameters may be, as those that the optimizer sees are others.
+    """
+    if not torch.compiler.is_compiling() and not hasattr(model, "unshard"):
+        for dtype in {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}:
+            check_trainable_type(str(dtype).removeprefix("torch."))
 
 
 def has_values(tensor: torch.Tensor) -> bool:

@@ -1,30 +1,135 @@
-"""The training loss."""
+"""The training loss, computed from the states below the head without ever holding all logits.
+
+See `xglm_core.loss` for the contract.
+"""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import TypeGuard
 
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import xglm_core.loss
 from xglm_core.inputs import IGNORED_LABEL
+from xglm_core.loss import LossOptions, LossOutput
+from xglm_torch.chunked_loss import chunked_loss
+
+_Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+# The logits of a head that is called exist about four times: in its type, in float32, and the same for their gradients.
+_COPIES = 4
 
 
 def causal_lm_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
-) -> torch.Tensor:
-    """Cross-entropy of each next token, in float32.
+    hidden_states: torch.Tensor,
+    head: nn.Module | torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    *,
+    options: LossOptions,
+    weights: torch.Tensor | None = None,
+) -> LossOutput:
+    """The loss of each next token, in chunks of the positions.
 
     Args:
-        logits: [batch, length, vocab_size].
+        hidden_states: what the head reads [batch, length, d_model].
+        head: gives logits [..., vocab_size]; or its matrix [vocab_size, d_model], which is all that is used of a plain
+            `nn.Linear` without bias. It may be a DTensor that is split by the vocabulary. Any other head, such as an
+            adapted one, is called chunk by chunk, and again in the backward pass.
         labels: the tokens themselves, integers [batch, length]: position i is judged by label i + 1, the last by none;
             -100 does not count.
-        num_items_in_batch: what to divide the sum by; None counts the labels that count.
+        num_items_in_batch: what to divide the sum by; None divides by the sum of the weights of the labels that count.
+        options: smoothing and z-loss.
+        weights: of each label, float [batch, length]; None means 1. They get no gradient.
 
     Returns:
-        float32 scalar: 0 if no label counts.
+        float32 scalars; the loss is 0 if no label counts.
     """
-    targets = labels[:, 1:].flatten().long()
-    predictions = logits[:, :-1].flatten(0, 1).float()
-    total = F.cross_entropy(predictions, targets, ignore_index=IGNORED_LABEL, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets != IGNORED_LABEL).sum().clamp(min=1)
-    return total / num_items_in_batch
+    labels = labels.to(hidden_states.device)
+    # Labels are moved rather than states, which are larger.
+    targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1).flatten().long()
+    counted = (targets != IGNORED_LABEL).float()
+    if weights is not None:
+        counted = counted * weights.detach().to(counted).roll(-1, dims=1).flatten()
+    count = counted.sum()
+    divisor = count if num_items_in_batch is None else num_items_in_batch
+    divisor = torch.as_tensor(divisor, dtype=torch.float32, device=count.device)
+    shares = counted / torch.where(divisor > 0, divisor, 1)  # No 0 / 0 where nothing counts.
+    states = hidden_states.flatten(0, 1)
+    if isinstance(head, torch.Tensor):
+        losses = _by_weight(states, head, targets, shares, options)
+    elif has_plain_weight(head):
+        losses = _by_weight(states, head.weight, targets, shares, options)
+    else:
+        losses = _by_calls(states, head, targets, shares, options)
+    loss, surprisals, correct = losses
+    return LossOutput(loss, (counted * surprisals).sum(), (counted * correct).sum(), count)
+
+
+def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the head is a product with its weight and nothing else, neither adapted nor moved in by a hook."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
+
+
+def _by_weight(
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor, options: LossOptions
+) -> _Losses:
+    """Of all positions: the sum of the shares of the losses, -ln p, and 1 where a target has the largest logit."""
+    device, recording = states.device.type, torch.is_grad_enabled()
+    # Differs: on a CPU, PyTorch has no product of shorter numbers that is summed in float32 and stays so.
+    factors = torch.float32
+    if device == "cuda":
+        factors = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    loss, surprisals, correct, *_ = chunked_loss(
+        states,
+        weight,
+        targets,
+        shares,
+        options.label_smoothing,
+        options.z_loss,
+        xglm_core.loss.chunk_positions(len(weight)),
+        factors,
+        "",
+        recording and states.requires_grad,
+        recording and weight.requires_grad,
+    )
+    return loss, surprisals, correct
+
+
+def _by_calls(
+    states: torch.Tensor, head: nn.Module, targets: torch.Tensor, shares: torch.Tensor, options: LossOptions
+) -> _Losses:
+    """`_by_weight` for a head of which nothing is known."""
+
+    def of_some(states: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor) -> _Losses:
+        logits = head(states).float()
+        log_total = logits.logsumexp(dim=1)
+        of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        losses = log_total - of_target
+        if options.label_smoothing:
+            losses = losses + options.label_smoothing * (of_target - logits.mean(dim=1))
+        if options.z_loss:
+            losses = losses + options.z_loss * log_total**2
+        correct = of_target == logits.amax(dim=1)
+        return (losses * shares).sum(), (log_total - of_target).detach(), correct.float()
+
+    places = torch.arange(len(targets), device=targets.device)
+    if (
+        not torch.compiler.is_compiling()
+    ):  # How many count is known. At least one, so that all parameters have gradients.
+        places = places[targets != IGNORED_LABEL] if (targets != IGNORED_LABEL).any() else places[:1]
+    with torch.no_grad():
+        vocab_size = getattr(head, "out_features", None) or head(states[:1]).shape[1]
+    chunk = max(1, xglm_core.loss.chunk_positions(vocab_size) // _COPIES)
+    total = shares.new_zeros(())
+    surprisals, correct = torch.zeros_like(shares), torch.zeros_like(shares)
+    for some in places.split(chunk):
+        # Without reentrance, so that parameters inside the head get gradients though the states need none.
+        loss, surprisals[some], correct[some] = checkpoint(
+            of_some, states[some], targets[some], shares[some], use_reentrant=False
+        )
+        total = total + loss
+    return total, surprisals, correct

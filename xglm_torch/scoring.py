@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.scoring import engine
+from xglm_torch.loss import has_plain_weight
 from xglm_torch.products import fast_products
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TorchScorer:
         with fast_products():
             states = self.model.model(ids, mask, use_cache=False, return_dict=True).last_hidden_state.flatten(0, 1)
             chunk = engine.TILE_POSITIONS
-            if not _has_plain_weight(head):
+            if not has_plain_weight(head):
                 chunk = max(1, engine.TILE_POSITIONS * engine.TILE_VOCABULARY // self.model.config.vocab_size)
             places, wanted = (torch.from_numpy(array).to(states.device) for array in (sources, targets))
             scores = [
@@ -64,13 +65,8 @@ def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) ->
 
 def _logit_blocks(head: nn.Module, states: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Fresh float32 logits [positions, block] of one part of the vocabulary after the other, with its first id."""
-    if _has_plain_weight(head):
+    if has_plain_weight(head):
         for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
             yield begin, F.linear(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()
     else:
         yield 0, head(states).to(torch.float32, copy=True)
-
-
-def _has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the head is a product with its weight and nothing else, neither adapted nor moved in by a hook."""
-    return type(head) is nn.Linear and "forward" not in vars(head) and not head._forward_hooks

@@ -1,0 +1,195 @@
+"""The loss of a head that is a matrix, with its gradients, as one operation that holds the logits of few positions.
+
+The logits of a chunk become their own gradients in place, and these are used up at once. So the gradients are there
+after the forward pass, if they are wanted, and the backward pass only scales them. To whatever traces this
+(`torch.compile`, `torch.export`, the meta device) it is opaque: how many positions count depends on the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from xglm_core.inputs import IGNORED_LABEL
+from xglm_torch.products import add_product
+
+# Of the gradient of the head, or of the head in another type, at a time.
+_BLOCK_BYTES = 2**24
+_CACHED_ROWS = 4  # Rows of logits that stay in the cache of a CPU from one operation to the next.
+
+
+@torch.library.custom_op("xglm::chunked_loss", mutates_args=())
+def chunked_loss(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    shares: torch.Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    chunk: int,
+    factors: torch.dtype,
+    group: str,
+    of_states: bool,
+    of_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum of the losses of some targets, each times its share, and the gradients of that sum.
+
+    Args:
+        states: [positions, d_model].
+        weight: [vocab_size, d_model].
+        targets: int64 [positions], or -100 where there is none.
+        shares: factors of the losses, float32 [positions].
+        label_smoothing, z_loss: see `LossOptions`.
+        chunk: positions whose logits exist at a time.
+        factors: the type in which the factors of a product are; the products are summed, and kept, in float32.
+        group: name of the process group that shares the vocabulary, each process having an equal part of the weight, in
+            order; "" for none.
+        of_states, of_weight: which gradients are wanted.
+
+    Returns:
+        float32: the sum; -ln p of each target, and 1 where it has the largest logit [positions]; the gradients by
+        states and weight, of shape [0, d_model] where they are not wanted. Only the first can be differentiated.
+    """
+    part = _Part.of(group, len(weight))
+    width = states.shape[1]
+    loss = shares.new_zeros(())
+    surprisals, correct = torch.zeros_like(shares), torch.zeros_like(shares)
+    by_states = shares.new_zeros(len(states) if of_states else 0, width)
+    by_weight = shares.new_zeros(len(weight) if of_weight else 0, width)
+    kept = (targets != IGNORED_LABEL).nonzero().flatten()
+    memory = shares.new_empty(min(chunk, len(kept)), len(weight))
+    with torch.autocast(states.device.type, enabled=False):  # The types are chosen here.
+        for places in kept.split(chunk):
+            some, share, logits = states[places].to(factors), shares[places], memory[: len(places)]
+            for block, rows in _blocks(weight, factors):
+                add_product(logits[:, block], some, rows.T, keep=False)
+            losses, surprisals[places], correct[places] = _become_gradients(
+                logits, targets[places], share, label_smoothing, z_loss, part
+            )
+            loss += (losses * share).sum()
+            if of_states:
+                by_some = by_states.new_zeros(some.shape)
+                for block, rows in _blocks(weight, factors):
+                    add_product(by_some, logits[:, block].to(factors), rows)
+                by_states[places] = by_some
+            if of_weight:
+                for block, _ in _blocks(weight, None):
+                    add_product(by_weight[block], logits[:, block].T.to(factors), some)
+    return loss, surprisals, correct, part.sum(by_states), by_weight
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The part of the vocabulary whose logits this process has; reductions are over all parts, in place."""
+
+    group: dist.ProcessGroup | None
+    first: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, name: str, size: int) -> _Part:
+        if not name:
+            return cls(None, 0, size)
+        group = dist.distributed_c10d._resolve_process_group(name)
+        return cls(group, size * group.rank(), size * group.size())
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.group is None else self._reduced(tensor, dist.ReduceOp.SUM)
+
+    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.group is None else self._reduced(tensor, dist.ReduceOp.MAX)
+
+    def _reduced(self, tensor: torch.Tensor, how: Any) -> torch.Tensor:
+        dist.all_reduce(tensor, how, self.group)
+        return tensor
+
+
+def _become_gradients(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    shares: torch.Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    part: _Part,
+) -> tuple[torch.Tensor, ...]:
+    """Overwrites the logits of some positions by the gradients of their losses, each times its share.
+
+    Args:
+        logits: float32 [positions, part of the vocabulary].
+        targets: int64 [positions].
+        shares: float32 [positions].
+        label_smoothing, z_loss: see `LossOptions`.
+        part: which part that is.
+
+    Returns:
+        float32 [positions]: the losses; -ln p of the targets; 1 where a target has the largest logit.
+    """
+    few = logits.device.type == "cpu" and part.group is None
+    results = []
+    groups = (tensor.split(_CACHED_ROWS if few else len(logits)) for tensor in (logits, targets, shares))
+    for rows, labels, share in zip(*groups, strict=True):
+        here = (labels >= part.first) & (labels < part.first + rows.shape[1])
+        columns = torch.where(here, labels - part.first, 0)[:, None]
+        of_target = part.sum(torch.where(here, rows.gather(1, columns)[:, 0], 0))
+        highest = part.largest(rows.amax(dim=1))
+        mean = part.sum(rows.sum(dim=1)) / part.vocab_size if label_smoothing else 0
+        total = part.sum(rows.sub_(highest[:, None]).exp_().sum(dim=1))
+        log_total = highest + total.log()
+        rows *= (share * (1 + 2 * z_loss * log_total) / total)[:, None]
+        rows.scatter_add_(1, columns, (share * (label_smoothing - 1) * here)[:, None])
+        if label_smoothing:
+            rows -= (share * (label_smoothing / part.vocab_size))[:, None]
+        losses = log_total - (1 - label_smoothing) * of_target - label_smoothing * mean + z_loss * log_total**2
+        results.append((losses, log_total - of_target, (of_target == highest).float()))
+    return tuple(torch.cat(pieces) for pieces in zip(*results, strict=True))
+
+
+def _blocks(weight: torch.Tensor, dtype: torch.dtype | None) -> Iterator[tuple[slice, torch.Tensor]]:
+    """One part of the rows after the other: where they are, and they themselves in a type; None keeps theirs."""
+    step = max(1, _BLOCK_BYTES // (4 * weight.shape[1]))
+    for begin in range(0, len(weight), step):
+        block = slice(begin, min(begin + step, len(weight)))
+        yield block, weight[block] if dtype is None else weight[block].to(dtype)
+
+
+@chunked_loss.register_fake
+def _(
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor, *options: Any
+) -> tuple[torch.Tensor, ...]:
+    sizes = [tensor.shape[0] if wanted else 0 for tensor, wanted in zip((states, weight), options[-2:], strict=True)]
+    gradients = [shares.new_empty(size, states.shape[1]) for size in sizes]
+    return shares.new_empty(()), torch.empty_like(shares), torch.empty_like(shares), *gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # Zeros as large as the other outputs, for nothing.
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options, ctx.gradients = inputs[4:], output[3:]
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+@once_differentiable
+def _backward(ctx: Any, by_loss: torch.Tensor, *others: Any) -> tuple[Any, ...]:
+    gradients = ctx.gradients
+    if gradients is None:  # Another pass through a graph that was retained.
+        gradients = chunked_loss(*ctx.saved_tensors, *ctx.options)[3:]
+    if all(type(tensor) is torch.Tensor for tensor in (by_loss, *gradients)):
+        # Scaled in place and handed over: a copy would be the largest tensor of the whole pass.
+        ctx.gradients = None
+        if by_loss.device.type != "cpu" or by_loss != 1:  # On a GPU, looking costs more than multiplying.
+            for gradient in gradients:
+                gradient *= by_loss
+    else:
+        gradients = [gradient * by_loss for gradient in gradients]
+    wanted = zip(gradients, ctx.dtypes, ctx.options[-2:], strict=True)
+    results = [gradient.to(dtype) if is_wanted else None for gradient, dtype, is_wanted in wanted]
+    return *results, *[None] * (2 + len(ctx.options))
+
+
+chunked_loss.register_autograd(_backward, setup_context=_setup_context)
