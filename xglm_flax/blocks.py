@@ -269,10 +269,10 @@ class FlaxXGLMLayerNorm(nn.LayerNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> Any:
         """[batch, length, d_model] -> the same."""
-        return super().__call__(_computed(x), mask=mask)
+        return super().__call__(computed(x), mask=mask)
 
 
-def _computed(x: jax.Array) -> jax.Array:
+def computed(x: jax.Array) -> jax.Array:
     """`x`, to be computed before it is used, and so its gradient."""
     return jax.lax.optimization_barrier(x) if _barriers_have_gradients() else x
 

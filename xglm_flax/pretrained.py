@@ -349,7 +349,10 @@ class FlaxXGLMPreTrainedModel:
         return params
 
 
-_STATIC = ("train", "use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
+_STATIC = (
+    *("train", "use_cache", "output_attentions", "output_hidden_states"),
+    *("logits_to_keep", "return_logits", "loss_options"),
+)
 
 
 def _apply(
