@@ -21,6 +21,7 @@ from xglm_core.resizing import check_embeddings
 from xglm_core.scoring.engine import score
 from xglm_core.weight_names import HEAD
 from xglm_flax.attention import PRECISION, dense
+from xglm_flax.blocks import Remat
 from xglm_flax.cache import FlaxXGLMCache, as_cache
 from xglm_flax.decoder import FlaxXGLMModule
 from xglm_flax.generation import FlaxEngine, compile_engine
@@ -39,17 +40,19 @@ class FlaxXGLMForCausalLMModule(nn.Module):
         dtype: type of the computation.
         param_dtype: type of the parameters.
         scan_layers: whether the blocks run in a `jax.lax.scan`; then the parameters may be those of `stack_layers`.
+        remat: what the backward pass computes again; see `remat_policy`.
     """
 
     config: XGLMConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         """Creates the layers, under the checkpoint's names."""
         config = self.config
-        self.model = FlaxXGLMModule(config, self.dtype, self.param_dtype, self.scan_layers)
+        self.model = FlaxXGLMModule(config, self.dtype, self.param_dtype, self.scan_layers, self.remat)
         if not config.tie_word_embeddings:
             self.lm_head = dense(config, config.vocab_size, self.dtype, self.param_dtype, use_bias=False)
 

@@ -16,9 +16,9 @@ from xglm_flax.attention import PRECISION
 from xglm_flax.blocks import computed
 
 _PLAIN = LossOptions()
-# XLA computes a term of a sum before it adds it. So logits take half of the room that there is for them, and what a chunk
-# adds to the gradient of the head takes a quarter: some columns of it at a time, no fewer than 32 (the product would be
-# slow).
+# XLA computes a term of a sum before it adds it. So logits take half of the room that there is for them, and what a
+# chunk adds to the gradient of the head takes a quarter: some columns of it at a time, but no fewer than 32, which
+# would be slow.
 _LOGITS, _TERM, _COLUMNS = 2, 4, 32
 
 
