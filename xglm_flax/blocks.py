@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
+from xglm_core.errors import InputError
 from xglm_flax.attention import FlaxXGLMAttention, dense
 from xglm_flax.cache import Length, put
 from xglm_flax.stacking import by_layer, check_layout, check_stackable, stacked_blocks
@@ -24,6 +25,30 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+Remat = str | Callable[..., Any]
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def remat_policy(remat: Remat) -> Callable[..., Any] | None:
+    """What the backward pass finds in memory of each block; the rest of it is computed again.
+
+    Args:
+        remat: "none": everything. "dots": the results of the projections and the feed-forward part, but not those of
+            attention. "full": the block's input. Or a policy of `jax.checkpoint_policies`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if remat == "none" or callable(remat):
+        return None if isinstance(remat, str) else remat
+    if remat not in _POLICIES:
+        raise InputError(f"remat is {remat!r}, expected 'none', 'dots', 'full', or a policy of jax.checkpoint_policies")
+    return _POLICIES[remat]
 
 
 class BlockInputs(NamedTuple):
@@ -186,12 +211,14 @@ class FlaxXGLMDecoderLayers(nn.Module):
         dtype: type of the computation.
         param_dtype: type of the parameters.
         scan_layers: whether they run as one block in a `jax.lax.scan`, which compiles in the time of one.
+        remat: what the backward pass computes again; see `remat_policy`.
     """
 
     config: XGLMConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         """Creates the layers, under the checkpoint's names."""
@@ -219,11 +246,17 @@ class FlaxXGLMDecoderLayers(nn.Module):
             return self._scanned(hidden_states, mask, own, wanted, shared)
         if not self.is_initializing():
             check_layout(self.variables.get("params", {}))
+
+        def run(block: nn.Module, *arguments: Any) -> Any:
+            return block(*arguments, **shared)
+
+        if self.remat != "none" and not self.is_initializing():
+            run = nn.remat(run, policy=remat_policy(self.remat))
         all_results = []
         for index, block in enumerate(self.blocks):
             before = hidden_states
             one = BlockInputs(*(None if items is None else items[index] for items in own))
-            hidden_states, results = block(hidden_states, mask, one, **shared)
+            hidden_states, results = run(block, hidden_states, mask, one)
             all_results.append(_wanted(results, before, wanted))
         return hidden_states, jax.tree.map(lambda *leaves: leaves, *all_results)
 
@@ -248,6 +281,9 @@ class FlaxXGLMDecoderLayers(nn.Module):
                 results = BlockResults(*new, *results[2:])
             return states, _wanted(results, hidden_states, wanted)
 
+        if self.remat != "none":
+            # A scan is no place where XLA could merge what is computed again with what was computed before.
+            step = jax.checkpoint(step, policy=remat_policy(self.remat), prevent_cse=False)
         xs = (stacked_blocks(self.variables["params"]), keys, own)
         hidden_states, results = jax.lax.scan(step, hidden_states, xs)
         if own.keys is not None and results.keys is not None:
@@ -269,10 +305,10 @@ class FlaxXGLMLayerNorm(nn.LayerNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> Any:
         """[batch, length, d_model] -> the same."""
-        return super().__call__(_computed(x), mask=mask)
+        return super().__call__(computed(x), mask=mask)
 
 
-def _computed(x: jax.Array) -> jax.Array:
+def computed(x: jax.Array) -> jax.Array:
     """`x`, to be computed before it is used, and so its gradient."""
     return jax.lax.optimization_barrier(x) if _barriers_have_gradients() else x
 

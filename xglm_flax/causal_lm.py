@@ -15,11 +15,13 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import Processor
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
+from xglm_core.loss import LossOptions, LossOutput, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
 from xglm_core.scoring.engine import score
 from xglm_core.weight_names import HEAD
 from xglm_flax.attention import PRECISION, dense
+from xglm_flax.blocks import Remat
 from xglm_flax.cache import FlaxXGLMCache, as_cache
 from xglm_flax.decoder import FlaxXGLMModule
 from xglm_flax.generation import FlaxEngine, compile_engine
@@ -38,17 +40,19 @@ class FlaxXGLMForCausalLMModule(nn.Module):
         dtype: type of the computation.
         param_dtype: type of the parameters.
         scan_layers: whether the blocks run in a `jax.lax.scan`; then the parameters may be those of `stack_layers`.
+        remat: what the backward pass computes again; see `remat_policy`.
     """
 
     config: XGLMConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         """Creates the layers, under the checkpoint's names."""
         config = self.config
-        self.model = FlaxXGLMModule(config, self.dtype, self.param_dtype, self.scan_layers)
+        self.model = FlaxXGLMModule(config, self.dtype, self.param_dtype, self.scan_layers, self.remat)
         if not config.tie_word_embeddings:
             self.lm_head = dense(config, config.vocab_size, self.dtype, self.param_dtype, use_bias=False)
 
@@ -72,6 +76,8 @@ class FlaxXGLMForCausalLMModule(nn.Module):
         labels: jax.Array | None = None,
         logits_to_keep: int | jax.Array = 0,
         num_items_in_batch: int | jax.Array | None = None,
+        return_logits: bool | None = None,
+        loss_options: LossOptions = LossOptions(),  # noqa: B008, which is frozen
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Runs the decoder and the head on traced values; see `FlaxXGLMModule` and `FlaxXGLMForCausalLM`."""
         outputs: Any = self.model(
@@ -91,12 +97,12 @@ class FlaxXGLMForCausalLMModule(nn.Module):
             use_cache=use_cache,
         )
         hidden_states = outputs.last_hidden_state
-        loss = None
+        loss = logits = None
         if labels is not None:
-            logits = self._head(hidden_states)
-            loss = causal_lm_loss(logits, labels, num_items_in_batch)
-            logits = _kept(logits, logits_to_keep)
-        else:
+            loss = self._loss(hidden_states, labels, num_items_in_batch, options=loss_options).loss
+        if wants_logits(
+            return_logits, has_labels=labels is not None, training=not deterministic, logits_to_keep=logits_to_keep
+        ):
             logits = self._head(_kept(hidden_states, logits_to_keep))
         results = CausalLMOutputWithCrossAttentions(
             loss=loss,
@@ -108,18 +114,43 @@ class FlaxXGLMForCausalLMModule(nn.Module):
         )
         return results if (self.config.return_dict if return_dict is None else return_dict) else results.to_tuple()
 
+    def loss(
+        self,
+        labels: jax.Array,
+        num_items_in_batch: jax.Array | None = None,
+        *,
+        options: LossOptions,
+        weights: jax.Array | None = None,
+        shards: int | None = None,
+        **arguments: Any,
+    ) -> LossOutput:
+        """The loss alone, of a call with these arguments; see `causal_lm_loss`."""
+        outputs: Any = self.model(**arguments, use_cache=False, return_dict=True)
+        return self._loss(
+            outputs.last_hidden_state, labels, num_items_in_batch, options=options, weights=weights, shards=shards
+        )
+
     def decode(self, input_ids: jax.Array, attention_mask: jax.Array) -> Any:
         """The decoder's output alone."""
         return self.model(input_ids, attention_mask, use_cache=False, return_dict=True)
 
     def logits_of(self, states: jax.Array, begin: jax.Array, count: int) -> jax.Array:
         """[positions, d_model] -> logits [positions, count] of `count` ids from `begin` on."""
-        if self.config.tie_word_embeddings:
-            matrix, axis = self.model.embed_tokens.embedding, 0
-        else:
-            matrix, axis = self.lm_head.variables["params"]["kernel"], 1
+        matrix, axis = self._matrix()
         part = jax.lax.dynamic_slice_in_dim(matrix, begin, count, axis).astype(self.dtype)
         return jnp.einsum("ld,vd->lv" if axis == 0 else "ld,dv->lv", states, part, precision=PRECISION)
+
+    def _matrix(self) -> tuple[jax.Array, int]:
+        """The head, and which of its axes is the vocabulary's."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.embedding, 0
+        return self.lm_head.variables["params"]["kernel"], 1
+
+    def _loss(self, hidden_states: jax.Array, *arguments: Any, **options: Any) -> LossOutput:
+        if not self.config.tie_word_embeddings and self.is_initializing():
+            self.lm_head(hidden_states[:, :1])  # Which makes the parameter.
+        matrix, axis = self._matrix()
+        return causal_lm_loss(hidden_states, matrix, *arguments, **options, vocabulary_axis=axis)
 
     def _head(self, hidden_states: jax.Array) -> jax.Array:
         if not self.config.tie_word_embeddings:
@@ -134,6 +165,9 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
 
     See `FlaxXGLMPreTrainedModel` for the arguments. It may be called inside `jax.jit`, `jax.grad` and `jax.vmap`; what
     is traced there has no values to check.
+
+    Attributes:
+        loss_options: label smoothing and z-loss, read at each call.
     """
 
     has_head = True
@@ -142,6 +176,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
     def __init__(self, config: XGLMConfig, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
         self.generation_config = GenerationConfig.from_model(config)
+        self.loss_options = LossOptions()
 
     def __call__(
         self,
@@ -165,6 +200,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         labels: jax.Array | None = None,
         logits_to_keep: int | jax.Array = 0,
         num_items_in_batch: int | jax.Array | None = None,
+        return_logits: bool | None = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Runs the decoder and the head.
 
@@ -177,6 +213,8 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
                 all of them. With labels, the loss is that of all positions.
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
+            return_logits: whether to return logits; None means unless there are labels and `train`, as the loss does
+                without, and unless `logits_to_keep` asks for some.
 
         Returns:
             The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in
@@ -205,7 +243,13 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             use_cache=use_cache,
             labels=labels,
             num_items_in_batch=num_items_in_batch,
-            **_traced_or_static(logits_to_keep),
+            **_traced_or_static(
+                logits_to_keep,
+                return_logits=wants_logits(
+                    return_logits, has_labels=labels is not None, training=train, logits_to_keep=logits_to_keep
+                ),
+                loss_options=self.loss_options,
+            ),
         )
 
     def prepare_inputs_for_generation(
@@ -404,8 +448,8 @@ def _kept(states: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:
     return jnp.take(states, logits_to_keep, axis=1)
 
 
-def _traced_or_static(logits_to_keep: int | jax.Array) -> dict[str, Any]:
-    """A count is part of what is compiled; positions are not."""
+def _traced_or_static(logits_to_keep: int | jax.Array, **static: Any) -> dict[str, Any]:
+    """A count is part of what is compiled, as is the rest; positions are not."""
     if isinstance(logits_to_keep, int):
-        return {"static": {"logits_to_keep": logits_to_keep}}
-    return {"static": {}, "logits_to_keep": logits_to_keep}
+        return {"static": {**static, "logits_to_keep": logits_to_keep}}
+    return {"static": static, "logits_to_keep": logits_to_keep}

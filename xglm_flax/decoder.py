@@ -15,7 +15,7 @@ from xglm_core.config import XGLMConfig
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_flax.attention import attention_mask_for
-from xglm_flax.blocks import BlockInputs, FlaxXGLMDecoderLayers, layer_norm
+from xglm_flax.blocks import BlockInputs, FlaxXGLMDecoderLayers, Remat, layer_norm
 from xglm_flax.cache import ByLayer, FlaxXGLMCache, Length, extend_cache
 from xglm_flax.initialization import embedding_init
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
@@ -48,12 +48,14 @@ class FlaxXGLMModule(nn.Module):
         dtype: type of the computation.
         param_dtype: type of the parameters.
         scan_layers: whether the blocks run in a `jax.lax.scan`; then the parameters may be those of `stack_layers`.
+        remat: what the backward pass computes again; see `remat_policy`.
     """
 
     config: XGLMConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         """Creates the layers, under the checkpoint's names."""
@@ -67,7 +69,7 @@ class FlaxXGLMModule(nn.Module):
             embedding_init=embedding_init(config),
         )
         self.embed_positions = FlaxXGLMSinusoidalPositionalEmbedding(config)
-        self.layers = FlaxXGLMDecoderLayers(config, self.dtype, self.param_dtype, self.scan_layers)
+        self.layers = FlaxXGLMDecoderLayers(config, self.dtype, self.param_dtype, self.scan_layers, self.remat)
         self.layer_norm = layer_norm(self.dtype, self.param_dtype)
         self.dropout = nn.Dropout(config.dropout)
 

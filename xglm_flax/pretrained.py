@@ -23,6 +23,7 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
+from xglm_flax.blocks import Remat, remat_policy
 from xglm_flax.cache import FlaxXGLMCache, as_cache, empty_cache, is_traced
 from xglm_flax.inputs import Arguments, check_dropout, prepared_arguments
 from xglm_flax.stacking import check_stackable, stack_layers, unstack_layers
@@ -52,6 +53,8 @@ class FlaxXGLMPreTrainedModel:
         scan_layers: whether the blocks run in a `jax.lax.scan`, which compiles about as fast as one block. The
             parameters are those of any other model, or what `stack_layers` makes of them, which spares each call the
             stacking.
+        remat: what the backward pass computes again to need less memory: "none", "dots" (attention), "full" (whole
+            blocks), or a policy of `jax.checkpoint_policies`.
 
     Attributes:
         config: the architecture. What a call returns unless it says so itself (`output_attentions`, `use_cache`, ...)
@@ -75,11 +78,14 @@ class FlaxXGLMPreTrainedModel:
         *,
         param_dtype: Any = jnp.float32,
         scan_layers: bool = False,
+        remat: Remat = "none",
     ) -> None:
         self.config = config
         self.dtype = jnp.dtype(float_type(dtype).name)
         self.param_dtype = jnp.dtype(float_type(param_dtype).name)
         self.scan_layers = scan_layers
+        remat_policy(remat)
+        self.remat = remat
         self._make_module()
         self.params = self.init_weights(jax.random.key(seed), input_shape) if _do_init else None
 
@@ -91,7 +97,7 @@ class FlaxXGLMPreTrainedModel:
         if self.scan_layers:
             check_stackable(self.config)
         self.module = self.module_class(
-            copy.copy(self.config), self.dtype, self.param_dtype, scan_layers=self.scan_layers
+            copy.copy(self.config), self.dtype, self.param_dtype, scan_layers=self.scan_layers, remat=self.remat
         )
         # Compiled once for each combination of shapes and static arguments.
         self._apply = jax.jit(functools.partial(_apply, self.module), static_argnames=_STATIC)
@@ -104,6 +110,7 @@ class FlaxXGLMPreTrainedModel:
         dtype: Any = "float32",
         param_dtype: Any = None,
         scan_layers: bool = False,
+        remat: Remat = "none",
         weights: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> Self:
@@ -114,7 +121,7 @@ class FlaxXGLMPreTrainedModel:
                 the Hugging Face Hub.
             dtype: type of the computation, by name or as a JAX type.
             param_dtype: type of the parameters; None means float32, "auto" keeps the file's.
-            scan_layers: see the class.
+            scan_layers, remat: see the class.
             weights: the format to read if there are several; see `open_checkpoint`.
             hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
 
@@ -128,7 +135,9 @@ class FlaxXGLMPreTrainedModel:
         """
         wanted = "float32" if param_dtype is None else param_dtype
         plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=wanted)
-        model = cls(plan.config, dtype=dtype, _do_init=False, param_dtype=plan.dtype.name, scan_layers=scan_layers)
+        model = cls(
+            plan.config, dtype=dtype, _do_init=False, param_dtype=plan.dtype.name, scan_layers=scan_layers, remat=remat
+        )
         if cls.has_head:
             model.generation_config = plan.generation
         model.params = load_weights(plan, bare=not cls.has_head)
@@ -349,7 +358,10 @@ class FlaxXGLMPreTrainedModel:
         return params
 
 
-_STATIC = ("train", "use_cache", "output_attentions", "output_hidden_states", "logits_to_keep")
+_STATIC = (
+    *("train", "use_cache", "output_attentions", "output_hidden_states"),
+    *("logits_to_keep", "return_logits", "loss_options"),
+)
 
 
 def _apply(

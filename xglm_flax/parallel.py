@@ -1,0 +1,139 @@
+"""How parameters and batches are spread over a mesh of devices, with the axes "data" and "tensor".
+
+Each group of devices along "data" computes some rows of the batch; within a group, "tensor" divides the heads, the
+inner units and the vocabulary, as `xglm_core.parallel` says. XLA adds what has to cross the devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from xglm_core.config import XGLMConfig
+from xglm_core.errors import InputError
+from xglm_core.parallel import check_tensor_parallel, split_dimension
+from xglm_core.weight_names import WeightSpec, weight_specs
+from xglm_flax.stacking import is_stacked
+from xglm_flax.weights import Params
+
+DATA, TENSOR = "data", "tensor"
+
+
+def make_mesh(data: int, tensor: int = 1) -> Mesh:
+    """A mesh of all devices, of all processes: `data` groups, each of `tensor` devices.
+
+    Raises:
+        InputError: there are more or fewer devices.
+    """
+    if data * tensor != jax.device_count() or data < 1:
+        raise InputError(
+            f"a mesh of {data}x{tensor} needs {data * tensor} devices, but there are {jax.device_count()}; "
+            "choose sizes whose product that is"
+        )
+    return jax.make_mesh((data, tensor), (DATA, TENSOR), **_automatic(2))
+
+
+def partition_specs(config: XGLMConfig, *, stacked: bool = False, bare: bool = False) -> dict[str, Any]:
+    """Which axis of each parameter is divided, as a tree of `PartitionSpec` like that of the parameters.
+
+    Args:
+        config: the architecture.
+        stacked: whether the tree is that of `stack_layers`.
+        bare: whether it is that of the bare decoder.
+    """
+    tree: dict[str, Any] = {}
+    for spec in weight_specs(config, with_head=not (bare or config.tie_word_embeddings)):
+        *path, name = spec.flax[1:] if bare else spec.flax
+        of_block = stacked and "layers" in path
+        if of_block:
+            path.pop(path.index("layers") + 1)  # Its index.
+        owner = tree
+        for key in path:
+            owner = owner.setdefault(key, {})
+        owner[name] = PartitionSpec(*(None,) * of_block, *_axes(spec))
+    return tree
+
+
+def specs_like(tree: Any, params: Params, config: XGLMConfig) -> Any:
+    """The `PartitionSpec` of each leaf of a tree that has trees like `params` in it, as an optimizer's state has.
+
+    Any other leaf is on all devices. `tree` may hold shapes in place of arrays.
+    """
+    layers = params.get("model", params).get("layers", {})
+    specs = partition_specs(config, stacked=is_stacked(layers), bare="model" not in params)
+    structure = jax.tree.structure(params)
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    def of(node: Any) -> Any:
+        return specs if is_params(node) else PartitionSpec()
+
+    return jax.tree.map(of, tree, is_leaf=is_params)
+
+
+def place_params(params: Params, config: XGLMConfig, mesh: Mesh) -> Params:
+    """A copy of the parameters, divided over a mesh.
+
+    Raises:
+        InputError: the mesh has other axes, or does not divide the model.
+    """
+    data_shards(mesh)
+    check_tensor_parallel(config, mesh.shape[TENSOR])
+
+    def placed(leaf: Any, spec: PartitionSpec) -> jax.Array:
+        sharding = NamedSharding(mesh, spec)
+        if mesh.is_multi_process:
+            # Each process has all of it, and gives its devices their parts.
+            host = np.asarray(leaf)
+            return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+        return jax.device_put(leaf, sharding, may_alias=False)
+
+    return jax.tree.map(placed, params, specs_like(params, params, config))
+
+
+def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """The arrays of a batch [rows, ...] with their rows divided over the groups of devices.
+
+    With several processes (`jax.distributed`), each gives its own part of the rows, in the order of the processes.
+    Arrays that are spread over devices of several processes already stay as they are.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(DATA))
+
+    def placed(array: Any) -> jax.Array:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return array
+        return jax.make_array_from_process_local_data(sharding, np.asarray(array))
+
+    return {name: placed(array) for name, array in batch.items()}
+
+
+def data_shards(mesh: Mesh | None) -> int | None:
+    """Among how many groups of devices a mesh divides the rows; None without one.
+
+    Raises:
+        InputError: the mesh has other axes.
+    """
+    if mesh is None:
+        return None
+    if mesh.axis_names != (DATA, TENSOR):
+        raise InputError(
+            f"the mesh has the axes {list(mesh.axis_names)}, expected ['{DATA}', '{TENSOR}']; see make_mesh"
+        )
+    return mesh.shape[DATA]
+
+
+def _axes(spec: WeightSpec) -> tuple[str | None, ...]:
+    dimension = split_dimension(spec)
+    axes = tuple(TENSOR if index == dimension else None for index in range(len(spec.shape)))
+    return axes[::-1] if spec.transposed else axes
+
+
+def _automatic(axes: int) -> dict[str, Any]:
+    """That XLA finds out what lies where: JAX 0.5 knows no other way, later versions want to be told."""
+    kinds = getattr(jax.sharding, "AxisType", None)
+    return {} if kinds is None else {"axis_types": (kinds.Auto,) * axes}
