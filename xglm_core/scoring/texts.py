@@ -32,11 +32,8 @@ class Scorer(Protocol):
 
     config: XGLMConfig
 
-    def score(self, input_ids: Any, attention_mask: Any, *, return_likeliest: bool = False) -> Any:
-        """Log-probabilities [rows, length - 1] that `np.asarray` reads, for int64 arrays [rows, length].
-
-        With `return_likeliest` also the likeliest ids, in the same shape.
-        """
+    def score(self, input_ids: Any, attention_mask: Any) -> Any:
+        """Log-probabilities [rows, length - 1] that `np.asarray` reads, for int64 arrays [rows, length]."""
         ...
 
 
