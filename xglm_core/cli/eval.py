@@ -15,18 +15,18 @@ from xglm_core.checkpoint import open_checkpoint
 from xglm_core.cli.models import add_model, load_model
 from xglm_core.compare.report import json_line
 from xglm_core.errors import InputError
-from xglm_core.evaluation.harness import evaluate, find_tasks, register, require_harness
+from xglm_core.evaluation.harness import LIST_TASKS, evaluate, find_tasks, register, require_harness
 from xglm_core.files import replacing
 from xglm_core.scoring.texts import BATCH_TOKENS
 from xglm_core.tokenization.sentencepiece import XGLMTokenizer
 
-_EXAMPLES = """\
+_EXAMPLES = f"""\
 examples:
   xglm eval facebook/xglm-564M --tasks xcopa_sw,xstorycloze_sw
   xglm eval facebook/xglm-564M --tasks 'xwinograd_*' --newline eos --json results.json
   xglm eval CHECKPOINT --backend flax --include-path my_tasks --tasks my_task --num-fewshot 4 --limit 100
 
-all tasks: python -m xglm_core.evaluation ls tasks
+all tasks: {LIST_TASKS}
 """
 
 
@@ -72,7 +72,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluated(arguments: argparse.Namespace, tokenizer: XGLMTokenizer) -> dict[str, Any]:
-    manager, tasks = find_tasks([name for name in arguments.tasks.split(",") if name], arguments.include_path)
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"--tasks names no task; see: {LIST_TASKS}")
+    manager, tasks = find_tasks(names, arguments.include_path)
     _, model = load_model(arguments)
     lm = register()(
         model,

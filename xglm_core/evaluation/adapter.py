@@ -7,6 +7,7 @@ the harness is loaded, so that this module does not need it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ class Adapter:
             context, continuation = request.args
             if not context and not self.tok_encode(continuation, add_special_tokens=False):
                 raise InputError(f"the continuation {continuation!r:.80} after no context has no tokens")
-        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm)  # type: ignore[misc]
+        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())  # type: ignore[misc]
         return answers
 
     def _loglikelihood_tokens(

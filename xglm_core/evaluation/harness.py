@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xglm_core.errors import BackendError, InputError, XGLMError
+from xglm_core.errors import BackendError, InputError
 from xglm_core.evaluation.adapter import Adapter
 
+LIST_TASKS = "python -m xglm_core.evaluation ls tasks"
 _CLOSE = 5  # Names to suggest.
 
 
@@ -57,18 +58,30 @@ def find_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]
     Raises:
         InputError: there is no such folder, or no such task.
     """
-    from lm_eval.tasks import TaskManager
-
     if folder is not None and not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder, expected one with the YAML files of tasks")
+    if folder is not None:
+        manager = task_manager([folder], include_defaults=False)
+        if {*names} <= {*manager.all_subtasks}:  # Reading the definitions that come with the harness takes seconds.
+            return manager, _check_names(manager, names)
+    manager = task_manager([folder] if folder else [])
+    return manager, _check_names(manager, names)
+
+
+def task_manager(folders: Sequence[str], *, include_defaults: bool = True) -> Any:
+    """A task manager of the harness, whose errors are ours.
+
+    Args:
+        folders: with further tasks; the last one that has a name takes precedence.
+        include_defaults: whether to know the tasks that come with the harness.
+    """
+    from lm_eval.tasks import TaskManager
 
     class Manager(TaskManager):  # type: ignore[misc]
         def load(self, task_list: Any) -> Any:
             """See the base class."""
             try:
                 loaded = super().load(task_list)
-            except XGLMError:
-                raise
             except Exception as error:  # Of a task's own code, of what reads its data, or of the network.
                 raise InputError(_reason(task_list, error)) from error
             for name, task in loaded["tasks"].items():
@@ -77,17 +90,7 @@ def find_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]
                         raise InputError(f"task {name}: {meaning}; expected a task of text alone")
             return loaded
 
-    # Reading the definitions that come with the harness takes seconds.
-    manager = None if folder is None else Manager(include_path=folder, include_defaults=False)
-    if manager is None or not {*names} <= {*manager.all_subtasks}:
-        manager = Manager(include_path=folder)
-    found: list[str] = []
-    for name in names:
-        matches = [name] if Path(name).suffix in (".yaml", ".yml") else manager.match_tasks([name])
-        if not matches or (matches == [name] and name not in manager.all_tasks and not Path(name).is_file()):
-            raise InputError(_unknown(name, manager.all_tasks))
-        found += [match for match in matches if match not in found]
-    return manager, found
+    return Manager(include_path=list(folders), include_defaults=include_defaults)
 
 
 def evaluate(lm: Any, manager: Any, names: Sequence[str], **options: Any) -> dict[str, Any]:
@@ -111,6 +114,18 @@ def evaluate(lm: Any, manager: Any, names: Sequence[str], **options: Any) -> dic
     return results
 
 
+def _check_names(manager: Any, names: Sequence[str]) -> list[str]:
+    """The names without patterns and repetitions; raises `InputError` for one that nothing has."""
+    found: list[str] = []
+    for name in names:
+        is_file = Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+        matches = [name] if is_file else manager.match_tasks([name])
+        if not matches:
+            raise InputError(_unknown(name, manager.all_tasks))
+        found += [match for match in matches if match not in found]
+    return found
+
+
 def _reason(names: Any, error: Exception) -> str:
     """Why tasks cannot be loaded, on one line."""
     lines = str(error).strip().splitlines()
@@ -123,5 +138,5 @@ def _reason(names: Any, error: Exception) -> str:
 def _unknown(name: str, known: Sequence[str]) -> str:
     """The message that there is no such task, with the names that look like it."""
     close = difflib.get_close_matches(name, known, n=_CLOSE, cutoff=0.6)
-    hint = f"did you mean {', '.join(close)}?" if close else "see: python -m xglm_core.evaluation ls tasks"
+    hint = f"did you mean {', '.join(close)}?" if close else f"see: {LIST_TASKS}"
     return f"no task {name!r}; {hint}"
