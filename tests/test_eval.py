@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,11 +189,14 @@ class TestBackends:
             assert score == pytest.approx(expected, abs=1e-4)
             assert score == pytest.approx(other.sum, abs=1e-4)
             assert greedy is is_likeliest
-        prompts = tokenizer([context for context, _ in pairs], padding=True, padding_side="left", return_tensors="np")
-        new = np.asarray(tiny.generate(**prompts, max_new_tokens=20))[:, prompts["input_ids"].shape[1] :]
-        for row, (_, greedy), other in zip(new, answers, direct, strict=True):
-            assert greedy is (row[: len(other.ids)].tolist() == other.ids)
         assert {greedy for _, greedy in answers} == {True, False}
+
+    def test_device(self, tiny, fw, tokenizer):
+        if fw.name == "torch":
+            assert harness_model(tiny, tokenizer, device="cpu").get_model_info()["backend"] == "torch"
+        else:
+            with pytest.raises(InputError, match=f"device is 'cpu', but {fw.name} chooses its device itself"):
+                harness_model(tiny, tokenizer, device="cpu")
 
     def test_generation(self, tiny, tokenizer):
         """Texts are cut at what ends them, and do not depend on their neighbours; copies of drawn ones differ."""
@@ -405,6 +409,28 @@ class TestTasks:
             found = [score for score, _ in lm.loglikelihood(task.instances)]
             assert found == pytest.approx([each.sum for each in score_texts(model, tokenizer, pairs)])
 
+    def test_the_authors_prompt(self, tokenizer, tmp_path, monkeypatch):
+        """The task in docs/evaluation.md decides as the authors' example, which sums over the whole text."""
+        import datasets
+
+        page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+        (tmp_path / "task.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+        premise, *choices = "The dog found a fish.", "It was near the river.", "It reads a book."
+        document = {"premise": premise, "choice1": choices[0], "choice2": choices[1], "label": 0}
+        data = datasets.DatasetDict({"test": datasets.Dataset.from_list([document])})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: data)
+        model = Model()
+        lm = harness_model(model, tokenizer, newline="eos")
+        manager, names = harness.find_tasks(["xcopa_sw_line"], str(tmp_path))
+        (task,) = manager.load(names)["tasks"].values()
+        task.build_all_requests(limit=1, rank=0, world_size=1)
+        found = [score for score, _ in lm.loglikelihood(task.instances)]
+        texts = [f"{premise}\n{choice}" for choice in choices]
+        assert sorted(model.read) == sorted(tokenizer(text, newline="eos").input_ids for text in texts)
+        assert {ids.count(2) for ids in model.read} == {2}
+        wholes = [each.sum for each in score_texts(model, tokenizer, texts, newline="eos")]
+        assert found[0] - found[1] == pytest.approx(wholes[0] - wholes[1])
+
     def test_unknown(self, manager):
         with pytest.raises(InputError, match=r"no task 'xcopa_swa'; did you mean xcopa_sw, .*\?$"):
             harness._check_names(manager, ["xcopa", "xcopa_swa"])
@@ -436,6 +462,12 @@ class TestTasks:
         monkeypatch.setattr(datasets, "load_dataset", load)
         with pytest.raises(InputError, match=message):
             manager.load(["xcopa_sw"])
+
+    def test_before_the_model_is_loaded(self, tasks, monkeypatch, capsys):
+        (tasks / "broken.yaml").write_text((tasks / "tiny_copa.yaml").read_text().replace("tiny_copa", "broken"))
+        monkeypatch.setattr(command, "load_model", lambda *arguments: pytest.fail("loaded"))
+        assert main(["eval", str(CHECKPOINT), "--include-path", str(tasks), "--tasks", "broken"]) == 2
+        assert "xglm: error: broken: cannot be loaded: FileNotFoundError: " in capsys.readouterr().err
 
     def test_code_that_a_model_writes(self, manager, tasks):
         (tasks / "unsafe.yml").write_text((tasks / "tiny_copa.yaml").read_text() + "unsafe_code: true\n")

@@ -76,6 +76,7 @@ def _evaluated(arguments: argparse.Namespace, tokenizer: XGLMTokenizer) -> dict[
     if not names:
         raise InputError(f"--tasks names no task; see: {LIST_TASKS}")
     manager, tasks = find_tasks(names, arguments.include_path)
+    manager.prepare(tasks)
     _, model = load_model(arguments)
     lm = register()(
         model,

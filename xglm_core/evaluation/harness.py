@@ -78,8 +78,17 @@ def task_manager(folders: Sequence[str], *, include_defaults: bool = True) -> An
     from lm_eval.tasks import TaskManager
 
     class Manager(TaskManager):  # type: ignore[misc]
+        ready: tuple[list[str], Any] | None = None
+
+        def prepare(self, names: list[str]) -> None:
+            """Loads tasks before the model, which takes longer; the next `load` hands them over."""
+            self.ready = names, self.load(names)
+
         def load(self, task_list: Any) -> Any:
             """See the base class."""
+            if self.ready is not None and self.ready[0] == task_list:
+                (_, loaded), self.ready = self.ready, None
+                return loaded
             try:
                 loaded = super().load(task_list)
             except Exception as error:  # Of a task's own code, of what reads its data, or of the network.
