@@ -327,6 +327,13 @@ class TestGeneration:
         assert options == {"stop_strings": ["Q:"], "do_sample": False, "max_new_tokens": 5}
         assert given["until"] == ["\n", "", "  ", "Q:"]
 
+    def test_lines(self, tokenizer):
+        """`</s>` ends a text, or it is a line break on request."""
+        lm = harness_model(Model(), tokenizer, newline="eos")
+        for until, text in ([], "dog dog\n"), (["\n"], "dog dog"):
+            assert lm.generate_until([request("dog", {"until": until, "stop_at_eos": False})]) == [text]
+            assert lm.generate_until([request("dog", {"until": until})]) == ["dog dog"]
+
     def test_equal_requests(self, tokenizer):
         """Greedy ones are computed once; drawn ones have seeds of their own."""
         model = Model()

@@ -56,7 +56,8 @@ def _group(
     options = _options(given, lm.max_gen_toks)
     if options["do_sample"]:
         options["seed"] = options.get("seed", _SEED) + copy
-    until = [stop for stop in options.pop("until") if _may_occur(stop, lm.tokenizer)]
+    until = options.pop("until")
+    stops = [stop for stop in until if _may_occur(stop, lm.tokenizer)]
     room = lm.max_length + 1 - options["max_new_tokens"]
     if room < 1:
         raise InputError(
@@ -75,10 +76,12 @@ def _group(
         for place, row in enumerate(rows):
             ids[place, longest - len(row) :] = row
             mask[place, longest - len(row) :] = 1
-        results = model.generate(ids, mask, stop_strings=until or None, tokenizer=lm.tokenizer, **options)
+        results = model.generate(ids, mask, stop_strings=stops or None, tokenizer=lm.tokenizer, **options)
         results = np.asarray(results.cpu() if hasattr(results, "detach") else results)  # PyTorch's may lie on a GPU.
         for window, result in zip(batch, results[:, longest:], strict=True):
-            text = postprocess_generated_text(lm.tok_decode(_without_end(lm, result)), until, None)
+            if options.get("stop_at_eos", True):
+                result = _without_end(result, lm.eot_token_id)
+            text = postprocess_generated_text(lm.tok_decode(result), until, None)
             yield numbers[window.sequence], text
 
 
@@ -108,7 +111,7 @@ def _may_occur(stop: str, tokenizer: Any) -> bool:
     return bool(stop)
 
 
-def _without_end(lm: Any, ids: np.ndarray) -> np.ndarray:
-    """The ids before the `</s>` that ended the text; with "eos" it would be decoded as a line break."""
-    ends = np.flatnonzero(ids == lm.eot_token_id)
+def _without_end(ids: np.ndarray, end: int) -> np.ndarray:
+    """The ids before the first `end`; with newlines as "eos", it would be decoded as one."""
+    ends = np.flatnonzero(ids == end)
     return ids[: ends[0]] if len(ends) else ids
