@@ -48,13 +48,13 @@ golden: ## compute the golden numbers again, in an environment with transformers
 test-core test-torch test-tf test-flax: test-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[hub,$(if $(filter core,$*),,$(if $(filter tf,$*),$(TF_EXTRA),$*),)dev$(if $(filter torch,$*),$(comma)dev-torch)]'
+	  -e '.[hub,$(if $(filter core,$*),,$(if $(filter tf,$*),$(TF_EXTRA),$*),eval,)dev$(if $(filter torch,$*),$(comma)dev-torch)]'
 	XGLM_TEST_BACKENDS=$(filter-out core,$*) .venv-$*/bin/python -m pytest
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,$(TF_EXTRA),flax,hub,dev,dev-torch]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,$(TF_EXTRA),flax,hub,eval,dev,dev-torch]'
 	@touch $@
 
 clean: ## remove the environments and caches

@@ -95,6 +95,8 @@ class TestCore:
             "safetensors",
             "h5py",
             "msgpack",
+            "lm_eval",
+            "tqdm",
         }
         modules = [
             ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

@@ -75,6 +75,39 @@ class TestNumbers:
         np.testing.assert_allclose(found, of_targets(fw.logits(model, IDS), IDS), rtol=0, atol=0.05)
 
 
+class TestLikeliest:
+    def test_argmax(self, fw, model):
+        """The ids with the largest logits; -1 where there is nothing to predict."""
+        found = likeliest(fw, model, IDS)
+        assert (found.dtype, found.shape) == (np.int32, (2, 10))
+        expected = fw.logits(model, IDS)[:, :-1].argmax(axis=-1)
+        assert np.array_equal(found, expected)
+        padded = likeliest(fw, model, IDS, RIGHT)
+        assert np.array_equal(padded[1], expected[1])
+        assert padded[0].tolist() == [*expected[0, :7], -1, -1, -1]
+
+    def test_scores_stay_the_same(self, fw, model):
+        one, both = scores(fw, model, IDS, LEFT), model.score(IDS, LEFT, return_likeliest=True)[0]
+        assert np.array_equal(one, fw.numpy(both))
+
+    def test_equals_across_blocks(self, fw, load, small_tiles):
+        """The first of equal logits, wherever in its block it lies; also where a part of a block is read twice."""
+        model = load(changed(SHALLOW, tie_word_embeddings=False))
+        row = np.random.RandomState(4).standard_normal(35).astype(np.float32)
+        for first, *others in ([3, 5, 40], [15, 16], [16, 130], [120, 125, 130], [130]):
+            head = np.zeros((131, 35), np.float32)
+            head[[first, *others]] = row
+            set_head(fw, model, head)
+            logits = fw.logits(model, IDS)[:, :-1]
+            # Where the logit of these is negative, id 0, or the first other one, is the likeliest.
+            assert {first} < {*logits.argmax(axis=-1).flat}
+            assert np.array_equal(likeliest(fw, model, IDS), logits.argmax(axis=-1))
+
+
+def likeliest(fw, model, ids, mask=None):
+    return fw.numpy(model.score(ids, mask, return_likeliest=True)[1])
+
+
 def set_head(fw, model, head):
     """Replaces an untied head [vocab_size, d_model]."""
     if fw.name == "torch":

@@ -32,13 +32,13 @@ class Bigrams:
         self.shapes = []
 
     def score(self, input_ids, attention_mask):
-        return score(self, input_ids, attention_mask, self.config)
+        return score(self, input_ids, attention_mask, self.config)[0]
 
     bucket = 1
 
     def log_probabilities(self, input_ids, attention_mask, sources, targets):
         self.shapes.append(input_ids.shape)
-        return -(targets + sources % input_ids.shape[1] / 1000)
+        return -(targets + sources % input_ids.shape[1] / 1000), targets
 
 
 class Oracle:
@@ -50,12 +50,13 @@ class Oracle:
         self.bucket = 1
 
     def score(self, input_ids, attention_mask):
-        return score(self, input_ids, attention_mask, self.config)
+        return score(self, input_ids, attention_mask, self.config)[0]
 
     def log_probabilities(self, input_ids, attention_mask, sources, targets):
         logits = forward(self.config, self._weights.__getitem__, input_ids, attention_mask).logits
         logits = logits.reshape(-1, logits.shape[-1])[sources]
-        return logits[np.arange(len(targets)), targets] - np.log(np.exp(logits).sum(axis=-1))
+        scores = logits[np.arange(len(targets)), targets] - np.log(np.exp(logits).sum(axis=-1))
+        return scores, logits.argmax(axis=-1)
 
 
 class TestTexts:
@@ -74,10 +75,10 @@ class TestTexts:
 
     def test_perplexity(self, tokenizer):
         model = Bigrams()
-        model.log_probabilities = lambda ids, mask, sources, targets: np.full(len(targets), math.log(0.25))
+        model.log_probabilities = lambda ids, mask, sources, targets: (np.full(len(targets), math.log(0.25)), targets)
         (found,) = score_texts(model, tokenizer, ["The dog runs."])
         assert found.perplexity == pytest.approx(4)
-        model.log_probabilities = lambda ids, mask, sources, targets: np.full(len(targets), -1000)
+        model.log_probabilities = lambda ids, mask, sources, targets: (np.full(len(targets), -1000), targets)
         assert score_texts(model, tokenizer, ["The dog"])[0].perplexity == math.inf
 
     def test_order_and_batches(self, tokenizer):

@@ -314,24 +314,34 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             self.params = {name: tree for name, tree in self._params_or_own(None).items() if name != "lm_head"}
         self._make_module()
 
-    def score(self, input_ids: Any, attention_mask: Any = None, *, params: Params | None = None) -> jax.Array:
+    def score(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        return_likeliest: bool = False,
+        params: Params | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """The log-probability of each token given those before it, without gradients and without holding all logits.
 
         Args:
             input_ids: integers [batch, length], a tensor or a numpy array, padded on either side.
             attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
+            return_likeliest: whether to return a pair.
             params: the parameters; None means the model's.
 
         Returns:
             float32 [batch, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding
-            before it.
+            before it. With `return_likeliest` also the likeliest id in that place, int32 [batch, length - 1]; -1 where
+            there is nothing to predict.
 
         Raises:
             InputError: there are no parameters, or see `xglm_core.scoring.engine.score`.
         """
         mask = None if attention_mask is None else np.asarray(attention_mask)
         scorer = FlaxScorer(self._scorer, self._params_or_own(params))
-        return jnp.asarray(score(scorer, np.asarray(input_ids), mask, self.config))
+        scores, likeliest = map(jnp.asarray, score(scorer, np.asarray(input_ids), mask, self.config))
+        return (scores, likeliest) if return_likeliest else scores
 
     def generate(
         self,

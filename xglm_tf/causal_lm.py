@@ -234,22 +234,28 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         """The compiled function of `score`; kept, so that each shape is compiled once."""
         return compile_scorer(self)
 
-    def score(self, input_ids: Any, attention_mask: Any = None) -> tf.Tensor:
+    def score(
+        self, input_ids: Any, attention_mask: Any = None, *, return_likeliest: bool = False
+    ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
         """The log-probability of each token given those before it, without gradients and without holding all logits.
 
         Args:
             input_ids: integers [batch, length], a tensor or a numpy array, padded on either side.
             attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
+            return_likeliest: whether to return a pair.
 
         Returns:
             float32 [batch, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding
-            before it.
+            before it. With `return_likeliest` also the likeliest id in that place, int32 [batch, length - 1]; -1 where
+            there is nothing to predict.
 
         Raises:
             InputError: see `xglm_core.scoring.engine.score`.
         """
         mask = None if attention_mask is None else np.asarray(attention_mask)
-        return tf.constant(score(TFScorer(self.compiled_scorer), np.asarray(input_ids), mask, self.config))
+        found = score(TFScorer(self.compiled_scorer), np.asarray(input_ids), mask, self.config)
+        scores, likeliest = map(tf.constant, found)
+        return (scores, likeliest) if return_likeliest else scores
 
     @functools.cached_property
     def compiled_engine(self) -> CompiledEngine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -14,7 +14,7 @@ from xglm_core.scoring import engine
 if TYPE_CHECKING:
     from xglm_tf.causal_lm import TFXGLMForCausalLM
 
-CompiledScorer = Callable[..., tf.Tensor]
+CompiledScorer = Callable[..., tuple[tf.Tensor, tf.Tensor]]
 
 
 def compile_scorer(model: TFXGLMForCausalLM) -> CompiledScorer:
@@ -32,18 +32,19 @@ class TFScorer:
 
     def log_probabilities(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `ScoringEngine.log_probabilities`."""
         places, wanted = engine.in_chunks(sources, input_ids.size), engine.in_chunks(targets, input_ids.size)
         filled = -(-len(targets) // places.shape[1])
-        scores = self._compiled(
+        found = self._compiled(
             tf.constant(input_ids, tf.int32),
             tf.constant(attention_mask, tf.int32),
             tf.constant(places),
             tf.constant(wanted),
             tf.constant(filled),
         )
-        return scores.numpy().reshape(-1)[: len(targets)]
+        scores, likeliest = (array.numpy().reshape(-1)[: len(targets)] for array in found)
+        return scores, likeliest
 
 
 def _log_probabilities(
@@ -53,23 +54,29 @@ def _log_probabilities(
     sources: tf.Tensor,
     targets: tf.Tensor,
     filled: tf.Tensor,
-) -> tf.Tensor:
-    """See `ScoringEngine.log_probabilities`; float32 [chunks, chunk], of which the first `filled` chunks count."""
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """See `ScoringEngine.log_probabilities`; [chunks, chunk], of which the first `filled` chunks count."""
     outputs = model.model(input_ids, attention_mask, use_cache=False, return_dict=True)
     states = tf.reshape(outputs.last_hidden_state, (-1, model.config.d_model))
     head, tied = model.lm_head, model.lm_head is None
     matrix = tf.convert_to_tensor(model.model.embed_tokens.embeddings if head is None else head.kernel)
 
-    def step(index: tf.Tensor, scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def step(index: tf.Tensor, scores: tf.Tensor, likeliest: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         new = _of_targets(matrix, tied, tf.gather(states, sources[index]), targets[index])
-        return index + 1, tf.tensor_scatter_nd_update(scores, [[index]], new[None])
+        return index + 1, *(
+            tf.tensor_scatter_nd_update(old, [[index]], part[None])
+            for old, part in zip((scores, likeliest), new, strict=True)
+        )
 
-    _, scores = tf.while_loop(lambda index, _: index < filled, step, (0, tf.zeros(sources.shape)))
-    return scores
+    nothing = (0, tf.zeros(sources.shape), tf.zeros(sources.shape, tf.int32))
+    _, scores, likeliest = tf.while_loop(lambda index, *_: index < filled, step, nothing)
+    return scores, likeliest
 
 
-def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The numbers log softmax(head(states))[target], float32 [positions].
+
+    And the ids with the largest logits, the first ones of equals, int32 [positions].
 
     Args:
         matrix: the embedding [vocab_size, d_model] if it is `tied`, else a head [d_model, vocab_size].
@@ -80,7 +87,9 @@ def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Te
     vocabulary, width = matrix.shape if tied else matrix.shape[::-1]
     block = min(engine.TILE_VOCABULARY, vocabulary)
 
-    def step(index: tf.Tensor, total: tf.Tensor, of_targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def step(
+        index: tf.Tensor, total: tf.Tensor, of_targets: tf.Tensor, highest: tf.Tensor, likeliest: tf.Tensor
+    ) -> Any:
         # The last block is a full one, too, and repeats some of the one before.
         begin = tf.minimum(index * block, vocabulary - block)
         ids = begin + tf.range(block)
@@ -93,12 +102,17 @@ def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Te
             of_targets,
         )
         logits = tf.where(ids >= index * block, logits, -np.inf)
-        return index + 1, _log_add_exp(total, tf.reduce_logsumexp(logits, axis=1)), of_targets
+        of_block = tf.reduce_max(logits, axis=1)
+        # Not `argmax`, which XLA does not vectorise on CPUs.
+        first = tf.reduce_min(tf.where(logits == of_block[:, None], ids, vocabulary), axis=1)
+        likeliest = tf.where(of_block > highest, first, likeliest)
+        total = _log_add_exp(total, tf.reduce_logsumexp(logits, axis=1))
+        return index + 1, total, of_targets, tf.maximum(highest, of_block), likeliest
 
-    nothing = tf.zeros(targets.shape)
-    blocks = -(-vocabulary // block)
-    _, total, of_targets = tf.while_loop(lambda index, *_: index < blocks, step, (0, nothing - np.inf, nothing))
-    return of_targets - total
+    nothing, blocks = tf.zeros(targets.shape), -(-vocabulary // block)
+    start = (0, nothing - np.inf, nothing, nothing - np.inf, tf.zeros_like(targets))
+    _, total, of_targets, _, likeliest = tf.while_loop(lambda index, *_: index < blocks, step, start)
+    return of_targets - total, likeliest
 
 
 def _log_add_exp(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:

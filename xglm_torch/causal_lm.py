@@ -186,7 +186,9 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def score(self, input_ids: Any, attention_mask: Any = None) -> torch.Tensor:
+    def score(
+        self, input_ids: Any, attention_mask: Any = None, *, return_likeliest: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The log-probability of each token given those before it, without gradients and without holding all logits.
 
         In training mode dropout acts, as in a call.
@@ -194,17 +196,21 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         Args:
             input_ids: integers [batch, length], a tensor or a numpy array, padded on either side.
             attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
+            return_likeliest: whether to return a pair.
 
         Returns:
             float32 [batch, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding
-            before it.
+            before it. With `return_likeliest` also the likeliest id in that place, int32 [batch, length - 1]; -1 where
+            there is nothing to predict.
 
         Raises:
             InputError: see `xglm_core.scoring.engine.score`.
         """
         mask = None if attention_mask is None else as_numpy(attention_mask)
-        scores = score(TorchScorer(self), as_numpy(input_ids), mask, self.config)
-        return torch.from_numpy(scores).to(input_ids.device if isinstance(input_ids, torch.Tensor) else "cpu")
+        found = score(TorchScorer(self), as_numpy(input_ids), mask, self.config)
+        device = input_ids.device if isinstance(input_ids, torch.Tensor) else "cpu"
+        scores, likeliest = (torch.from_numpy(array).to(device) for array in found)
+        return (scores, likeliest) if return_likeliest else scores
 
     def generate(
         self,

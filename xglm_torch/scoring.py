@@ -32,7 +32,7 @@ class TorchScorer:
     @torch.inference_mode()
     def log_probabilities(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See `ScoringEngine.log_probabilities`."""
         device, head = self.model.device, self.model.lm_head
         ids, mask = torch.from_numpy(input_ids).to(device), torch.from_numpy(attention_mask).to(device)
@@ -42,25 +42,32 @@ class TorchScorer:
             if not has_plain_weight(head):
                 chunk = max(1, engine.TILE_POSITIONS * engine.TILE_VOCABULARY // self.model.config.vocab_size)
             places, wanted = (torch.from_numpy(array).to(states.device) for array in (sources, targets))
-            scores = [
+            found = [
                 _of_targets(head, states[at], tokens)
                 for at, tokens in zip(places.split(chunk), wanted.split(chunk), strict=True)
             ]
-        return torch.cat(scores).numpy(force=True)
+        scores, likeliest = (torch.cat(parts).numpy(force=True) for parts in zip(*found, strict=True))
+        return scores, likeliest
 
 
-def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The numbers log softmax(head(states))[target], float32 [positions], for states [positions, d_model]."""
+def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers log softmax(head(states))[target], float32 [positions], for states [positions, d_model].
+
+    And the ids with the largest logits, the first ones of equals, int64 [positions].
+    """
     highest = torch.full(targets.shape, -torch.inf, device=states.device)
+    likeliest = torch.zeros_like(targets)
     total = torch.zeros_like(highest)
     of_targets = torch.zeros_like(highest)
     for begin, logits in _logit_blocks(head, states):
         inside = (targets >= begin) & (targets < begin + logits.shape[1])
         of_targets[inside] = logits[inside, targets[inside] - begin]
-        before, highest = highest, torch.maximum(highest, logits.amax(dim=1))
+        of_block, places = logits.max(dim=1)
+        likeliest = torch.where(of_block > highest, begin + places, likeliest)
+        before, highest = highest, torch.maximum(highest, of_block)
         # In place, because fresh memory of this size costs more than the arithmetic.
         total = total * (before - highest).exp() + logits.sub_(highest[:, None]).exp_().sum(dim=1)
-    return of_targets - highest - total.log()
+    return of_targets - highest - total.log(), likeliest
 
 
 def _logit_blocks(head: nn.Module, states: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -18,6 +18,7 @@ from xglm_core.errors import InputError, XGLMError
 _COMMANDS = {
     "generate": "continue texts",
     "score": "log-probabilities, perplexity and surprisal of texts",
+    "eval": "run tasks of lm-evaluation-harness",
     "convert": "write a checkpoint in another format or type",
     "inspect": "show what a checkpoint holds, without loading it",
     "compare": "run a checkpoint in each framework and compare the results",

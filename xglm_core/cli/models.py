@@ -21,13 +21,23 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[str, Any]:
+    """`load` with what `add_model` added."""
+    return load(arguments.checkpoint, arguments.revision, arguments.backend, arguments.dtype)
+
+
+def load(checkpoint: str, revision: str | None, backend: str, dtype: str) -> tuple[str, Any]:
     """The name of the backend, and its causal language model.
+
+    Args:
+        checkpoint: a folder, or a repository on the Hugging Face Hub.
+        revision: branch, tag or commit of that; None for its main branch.
+        backend: its name, or "auto" for the first that is installed.
+        dtype: the type of the computation, one of `DTYPES`.
 
     Raises:
         BackendError: it is not installed, or none is.
         XGLMError: the checkpoint cannot be loaded.
     """
-    backend = arguments.backend
     if backend == "auto":
         installed, missing = installed_backends()
         if not installed:
@@ -37,7 +47,5 @@ def load_model(arguments: argparse.Namespace) -> tuple[str, Any]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     model_class = getattr(load_backend(backend), BACKENDS[backend].causal_lm)
-    types = (
-        {"dtype": arguments.dtype, "param_dtype": arguments.dtype} if backend == "flax" else {"dtype": arguments.dtype}
-    )
-    return backend, model_class.from_pretrained(arguments.checkpoint, revision=arguments.revision, **types)
+    types = {"dtype": dtype, "param_dtype": dtype} if backend == "flax" else {"dtype": dtype}
+    return backend, model_class.from_pretrained(checkpoint, revision=revision, **types)

@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens, written once over a small protocol that each backend implements.
 
 No array of batch x length x vocabulary exists. An engine makes a tile of logits at a time, some positions by a part of
-the vocabulary, and keeps two numbers of each position: the target's logit, and the log of the sum of exponentials.
+the vocabulary, and keeps of each position the target's logit, the log of the sum of exponentials, and the largest logit
+with its id.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ScoringEngine(Protocol):
 
     def log_probabilities(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Runs the model, and its head on some positions alone.
 
         Args:
@@ -41,15 +42,16 @@ class ScoringEngine(Protocol):
             targets: the ids to predict, int64 [targets].
 
         Returns:
-            log softmax(logits)[target], in float32 [targets].
+            log softmax(logits)[target], in float32 [targets], and the id with the largest logit, the first one of
+            equals, in integers [targets].
         """
         ...
 
 
 def score(
     engine: ScoringEngine, input_ids: np.ndarray, attention_mask: np.ndarray | None, config: XGLMConfig
-) -> np.ndarray:
-    """The log-probability of each token given those before it in its row.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The log-probability of each token given those before it in its row, and what is likeliest in its place.
 
     Args:
         engine: the backend's engine.
@@ -59,7 +61,8 @@ def score(
 
     Returns:
         float32 [rows, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding before
-        it.
+        it. And the likeliest id in that place, the first one of equals, int32 [rows, length - 1]; -1 where there is
+        nothing to predict.
 
     Raises:
         InputError: ids outside the vocabulary, a mask of another shape, a row without tokens, or one that is longer
@@ -76,11 +79,13 @@ def score(
     last = np.maximum.accumulate(np.where(is_token, np.arange(length), -1), axis=1)[:, :-1]
     scored = is_token[:, 1:] & (last >= 0)
     scores = np.zeros((rows, length - 1), np.float32)
+    likeliest = np.full(scores.shape, -1, np.int32)
     if scored.any():
         padded_ids, padded_mask = (_padded(array, engine.bucket) for array in (input_ids, is_token))
         sources = (last + np.arange(rows)[:, None] * padded_ids.shape[1])[scored]
-        scores[scored] = engine.log_probabilities(padded_ids, padded_mask, sources, input_ids[:, 1:][scored])
-    return scores
+        targets = input_ids[:, 1:][scored]
+        scores[scored], likeliest[scored] = engine.log_probabilities(padded_ids, padded_mask, sources, targets)
+    return scores, likeliest
 
 
 def in_chunks(values: np.ndarray, positions: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.inputs import check_input_ids
-from xglm_core.scoring.windows import Window, batches, windows
+from xglm_core.scoring.windows import Window, batches, padded, windows
 from xglm_core.scoring.words import Word, words
 
 if TYPE_CHECKING:
@@ -208,16 +208,7 @@ def score_encoded(
 def _score_batch(
     model: Scorer, sequences: Sequence[np.ndarray], batch: Sequence[Window], scores: Sequence[np.ndarray]
 ) -> None:
-    """Scores windows, padded on the right, and writes the numbers where their tokens stand."""
-    longest = max(window.end - window.begin for window in batch)
-    ids = np.zeros((len(batch), longest), np.int64)
-    mask = np.zeros_like(ids)
+    """Scores windows, and writes the numbers where their tokens stand."""
+    found = np.asarray(model.score(*padded(sequences, batch)))
     for row, window in enumerate(batch):
-        length = window.end - window.begin
-        ids[row, :length] = sequences[window.sequence][window.begin : window.end]
-        mask[row, :length] = 1
-    found = np.asarray(model.score(ids, mask))
-    for row, window in enumerate(batch):
-        scores[window.sequence][window.first : window.end] = found[
-            row, window.first - window.begin - 1 : window.end - window.begin - 1
-        ]
+        scores[window.sequence][window.first : window.end] = found[row, window.scored]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Window:
@@ -20,6 +22,11 @@ class Window:
     begin: int
     end: int
     first: int
+
+    @property
+    def scored(self) -> slice:
+        """The columns of what `score` gives for the window that belong to its places from `first` on."""
+        return slice(self.first - self.begin - 1, self.end - self.begin - 1)
 
 
 def windows(sequence: int, length: int, first: int, limit: int, stride: int) -> Iterator[Window]:
@@ -60,3 +67,15 @@ def batches(parts: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]
         rows = 1 << (max(1, batch_tokens // longest).bit_length() - 1)
         yield ordered[done : done + rows]
         done += rows
+
+
+def padded(sequences: Sequence[np.ndarray], batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a batch of windows, padded on the right, and their mask, int64 [rows, length]."""
+    longest = max(window.end - window.begin for window in batch)
+    ids = np.zeros((len(batch), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for row, window in enumerate(batch):
+        length = window.end - window.begin
+        ids[row, :length] = sequences[window.sequence][window.begin : window.end]
+        mask[row, :length] = 1
+    return ids, mask

@@ -1,0 +1,5 @@
+"""EleutherAI's lm-evaluation-harness on any backend: its tasks, metrics and tables, over our models."""
+
+from xglm_core.evaluation.harness import register
+
+__all__ = ["register"]

@@ -1,0 +1,15 @@
+"""The harness's own command line, which then knows `--model xglm`: `python -m xglm_core.evaluation run ...`."""
+
+from xglm_core.evaluation.harness import register
+
+
+def main() -> None:
+    """Registers the model and hands over."""
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
