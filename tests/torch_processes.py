@@ -108,7 +108,9 @@ def main():
         check(folder, rank)
     else:
         train(folder, rank, killed=task == "killed")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # Threads that are not ours may abort a process that ends by itself while another one does.
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class _Part:
     def of(cls, name: str, size: int) -> _Part:
         if not name:
             return cls(None, 0, size)
-        group = dist.distributed_c10d._resolve_process_group(name)
+        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
         return cls(group, size * group.rank(), size * group.size())
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

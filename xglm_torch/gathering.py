@@ -18,8 +18,9 @@ Read = Callable[[str], np.ndarray]
 def reshard(model: nn.Module) -> None:
     """Has FSDP let go of weights that it has gathered for a call, perhaps in another type; else does nothing."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        release: Any = getattr(module, "reshard", None)
+        if release is not None:
+            release()
 
 
 @contextlib.contextmanager

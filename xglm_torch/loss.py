@@ -5,7 +5,7 @@ See `xglm_core.loss` for the contract.
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -84,9 +84,9 @@ def _by_weight(
 ) -> _Losses:
     """Of all positions: the sum of the shares of the losses, -ln p, and 1 where a target has the largest logit."""
     device, recording, group = states.device.type, torch.is_grad_enabled(), ""
-    if hasattr(weight, "device_mesh"):  # A DTensor: of the logits, too, each device has a part.
-        group = weight.device_mesh.get_group().group_name
-        weight = weight.to_local()
+    split: Any = weight
+    if hasattr(split, "device_mesh"):  # A DTensor: of the logits, too, each device has a part.
+        group, weight = split.device_mesh.get_group().group_name, split.to_local()
     # Differs: on a CPU, PyTorch has no product of shorter numbers that is summed in float32 and stays so.
     factors = torch.float32
     if device == "cuda":

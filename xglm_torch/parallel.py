@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.parallel import check_tensor_parallel, split_dimension
 from xglm_core.weight_names import weight_specs
+from xglm_torch.attention import XGLMAttention
 from xglm_torch.pretrained import XGLMPreTrainedModel
 
 _STEP = "step-"
@@ -80,10 +82,9 @@ def split_layers(model: XGLMPreTrainedModel, mesh: DeviceMesh) -> None:
     model.tie_weights()  # Each of the two got a parameter of its own.
     heads = config.attention_heads // devices
     own = list(range(heads * mesh.get_local_rank(), heads * (mesh.get_local_rank() + 1)))
-    for layer in model.decoder.layers:
-        for name in ("self_attn", "encoder_attn"):
-            if hasattr(layer, name):
-                getattr(layer, name).heads = own
+    for module in model.modules():
+        if isinstance(module, XGLMAttention):
+            module.heads = own
 
 
 def items_per_process(labels: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -109,7 +110,7 @@ def save_state(folder: str | os.PathLike[str], step: int, model: XGLMPreTrainedM
         step: how many steps were made.
         model, optimizer: sharded or not.
     """
-    dcp.save(_state(model, optimizer), checkpoint_id=Path(folder) / f"{_STEP}{step:08d}")
+    save(_state(model, optimizer), checkpoint_id=Path(folder) / f"{_STEP}{step:08d}")
 
 
 def load_state(folder: str | os.PathLike[str], model: XGLMPreTrainedModel, optimizer: Optimizer) -> int:
@@ -122,7 +123,7 @@ def load_state(folder: str | os.PathLike[str], model: XGLMPreTrainedModel, optim
     if not steps:
         return 0
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=steps[-1])
+    load(state, checkpoint_id=steps[-1])
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
     )
