@@ -38,7 +38,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        curve.add(loss)
+        curve.add(loss.item())
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     curve.save(options.output)

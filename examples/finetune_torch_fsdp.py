@@ -52,7 +52,7 @@ def main() -> None:
         total = loss.detach() / ranks
         dist.all_reduce(total)
         if rank == 0:
-            curve.add(total)
+            curve.add(total.item())
         if (step + 1) % options.save_every == 0:
             save_state(options.output / "states", step + 1, model, optimizer)
     model.save_pretrained(options.output)

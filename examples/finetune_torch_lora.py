@@ -44,7 +44,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        curve.add(loss)
+        curve.add(loss.item())
     model.save_pretrained(str(options.output / "adapter"))
     model.merge_and_unload().save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

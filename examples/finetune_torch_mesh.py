@@ -50,7 +50,7 @@ def main() -> None:
         total = loss.detach() / groups
         dist.all_reduce(total, group=mesh.get_group("data"))
         if dist.get_rank() == 0:
-            curve.add(total)
+            curve.add(total.item())
     model.save_pretrained(options.output)
     if dist.get_rank() == 0:
         tokenizer.save_pretrained(options.output)

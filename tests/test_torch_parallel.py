@@ -89,6 +89,7 @@ def test_errors(folder):
         .read_text()
         .startswith("the model cannot be split evenly over 2 devices: attention_heads=5, ffn_dim=53, vocab_size=131")
     )
+    assert "a model split among devices keeps no cache" in (folder / "cache.txt").read_text()
     assert all((folder / f"unwritable-{rank}.txt").read_text() for rank in range(2))
     assert "the first process could not write the checkpoint" in (folder / "unwritable-1.txt").read_text()
 

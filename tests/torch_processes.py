@@ -40,7 +40,7 @@ def results(folder, name, model, rows, replicated):
     dist.all_reduce(loss.detach())
     gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
     tied = model.lm_head.weight is model.model.embed_tokens.weight
-    logits = model(IDS, use_cache=False).logits.detach()
+    logits = model(IDS).logits.detach()
     with torch.no_grad():
         loss_in_evaluation = model.eval()(IDS, labels=LABELS, use_cache=False, return_logits=False).loss
     model.save_pretrained(folder / name)
@@ -58,6 +58,10 @@ def check(folder, rank):
     model = load(folder)
     split_layers(model, init_device_mesh("cpu", (2,)))
     results(folder, "tensor", model, slice(None), None)
+    try:
+        model(IDS, use_cache=True)
+    except InputError as error:
+        (folder / "cache.txt").write_text(str(error))
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
     model = load(folder)
     split_layers(model, mesh["tensor"])

@@ -139,9 +139,12 @@ class XGLMModel(XGLMPreTrainedModel):
         """
         config = self.config
         checkpointing = self.is_gradient_checkpointing and self.training
-        if checkpointing and use_cache:
-            raise InputError("use_cache is True, but gradient checkpointing keeps no cache; expected False or None")
-        use_cache = (config.use_cache and not checkpointing) if use_cache is None else use_cache
+        uncached = (
+            "gradient checkpointing" if checkpointing else "a model split among devices" if self._is_split() else ""
+        )
+        if uncached and use_cache:
+            raise InputError(f"use_cache is True, but {uncached} keeps no cache; expected False or None")
+        use_cache = (config.use_cache and not uncached) if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         past_key_values = as_cache(past_key_values, config)
@@ -206,6 +209,11 @@ class XGLMModel(XGLMPreTrainedModel):
             cross_attentions=tuple(all_cross_attentions) or None,
         )
         return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+    def _is_split(self) -> bool:
+        """Whether this process has some of the heads only; see `xglm_torch.parallel.split_layers`."""
+        attention = self.layers.get_submodule("0.self_attn")
+        return attention.heads != self.config.kept_heads(0)
 
     def _checkpointed(self, layer: nn.Module, *args: Any) -> Any:
         """Runs a block and computes it again in the backward pass, rather than keeping what is inside it."""
