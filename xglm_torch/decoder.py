@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +15,7 @@ from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
-from xglm_torch.attention import attention_mask_for
+from xglm_torch.attention import attention_mask_for, dropped
 from xglm_torch.blocks import XGLMDecoderLayer
 from xglm_torch.cache import XGLMCache, as_cache, extend_cache
 from xglm_torch.inputs import check_arguments, check_position_ids, has_values
@@ -169,7 +168,7 @@ class XGLMModel(XGLMPreTrainedModel):
         check_position_ids(config, position_ids)
 
         hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
-        hidden_states = F.dropout(hidden_states, config.dropout, self.training)
+        hidden_states = dropped(hidden_states, config.dropout, self.training)
         cache = None
         if use_cache or past_key_values is not None:
             cache = extend_cache(past_key_values, config, length, mask, hidden_states)
