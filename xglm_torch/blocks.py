@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
-from xglm_torch.attention import XGLMAttention
+from xglm_torch.attention import XGLMAttention, dropped
 from xglm_torch.cache import KeyValue, XGLMCache
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -82,7 +82,7 @@ class XGLMDecoderLayer(nn.Module):
             head_mask=head_mask,
             output_attentions=output_attentions,
         )
-        hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
+        hidden_states = residual + dropped(hidden_states, self.dropout, self.training)
 
         cross_attentions = None
         encoder = self._encoder_keys_and_values(cache, encoder_hidden_states)
@@ -95,12 +95,12 @@ class XGLMDecoderLayer(nn.Module):
                 head_mask=cross_attn_head_mask,
                 output_attentions=output_attentions,
             )
-            hidden_states = residual + F.dropout(hidden_states, self.dropout, self.training)
+            hidden_states = residual + dropped(hidden_states, self.dropout, self.training)
 
         residual = hidden_states
         hidden_states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
-        hidden_states = self.fc2(F.dropout(hidden_states, self.activation_dropout, self.training))
-        return residual + F.dropout(hidden_states, self.dropout, self.training), attentions, cross_attentions
+        hidden_states = self.fc2(dropped(hidden_states, self.activation_dropout, self.training))
+        return residual + dropped(hidden_states, self.dropout, self.training), attentions, cross_attentions
 
     def _encoder_keys_and_values(self, cache: XGLMCache | None, states: torch.Tensor | None) -> KeyValue | None:
         """What cross-attention attends to: the cache's, or the encoder states'; None if there is neither."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
+from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_torch.products import add_product
 
@@ -95,7 +95,7 @@ class _Part:
     def of(cls, name: str, size: int) -> _Part:
         if not name:
             return cls(None, 0, size)
-        group = dist.distributed_c10d._resolve_process_group(name)
+        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
         return cls(group, size * group.rank(), size * group.size())
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -174,8 +174,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
 
 
-@once_differentiable
 def _backward(ctx: Any, by_loss: torch.Tensor, *others: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise InputError(
+            "the loss has no second derivatives, but create_graph is True; "
+            "compute the loss from the logits of a call without labels"
+        )
     gradients = ctx.gradients
     if gradients is None:  # Another pass through a graph that was retained.
         gradients = chunked_loss(*ctx.saved_tensors, *ctx.options)[3:]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +15,7 @@ from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
-from xglm_torch.attention import attention_mask_for
+from xglm_torch.attention import attention_mask_for, dropped
 from xglm_torch.blocks import XGLMDecoderLayer
 from xglm_torch.cache import XGLMCache, as_cache, extend_cache
 from xglm_torch.inputs import check_arguments, check_position_ids, has_values
@@ -139,9 +138,12 @@ class XGLMModel(XGLMPreTrainedModel):
         """
         config = self.config
         checkpointing = self.is_gradient_checkpointing and self.training
-        if checkpointing and use_cache:
-            raise InputError("use_cache is True, but gradient checkpointing keeps no cache; expected False or None")
-        use_cache = (config.use_cache and not checkpointing) if use_cache is None else use_cache
+        uncached = (
+            "gradient checkpointing" if checkpointing else "a model split among devices" if self._is_split() else ""
+        )
+        if uncached and use_cache:
+            raise InputError(f"use_cache is True, but {uncached} keeps no cache; expected False or None")
+        use_cache = (config.use_cache and not uncached) if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         past_key_values = as_cache(past_key_values, config)
@@ -166,7 +168,7 @@ class XGLMModel(XGLMPreTrainedModel):
         check_position_ids(config, position_ids)
 
         hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
-        hidden_states = F.dropout(hidden_states, config.dropout, self.training)
+        hidden_states = dropped(hidden_states, config.dropout, self.training)
         cache = None
         if use_cache or past_key_values is not None:
             cache = extend_cache(past_key_values, config, length, mask, hidden_states)
@@ -206,6 +208,11 @@ class XGLMModel(XGLMPreTrainedModel):
             cross_attentions=tuple(all_cross_attentions) or None,
         )
         return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+
+    def _is_split(self) -> bool:
+        """Whether this process has some of the heads only; see `xglm_torch.parallel.split_layers`."""
+        attention = self.layers.get_submodule("0.self_attn")
+        return attention.heads != self.config.kept_heads(0)
 
     def _checkpointed(self, layer: nn.Module, *args: Any) -> Any:
         """Runs a block and computes it again in the backward pass, rather than keeping what is inside it."""

@@ -5,7 +5,7 @@ See `xglm_core.loss` for the contract.
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ def causal_lm_loss(
     states = hidden_states.flatten(0, 1)
     if isinstance(head, torch.Tensor):
         losses = _by_weight(states, head, targets, shares, options)
-    elif has_plain_weight(head):
+    elif has_plain_weight(head) or _is_split(head):
         losses = _by_weight(states, head.weight, targets, shares, options)
     else:
         losses = _by_calls(states, head, targets, shares, options)
@@ -74,11 +74,19 @@ def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
     return type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
 
 
+def _is_split(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the head's matrix is split by the vocabulary; the hooks that gather its logits are then passed by."""
+    return type(head) is nn.Linear and head.bias is None and hasattr(head.weight, "device_mesh")
+
+
 def _by_weight(
     states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor, options: LossOptions
 ) -> _Losses:
     """Of all positions: the sum of the shares of the losses, -ln p, and 1 where a target has the largest logit."""
-    device, recording = states.device.type, torch.is_grad_enabled()
+    device, recording, group = states.device.type, torch.is_grad_enabled(), ""
+    split: Any = weight
+    if hasattr(split, "device_mesh"):  # A DTensor: of the logits, too, each device has a part.
+        group, weight = split.device_mesh.get_group().group_name, split.to_local()
     # Differs: on a CPU, PyTorch has no product of shorter numbers that is summed in float32 and stays so.
     factors = torch.float32
     if device == "cuda":
@@ -92,7 +100,7 @@ def _by_weight(
         options.z_loss,
         xglm_core.loss.chunk_positions(len(weight)),
         factors,
-        "",
+        group,
         recording and states.requires_grad,
         recording and weight.requires_grad,
     )

@@ -18,6 +18,7 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
+from xglm_torch.gathering import first_process_reads, reshard
 from xglm_torch.weights import load_weights, read_weight, weights_dtype, write_weight
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class XGLMPreTrainedModel(nn.Module):
     ) -> None:
         """Writes `config.json` and safetensors in the published layout.
 
+        For a sharded model, all processes call it: weight by weight is gathered, and the first process writes.
+
         Args:
             folder: created if it is missing; an older checkpoint there is replaced once the new one is complete.
             max_shard_size: most bytes in one file, as a number or e.g. "500MB".
@@ -91,14 +94,16 @@ class XGLMPreTrainedModel(nn.Module):
 
         Raises:
             InputError: `dtype` or `max_shard_size` is unknown.
+            CheckpointError: the files cannot be written; for a sharded model, in each process.
         """
+        reshard(self)
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
         specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
-        save_checkpoint(
-            folder, self.config, specs, stored, lambda name: read_weight(self, name, stored), max_shard_size
-        )
-        if self.has_head:
-            self.generation_config.save_pretrained(folder)
+        with first_process_reads(self, lambda name: read_weight(self, name, stored)) as read:
+            if read is not None:
+                save_checkpoint(folder, self.config, specs, stored, read, max_shard_size)
+                if self.has_head:
+                    self.generation_config.save_pretrained(folder)
 
     @property
     def decoder(self) -> XGLMModel:

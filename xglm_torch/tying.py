@@ -34,7 +34,7 @@ class _BothUses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        return weight.view_as(weight), weight.view_as(weight)
+        return weight.detach(), weight.detach()
 
     @staticmethod
     def backward(ctx: Any, by_table: torch.Tensor | None, by_head: torch.Tensor | None) -> torch.Tensor | None:

@@ -33,9 +33,12 @@ def load_weights(model: nn.Module, plan: LoadPlan) -> None:
 
 
 def read_weight(model: nn.Module, name: str, dtype: FloatType) -> np.ndarray:
-    """A parameter by canonical name, in canonical shape and in `dtype.storage`."""
+    """A parameter by canonical name, in canonical shape and in `dtype.storage`; gathered if it is sharded."""
     module, parameter = _owner(model, name)
-    tensor = getattr(module, parameter).detach().to("cpu", getattr(torch, dtype.name)).contiguous()
+    tensor = getattr(module, parameter).detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    tensor = tensor.to("cpu", getattr(torch, dtype.name)).contiguous()
     return tensor.view(torch.uint16).numpy() if dtype is BFLOAT16 else tensor.numpy()
 
 
