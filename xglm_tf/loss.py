@@ -12,8 +12,8 @@ import tensorflow as tf
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput, chunk_positions
 
-# Of the head's gradient, float32: what is computed before it is added to the rest.
-_TILE_BYTES = 2**26
+# Of the head's gradient: what of a chunk's part is computed before it is added to the rest.
+_TILE_BYTES = 2**24
 
 
 def causal_lm_loss(
@@ -68,6 +68,7 @@ def causal_lm_loss(
         chunk=chunk_positions(matrix.shape[0 if tied else 1]),
         training=training,
         train_head=train_head,
+        xla=tf.__internal__.get_enclosing_xla_context() is not None,
     )
     return LossOutput(loss, tf.stop_gradient(surprisal), tf.stop_gradient(correct), tf.stop_gradient(count))
 
@@ -113,6 +114,7 @@ def _in_chunks(
     smoothing: float,
     z_loss: float,
     chunk: int,
+    xla: bool,
     gradients: bool,
     head_gradient: bool,
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
@@ -128,6 +130,7 @@ def _in_chunks(
         tied: see `matrix`.
         smoothing, z_loss: see `LossOptions`.
         chunk: positions at a time, at most.
+        xla: whether XLA will compile this.
         gradients, head_gradient: whether to compute the gradient of the states, and that of the matrix.
 
     Returns:
@@ -135,6 +138,8 @@ def _in_chunks(
     """
     positions = keras.ops.shape(states)[0]
     vocab_size, width = shape if tied else shape[::-1]
+    # A product of bfloat16 with a float32 result is unknown to TensorFlow. (Nothing happens to a float32 matrix.)
+    matrix = tf.cast(matrix, tf.float32)
     needed = factors != 0
     size = min(chunk, positions) if isinstance(positions, int) else tf.minimum(chunk, positions)
     chunks = -(-positions // size)
@@ -143,18 +148,9 @@ def _in_chunks(
     order = tf.sort(tf.where(needed, numbers, numbers + positions)) % positions
     places = tf.reshape(tf.pad(order, ((0, chunks * size - positions),)), (chunks, size))
     counting = tf.math.count_nonzero(needed, dtype=tf.int32)
-    used = -(-counting // size)
-
-    tiles = _tiles(vocab_size, 4 * width)
-    begins = range(0, vocab_size, -(-vocab_size // tiles))
-
-    def part(begin: int) -> tf.Tensor:
-        """A tile of the head, float32; a view of the matrix if that is tied and float32."""
-        rows = min(begins.step, vocab_size - begin)
-        tile = tf.slice(matrix, (begin, 0), (rows, width)) if tied else tf.slice(matrix, (0, begin), (width, rows))
-        return tf.cast(tile, tf.float32)
 
     def step(index: tf.Tensor, loss: tf.Tensor, surprisal: tf.Tensor, correct: tf.Tensor, *sums: tf.Tensor) -> Any:
+        """One chunk; the first is given no sums of gradients."""
         place = places[index]
         counts = index * size + tf.range(size) < counting
         factor = tf.where(counts, tf.gather(factors, place), 0.0)
@@ -162,28 +158,14 @@ def _in_chunks(
         rows = tf.where(counts[:, None], tf.cast(tf.gather(states, place), tf.float32), 0.0)
         target = tf.gather(targets, place)
 
-        logits = []
-        for begin in begins:
-            with tf.control_dependencies(logits[-1:]):  # Else the executor may hold a converted copy of each tile.
-                logits.append(tf.matmul(rows, part(begin), transpose_b=tied))
-        inside = [(target >= begin) & (target < begin + begins.step) for begin in begins]
-        column = [
-            tf.clip_by_value(target - begin, 0, tile.shape[1] - 1) for begin, tile in zip(begins, logits, strict=True)
-        ]
-        largest = functools.reduce(tf.maximum, [tf.reduce_max(tile, axis=1) for tile in logits])
-        of_target = tf.add_n(
-            [
-                tf.where(here, tf.gather(tile, where, batch_dims=1), 0.0)
-                for here, where, tile in zip(inside, column, logits, strict=True)
-            ]
-        )
-        mean = tf.add_n([tf.reduce_sum(tile, axis=1) for tile in logits]) / vocab_size if smoothing else 0.0
-        # When nothing else needs the logits, their memory is that of the exponentials.
-        with tf.control_dependencies([of_target, mean] if smoothing else [of_target]):
-            powers = [tf.exp(tile - largest[:, None]) for tile in logits]
-        total = tf.add_n([tf.reduce_sum(tile, axis=1) for tile in powers])
+        logits = tf.matmul(rows, matrix, transpose_b=tied)
+        largest, of_target = tf.reduce_max(logits, axis=1), tf.gather(logits, target, batch_dims=1)
+        mean = tf.reduce_mean(logits, axis=1) if smoothing else tf.zeros_like(largest)
+        # When nothing else needs the logits, their memory becomes that of the exponentials, and so on.
+        with tf.control_dependencies([of_target, mean]):
+            powers = tf.exp(logits - largest[:, None])
+        total = tf.reduce_sum(powers, axis=1)
         log_total = largest + tf.math.log(total)
-
         losses = log_total - (1 - smoothing) * of_target - smoothing * mean + z_loss * log_total**2
         results = (
             index + 1,
@@ -195,47 +177,80 @@ def _in_chunks(
             return results
 
         factor *= inverse
-        slope = (factor * (1 + 2 * z_loss * log_total) / total)[:, None]
-        of_states, *of_head = sums
-        of_rows = tf.zeros_like(rows)
-        for number, (begin, power, here, where) in enumerate(zip(begins, powers, inside, column, strict=True)):
-            with tf.control_dependencies([of_rows, *of_head]):  # One tile after the other.
-                slopes = power * slope
-            if smoothing:
-                slopes -= (factor * smoothing / vocab_size)[:, None]
-            entries = tf.stack([tf.range(size), where], axis=1)
-            slopes = tf.tensor_scatter_nd_sub(slopes, entries, tf.where(here, factor * (1 - smoothing), 0.0))
-            of_rows += tf.matmul(slopes, part(begin), transpose_b=not tied)
-            if head_gradient:
-                of_tile = tf.matmul(slopes, rows, transpose_a=True)
-                missing = begins.step - power.shape[1]
-                of_tile = tf.pad(of_tile, ((0, missing), (0, 0))) if missing else of_tile
-                # In place, as TensorFlow does it where nothing else holds the old tensor, and XLA.
-                of_head = [tf.tensor_scatter_nd_add(of_head[0], [[number]], of_tile[None])]
+        slopes = powers * (factor * (1 + 2 * z_loss * log_total) / total)[:, None]
+        if smoothing:
+            slopes -= (factor * smoothing / vocab_size)[:, None]
+        # What is due to the target's own logit is added in rows: to change single numbers would copy all of them.
+        own = (factor * (smoothing - 1))[:, None]
+        of_target = own * (tf.gather(matrix, target) if tied else tf.transpose(tf.gather(matrix, target, axis=1)))
+        of_rows = tf.matmul(slopes, matrix, transpose_b=not tied) + of_target
+        of_states, *of_head = sums or [tf.zeros((chunks, size, width))]
         of_states = tf.tensor_scatter_nd_update(of_states, [[index]], of_rows[None])
-        return *results, of_states, *of_head
+        if not head_gradient:
+            return *results, of_states
+        if of_head:
+            of_matrix = _product_added(of_head[0], slopes, rows, xla)
+        else:
+            of_matrix = tf.matmul(slopes, rows, transpose_a=True)
+        return *results, of_states, _rows_added(of_matrix, target, own * rows, xla)
 
     nothing = tf.constant(0.0)
-    sums = [tf.zeros((chunks, size, width))] if gradients else []
-    sums += [tf.zeros((tiles, begins.step, width))] if head_gradient else []
-    _, *results = tf.while_loop(
-        lambda index, *_: index < used, step, (0, nothing, nothing, nothing, *sums), parallel_iterations=1
-    )
-    values, sums = tuple(results[:3]), results[3:]
+    results = step(tf.constant(0), nothing, nothing, nothing)
+    if not isinstance(chunks, int) or chunks > 1:
+        used = -(-counting // size)
+        results = tf.while_loop(lambda index, *_: index < used, step, results, parallel_iterations=1)
+    _, loss, surprisal, correct, *sums = results
     if not gradients:
-        return values, ()
+        return (loss, surprisal, correct), ()
     # Back in the order of the positions.
     rank = tf.maximum(tf.cumsum(tf.cast(needed, tf.int32)) - 1, 0)
     of_states = tf.gather(tf.reshape(sums[0], (chunks * size, width)), rank)
     computed = [tf.where(needed[:, None], of_states, 0.0)]
     if head_gradient:
-        of_matrix = tf.reshape(sums[1], (tiles * begins.step, width))[:vocab_size]
-        computed.append(of_matrix if tied else tf.transpose(of_matrix))
-    return values, tuple(computed)
+        computed.append(sums[1] if tied else tf.transpose(sums[1]))
+    return (loss, surprisal, correct), tuple(computed)
 
 
-def _tiles(vocab_size: int, row_bytes: int) -> int:
-    """In how many parts the head is taken; if possible, parts of the same size."""
-    fewest = -(-vocab_size * row_bytes // _TILE_BYTES)
-    even = (tiles for tiles in range(fewest, 2 * fewest) if vocab_size % tiles == 0)
-    return next(even, fewest)
+def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:
+    """total + slopes^T rows, in place, and without a whole product in memory.
+
+    Args:
+        total: [vocab_size, d_model].
+        slopes: [positions, vocab_size].
+        rows: [positions, d_model].
+        xla: which of two forms to use: each is slow where the other is fast.
+    """
+    vocab_size, width = total.shape
+    height = max(1, _TILE_BYTES // (4 * width))
+    total = total if xla else tf.reshape(total, (-1,))
+    for begin in range(0, vocab_size, height):
+        end = min(begin + height, vocab_size)
+        with tf.control_dependencies([total]):  # One tile after the other.
+            tile = tf.matmul(slopes[:, begin:end], rows, transpose_a=True)
+        total = _updated(total, begin, tile) if xla else _updated(total, begin * width, tf.reshape(tile, (-1,)))
+    return tf.reshape(total, (vocab_size, width))
+
+
+def _rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:
+    """A matrix with rows added to those of an index, which may repeat; in place."""
+    if xla:
+        return tf.tensor_scatter_nd_add(matrix, index[:, None], rows)
+    # The same operation would copy the matrix here.
+    width = matrix.shape[1]
+
+    def step(number: tf.Tensor, flat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return number + 1, _updated(flat, index[number] * width, rows[number])
+
+    count = tf.shape(index)[0]
+    flat = tf.reshape(matrix, (-1,))
+    _, flat = tf.while_loop(lambda number, _: number < count, step, (0, flat), parallel_iterations=1)
+    return tf.reshape(flat, matrix.shape)
+
+
+def _updated(total: tf.Tensor, begin: int | tf.Tensor, more: tf.Tensor) -> tf.Tensor:
+    """`total` with `more` added along the first dimension from `begin` on; in place where nothing else holds `total`."""
+    height = more.shape[0]
+    old = tf.slice(total, [begin, *[0] * (len(more.shape) - 1)], more.shape)
+    return tf.raw_ops.TensorStridedSliceUpdate(
+        input=total, begin=[begin], end=[begin + height], strides=[1], value=old + more
+    )
