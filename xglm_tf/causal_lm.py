@@ -17,7 +17,7 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import Processor
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
-from xglm_core.loss import LossOptions, LossOutput, wants_logits
+from xglm_core.loss import LossOutput, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.scoring.engine import score
 from xglm_tf.cache import as_cache
@@ -25,8 +25,9 @@ from xglm_tf.decoder import TFXGLMMainLayer
 from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine
 from xglm_tf.inputs import check_head_arguments
 from xglm_tf.loss import causal_lm_loss
-from xglm_tf.pretrained import TFXGLMPreTrainedModel, embedding_matrix
+from xglm_tf.pretrained import embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
+from xglm_tf.training import TFXGLMTrainable
 from xglm_tf.weights import name_scopes, unlocked
 
 # For how many rows the head computes another product, and in how many parts at most; see `_logits`.
@@ -34,7 +35,7 @@ _FEW_ROWS, _PARTS = 16, 8
 
 
 @keras.saving.register_keras_serializable(package="xglm")
-class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
+class TFXGLMForCausalLM(TFXGLMTrainable):
     """Decoder and head: logits of the next token. The head is the embedding matrix if `config.tie_word_embeddings`.
 
     Args:
@@ -49,7 +50,6 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
     def __init__(self, config: XGLMConfig, *, dtype: Any = None, plan: LoadPlan | None = None, **kwargs: Any) -> None:
         # The loss takes the head as it is, in float32 in mixed precision, where Keras would convert it.
         super().__init__(config, dtype=dtype, autocast=False, **kwargs)
-        self.loss_options = LossOptions()
         self.generation_config = GenerationConfig.from_model(config)
         self.model = TFXGLMMainLayer(config, dtype=self.dtype_policy, name="model")
         # Differs: no layer if tied, because a Keras layer cannot use another's matrix transposed.

@@ -48,17 +48,13 @@ def causal_lm_loss(
     """
     tied = not isinstance(head, keras.layers.Dense)
     matrix = tf.convert_to_tensor(head if tied else head.kernel)
-    labels = tf.cast(labels, tf.int32)
-    targets = tf.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
-    counts = targets != IGNORED_LABEL
-    given = 1.0 if weights is None else tf.pad(tf.cast(weights, tf.float32)[:, 1:], ((0, 0), (0, 1)))
-    factors = tf.where(counts, given, 0.0)
+    targets, factors = targets_and_weights(labels, weights)
     count = tf.reduce_sum(factors)
     divisor = count if num_items_in_batch is None else tf.cast(num_items_in_batch, tf.float32)
     loss, surprisal, correct = (_sums_eager if tf.executing_eagerly() else _sums_traced)(
         tf.reshape(hidden_states, (-1, hidden_states.shape[-1])),
         matrix,
-        tf.reshape(tf.where(counts, targets, 0), (-1,)),
+        tf.reshape(targets, (-1,)),
         tf.reshape(factors, (-1,)),
         tf.math.divide_no_nan(1.0, divisor),
         shape=tuple(matrix.shape),
@@ -71,6 +67,18 @@ def causal_lm_loss(
         xla=tf.__internal__.get_enclosing_xla_context() is not None,
     )
     return LossOutput(loss, tf.stop_gradient(surprisal), tf.stop_gradient(correct), tf.stop_gradient(count))
+
+
+def targets_and_weights(labels: tf.Tensor, weights: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+    """What each position predicts, int32, and how much that counts, float32, each [batch, length]; 0 where it does not.
+
+    Args:
+        labels, weights: see `causal_lm_loss`.
+    """
+    targets = tf.pad(tf.cast(labels, tf.int32)[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
+    counts = targets != IGNORED_LABEL
+    given = 1.0 if weights is None else tf.pad(tf.cast(weights, tf.float32)[:, 1:], ((0, 0), (0, 1)))
+    return tf.where(counts, targets, 0), tf.where(counts, given, 0.0)
 
 
 def _sums(
