@@ -123,11 +123,11 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """A step of `fit`."""
-        return super().train_step(self._with_labels(data))
+        return self._to_average(super().train_step(self._with_labels(data)))
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """A step of `evaluate`."""
-        return super().test_step(self._with_labels(data))
+        return self._to_average(super().test_step(self._with_labels(data)))
 
     def compute_loss(
         self,
@@ -158,7 +158,7 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         # Every replica has the sums of all, and Keras adds up what the replicas have.
         sums = (loss * items, surprisal, correct, count)
         self.token_metrics.update(*(value / replicas for value in sums))
-        return output.loss + sum(self._aggregate_additional_loss(loss) for loss in self.losses) / replicas
+        return output.loss + sum(self._aggregate_additional_loss(loss) for loss in self.losses)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """The metrics so far; those named in `compile` are given the logits."""
@@ -202,6 +202,23 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
             for name in projections:
                 getattr(self.model.layers[index].self_attn, name).enable_lora(rank, lora_alpha)
         self.forget_compiled()
+
+    def _to_average(self, logs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """The results of a step in the shape in which Keras averages them: over processes, along the first axis."""
+        several = isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        return {name: value[None] for name, value in logs.items()} if several else logs
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Keras' preparation for a distribution strategy, of which only the optimizer is left to be done.
+
+        Keras would average the first batch over the processes of a `MultiWorkerMirroredStrategy`, and fail with inputs
+        by name.
+        """
+        if self._compile_loss is not None or self._compile_metrics is not None:
+            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+        elif self._distribute_strategy is not None and self.optimizer is not None and not self.optimizer.built:
+            with self._distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
 
     def _with_labels(self, data: Any) -> tuple[dict[str, Any], Any, Any]:
         """A batch of `fit` as arguments by name, labels, and sample weights."""
