@@ -126,9 +126,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         loss = logits = None
         if labels is not None:
             loss = self.loss_of(hidden_states, labels, num_items_in_batch, training=training).loss
-        if wants_logits(
-            return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep
-        ):
+        if wants_logits(return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep):
             logits = self._logits(_kept(hidden_states, logits_to_keep))
         results = CausalLMOutputWithCrossAttentions(
             loss=loss,

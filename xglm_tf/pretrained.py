@@ -186,7 +186,9 @@ class TFXGLMPreTrainedModel(keras.Model):
             InputError: there are adapters, which would be lost.
         """
         if self.has_lora:
-            raise InputError("there are adapters, expected none: prune heads before enable_lora, or save and load first")
+            raise InputError(
+                "there are adapters, expected none: prune heads before enable_lora, or save and load first"
+            )
         config, dtype, specs = pruned_config(self.config, heads_to_prune), weights_dtype(self), self._specs()
         for name, value in pruned_weights(self.config, config, lambda name: read_weight(self, specs[name], dtype)):
             write_weight(self, specs[name], value)

@@ -141,8 +141,9 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         if self._compile_loss is not None:
             return super().compute_loss(x, _labels(x, y), _logits(y_pred), sample_weight, training)
         tokens = x.get("input_ids", x.get("inputs_embeds"))
+        y = tf.convert_to_tensor(y)  # Keras hands over numpy arrays if it runs eagerly.
         check_head_arguments(self.config, tokens, y, 0)
-        weights = None if sample_weight is None else _weights_of_labels(sample_weight, y)
+        weights = None if sample_weight is None else _weights_of_labels(tf.convert_to_tensor(sample_weight), y)
         replica = tf.distribute.get_replica_context()
         replicas = 1 if replica is None else replica.num_replicas_in_sync
 
@@ -252,9 +253,9 @@ def _weights_of_labels(sample_weight: tf.Tensor, labels: tf.Tensor) -> tf.Tensor
     Raises:
         InputError: they have another shape.
     """
-    shape = sample_weight.shape
-    weights = sample_weight[:, None] if shape.rank == 1 else sample_weight
-    fits = weights.shape[1:].is_compatible_with([1]) or weights.shape.is_compatible_with(labels.shape)
-    if shape.rank not in (1, 2) or not fits:
-        raise InputError(f"sample_weight is {list(shape)}, expected {list(labels.shape[:1])} or {list(labels.shape)}")
-    return tf.broadcast_to(weights, tf.shape(labels))
+    shape, expected = sample_weight.shape, labels.shape
+    # Keras traces one function for weights of both kinds, which knows of no shape.
+    if not any(shape.is_compatible_with(fitting) for fitting in (expected[:1], [expected[0], 1], expected)):
+        raise InputError(f"sample_weight is {list(shape)}, expected {list(expected[:1])} or {list(expected)}")
+    rows = tf.reshape(sample_weight, (tf.shape(labels)[0], -1))
+    return tf.broadcast_to(rows, tf.shape(labels))
