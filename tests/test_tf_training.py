@@ -1,6 +1,10 @@
 """Training in Keras' own way: `compile`, `fit`, `evaluate`, callbacks, resuming, adapters; and the loss by itself."""
 
+import json
 import re
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,21 +94,22 @@ def bucketed():
     return cut.padded_batch(2, padding_values={"input_ids": 1, "attention_mask": 0, "labels": -100})
 
 
+DATA = {
+    "labels inside": lambda: ({**INPUTS, "labels": LABELS},),
+    "inputs and labels": lambda: (INPUTS, LABELS),
+    "list": lambda: ([IDS, MASK], LABELS),
+    "dataset": lambda: (bucketed(),),
+    "PyDataset": lambda: (Batches(),),
+}
+
+
 class TestEvaluate:
     """Means over tokens, however they come in batches."""
-
-    DATA = {
-        "labels inside": lambda: ({**INPUTS, "labels": LABELS},),
-        "inputs and labels": lambda: (INPUTS, LABELS),
-        "list": lambda: ([IDS, MASK], LABELS),
-        "dataset": lambda: (bucketed(),),
-        "PyDataset": lambda: (Batches(),),
-    }
 
     @pytest.mark.parametrize("kind", DATA)
     def test_data(self, evaluated, surprisals, kind):
         results = evaluated.evaluate(
-            *self.DATA[kind](), batch_size=None if "ataset" in kind else 4, verbose=0, return_dict=True
+            *DATA[kind](), batch_size=None if "ataset" in kind else 4, verbose=0, return_dict=True
         )
         assert results == pytest.approx(expected(surprisals), rel=SAME)
 
@@ -177,7 +182,7 @@ class TestFit:
         plain.compile(keras.optimizers.SGD(0.1))
         for trained in (model, plain):
             trained.train_on_batch(INPUTS, LABELS)
-        moved = plain.model.layer_norm.gamma - before
+        moved = plain.model.layer_norm.gamma.numpy() - before
         np.testing.assert_allclose(model.model.layer_norm.gamma - before, moved, rtol=0, atol=2e-2 * abs(moved).max())
 
     def test_resumes_with_the_same_curve(self, folder, tmp_path):
@@ -221,6 +226,17 @@ class TestFit:
         with pytest.raises(InputError, match="the trainable parameters are float16"):
             model.compile("adam")
         model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
+
+
+def test_example(tmp_path, monkeypatch):
+    """The first losses are those of the other examples, which follow torch's AdamW."""
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    monkeypatch.setattr(sys, "argv", ["finetune_keras.py", "--steps", "3", "--output", str(tmp_path)])
+    runpy.run_path(str(examples / "finetune_keras.py"), run_name="__main__")
+    losses = json.loads((tmp_path / "losses.json").read_text())["losses"]
+    np.testing.assert_allclose(losses, [9.4253, 7.8322, 6.4078], rtol=1e-4)
+    assert TFXGLMForCausalLM.from_pretrained(tmp_path).lm_head is None
 
 
 class TestLora:

@@ -104,8 +104,8 @@ def _sums(
     return sums(states, matrix)
 
 
-# TensorFlow never forgets a graph in which it met a custom gradient. Here it meets a small one, not the caller's with all
-# its weights. Eager calls share one program among all numbers of positions; a traced one belongs to shapes that are known.
+# TensorFlow never forgets a graph in which it met a custom gradient. Here it meets a small one, not the caller's with
+# all its weights. Eager calls share a program among all numbers of positions; a traced one belongs to shapes it knows.
 _sums_eager = tf.function(_sums, autograph=False, reduce_retracing=True)
 _sums_traced = tf.function(_sums, autograph=False)
 
@@ -220,7 +220,7 @@ def _in_chunks(
 
 
 def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:
-    """total + slopes^T rows, in place, and without a whole product in memory.
+    """Total + slopes^T rows, in place, and without a whole product in memory.
 
     Args:
         total: [vocab_size, d_model].
@@ -256,7 +256,7 @@ def _rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool)
 
 
 def _updated(total: tf.Tensor, begin: int | tf.Tensor, more: tf.Tensor) -> tf.Tensor:
-    """`total` with `more` added along the first dimension from `begin` on; in place where nothing else holds `total`."""
+    """`total` with `more` added from `begin` on, along the first dimension; in place where nothing else holds `total`."""
     height = more.shape[0]
     old = tf.slice(total, [begin, *[0] * (len(more.shape) - 1)], more.shape)
     return tf.raw_ops.TensorStridedSliceUpdate(

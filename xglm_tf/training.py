@@ -18,8 +18,16 @@ from xglm_tf.loss import targets_and_weights
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
 
 
+class Accuracy(keras.metrics.Mean):
+    """A mean that callbacks know to be better the higher it is."""
+
+    _direction = "up"
+
+
 class Perplexity(keras.metrics.Mean):
-    """exp of the mean of surprisals."""
+    """exp of the mean of surprisals; callbacks know that lower is better."""
+
+    _direction = "down"
 
     def result(self) -> tf.Tensor:
         """float32 scalar."""
@@ -28,10 +36,10 @@ class Perplexity(keras.metrics.Mean):
 
 @dataclasses.dataclass(frozen=True)
 class TokenMetrics:
-    """Means over tokens, of which no more than sums is ever held. (No list: Keras would save them with the weights.)"""
+    """Means over tokens; their state is two numbers each. They are no list, which Keras would save with the weights."""
 
     loss: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="loss"))
-    accuracy: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="accuracy"))
+    accuracy: Accuracy = dataclasses.field(default_factory=lambda: Accuracy(name="accuracy"))
     perplexity: Perplexity = dataclasses.field(default_factory=lambda: Perplexity(name="perplexity"))
 
     def update(self, total: tf.Tensor, surprisal: tf.Tensor, correct: tf.Tensor, count: tf.Tensor) -> None:
@@ -43,10 +51,10 @@ class TokenMetrics:
 class TFXGLMTrainable(TFXGLMPreTrainedModel):
     """What a causal language model adds to Keras' training.
 
-    Without `loss` in `compile`, the loss is that of `labels`, which are among the inputs or the second part of `(inputs,
-    labels)`: the tokens themselves, -100 where none counts, nothing shifted. It is the mean over all tokens of the global
-    batch, or with sample weights, [batch] or [batch, length], their weighted mean. The metrics `loss`, `accuracy` and
-    `perplexity` are means over tokens, too.
+    Without `loss` in `compile`, the loss is that of `labels`, which are among the inputs or the second part of
+    `(inputs, labels)`: the tokens themselves, -100 where none counts, nothing shifted. It is the mean over all tokens of
+    the global batch, or with sample weights, [batch] or [batch, length], their weighted mean. The metrics `loss`,
+    `accuracy` and `perplexity` are means over tokens, too.
 
     With `loss` in `compile`, Keras computes that, of labels and logits as they are: position i of the logits predicts
     label i + 1, so such labels are given shifted. The same holds for `metrics` in `compile`.
@@ -173,7 +181,7 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         projections: Sequence[str] = ("q_proj", "v_proj"),
         lora_alpha: float | None = None,
     ) -> None:
-        """Gives projections of the self-attention low-rank adapters, and freezes all else (Hu et al., arXiv 2106.09685).
+        """Gives projections of the self-attention low-rank adapters, and freezes the rest (Hu et al., arXiv 2106.09685).
 
         Call `compile` afterwards. `save_pretrained`, `save` and `save_weights` write the sum of weight and adapter, so
         what is loaded has none, and is trainable in all its parts; the state of the optimizer does not fit it.
@@ -193,8 +201,8 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
             raise InputError(f"rank is {rank!r}, expected a positive integer")
         if unknown := [index for index in chosen if index not in range(self.config.num_layers)]:
             raise InputError(f"there are no blocks {unknown}, expected some of 0 to {self.config.num_layers - 1}")
-        if unknown := [name for name in projections if name not in known]:
-            raise InputError(f"there are no projections {unknown}, expected some of {', '.join(known)}")
+        if unnamed := [name for name in projections if name not in known]:
+            raise InputError(f"there are no projections {unnamed}, expected some of {', '.join(known)}")
         if self.has_lora:
             raise InputError("there are adapters already; save_pretrained merges them, and a loaded model has none")
         for variable in self.trainable_variables:
