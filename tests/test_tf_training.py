@@ -152,7 +152,7 @@ class TestFit:
             epochs=9,
             verbose=0,
             callbacks=[
-                keras.callbacks.ModelCheckpoint(path, monitor="val_perplexity", save_best_only=True),
+                keras.callbacks.ModelCheckpoint(path, monitor="val_perplexity", mode="min", save_best_only=True),
                 keras.callbacks.EarlyStopping("val_loss", patience=1),
             ],
         ).history

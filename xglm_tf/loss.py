@@ -256,7 +256,7 @@ def _rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool)
 
 
 def _updated(total: tf.Tensor, begin: int | tf.Tensor, more: tf.Tensor) -> tf.Tensor:
-    """`total` with `more` added from `begin` on, along the first dimension; in place where nothing else holds `total`."""
+    """`total` with `more` added from row `begin` on; in place where nothing else holds `total`."""
     height = more.shape[0]
     old = tf.slice(total, [begin, *[0] * (len(more.shape) - 1)], more.shape)
     return tf.raw_ops.TensorStridedSliceUpdate(

@@ -18,16 +18,8 @@ from xglm_tf.loss import targets_and_weights
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
 
 
-class Accuracy(keras.metrics.Mean):
-    """A mean that callbacks know to be better the higher it is."""
-
-    _direction = "up"
-
-
 class Perplexity(keras.metrics.Mean):
-    """exp of the mean of surprisals; callbacks know that lower is better."""
-
-    _direction = "down"
+    """exp of the mean of surprisals. Callbacks that monitor it need `mode="min"`."""
 
     def result(self) -> tf.Tensor:
         """float32 scalar."""
@@ -39,7 +31,7 @@ class TokenMetrics:
     """Means over tokens; their state is two numbers each. They are no list, which Keras would save with the weights."""
 
     loss: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="loss"))
-    accuracy: Accuracy = dataclasses.field(default_factory=lambda: Accuracy(name="accuracy"))
+    accuracy: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="accuracy"))
     perplexity: Perplexity = dataclasses.field(default_factory=lambda: Perplexity(name="perplexity"))
 
     def update(self, total: tf.Tensor, surprisal: tf.Tensor, correct: tf.Tensor, count: tf.Tensor) -> None:
@@ -52,8 +44,8 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
     """What a causal language model adds to Keras' training.
 
     Without `loss` in `compile`, the loss is that of `labels`, which are among the inputs or the second part of
-    `(inputs, labels)`: the tokens themselves, -100 where none counts, nothing shifted. It is the mean over all tokens of
-    the global batch, or with sample weights, [batch] or [batch, length], their weighted mean. The metrics `loss`,
+    `(inputs, labels)`: the tokens themselves, -100 where none counts, nothing shifted. It is the mean over all tokens
+    of the global batch, or with sample weights, [batch] or [batch, length], their weighted mean. The metrics `loss`,
     `accuracy` and `perplexity` are means over tokens, too.
 
     With `loss` in `compile`, Keras computes that, of labels and logits as they are: position i of the logits predicts
@@ -181,7 +173,9 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         projections: Sequence[str] = ("q_proj", "v_proj"),
         lora_alpha: float | None = None,
     ) -> None:
-        """Gives projections of the self-attention low-rank adapters, and freezes the rest (Hu et al., arXiv 2106.09685).
+        """Gives projections of the self-attention low-rank adapters, and freezes all else.
+
+        See Hu et al., arXiv 2106.09685.
 
         Call `compile` afterwards. `save_pretrained`, `save` and `save_weights` write the sum of weight and adapter, so
         what is loaded has none, and is trainable in all its parts; the state of the optimizer does not fit it.
