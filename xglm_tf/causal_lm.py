@@ -17,6 +17,7 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import Processor
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
+from xglm_core.loss import LossOutput, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.scoring.engine import score
 from xglm_tf.cache import as_cache
@@ -24,8 +25,9 @@ from xglm_tf.decoder import TFXGLMMainLayer
 from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine
 from xglm_tf.inputs import check_head_arguments
 from xglm_tf.loss import causal_lm_loss
-from xglm_tf.pretrained import TFXGLMPreTrainedModel, embedding_matrix
+from xglm_tf.pretrained import embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
+from xglm_tf.training import TFXGLMTrainable
 from xglm_tf.weights import name_scopes, unlocked
 
 # For how many rows the head computes another product, and in how many parts at most; see `_logits`.
@@ -33,7 +35,7 @@ _FEW_ROWS, _PARTS = 16, 8
 
 
 @keras.saving.register_keras_serializable(package="xglm")
-class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
+class TFXGLMForCausalLM(TFXGLMTrainable):
     """Decoder and head: logits of the next token. The head is the embedding matrix if `config.tie_word_embeddings`.
 
     Args:
@@ -46,7 +48,8 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
     has_head = True
 
     def __init__(self, config: XGLMConfig, *, dtype: Any = None, plan: LoadPlan | None = None, **kwargs: Any) -> None:
-        super().__init__(config, dtype=dtype, **kwargs)
+        # The loss takes the head as it is, in float32 in mixed precision, where Keras would convert it.
+        super().__init__(config, dtype=dtype, autocast=False, **kwargs)
         self.generation_config = GenerationConfig.from_model(config)
         self.model = TFXGLMMainLayer(config, dtype=self.dtype_policy, name="model")
         # Differs: no layer if tied, because a Keras layer cannot use another's matrix transposed.
@@ -79,6 +82,7 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
         *,
         logits_to_keep: int | tf.Tensor = 0,
         num_items_in_batch: int | tf.Tensor | None = None,
+        return_logits: bool | None = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Runs the decoder and the head.
 
@@ -91,6 +95,8 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
             logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
                 all of them. With labels, the loss is that of all positions.
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
+            return_logits: whether to return logits, which the loss does not need; None means yes, but in training with
+                labels only if `logits_to_keep` asks for some.
 
         Returns:
             The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in
@@ -117,12 +123,10 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
             return_dict=True,
         )
         hidden_states = outputs.last_hidden_state
-        loss = None
+        loss = logits = None
         if labels is not None:
-            logits = self._logits(hidden_states)
-            loss = causal_lm_loss(logits, labels, num_items_in_batch)
-            logits = _kept(logits, logits_to_keep)
-        else:
+            loss = self.loss_of(hidden_states, labels, num_items_in_batch, training=training).loss
+        if wants_logits(return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep):
             logits = self._logits(_kept(hidden_states, logits_to_keep))
         results = CausalLMOutputWithCrossAttentions(
             loss=loss,
@@ -133,6 +137,28 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
             cross_attentions=outputs.cross_attentions,
         )
         return results if (self.config.return_dict if return_dict is None else return_dict) else results.to_tuple()
+
+    def loss_of(
+        self,
+        hidden_states: tf.Tensor,
+        labels: tf.Tensor,
+        num_items_in_batch: int | tf.Tensor | None = None,
+        weights: tf.Tensor | None = None,
+        *,
+        training: bool = False,
+    ) -> LossOutput:
+        """The loss from the decoder's last states; see `xglm_tf.loss.causal_lm_loss`."""
+        matrix = self.model.embed_tokens.embeddings if self.lm_head is None else self.lm_head.kernel
+        return causal_lm_loss(
+            hidden_states,
+            matrix if self.lm_head is None else self.lm_head,
+            labels,
+            num_items_in_batch,
+            options=self.loss_options,
+            weights=weights,
+            training=training,
+            train_head=matrix.trainable,
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -216,6 +242,7 @@ class TFXGLMForCausalLM(TFXGLMPreTrainedModel):
             return self.lm_head(hidden_states)
         batch, length, d_model = keras.ops.shape(hidden_states)
         table, vocab_size = self.model.embed_tokens.embeddings, self.config.vocab_size
+        table = tf.cast(table, hidden_states.dtype)
         rows = tf.reshape(hidden_states, (batch * length, d_model))
         if isinstance(batch, int) and isinstance(length, int) and batch * length <= _FEW_ROWS:
             # XLA's product on a CPU is twice as fast with the table on the left, which it would undo without the parts.

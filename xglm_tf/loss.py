@@ -1,34 +1,264 @@
-"""The training loss."""
+"""The training loss, from the states below the head: some positions at a time, so that all logits never exist."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
 import tensorflow as tf
 
 from xglm_core.inputs import IGNORED_LABEL
+from xglm_core.loss import LossOptions, LossOutput, chunk_positions
+
+# Of the head's gradient: what of a chunk's part is computed before it is added to the rest.
+_TILE_BYTES = 2**24
 
 
 def causal_lm_loss(
-    logits: tf.Tensor, labels: tf.Tensor, num_items_in_batch: int | tf.Tensor | None = None
-) -> tf.Tensor:
-    """Cross-entropy of each next token, in float32.
+    hidden_states: tf.Tensor,
+    head: Any,
+    labels: tf.Tensor,
+    num_items_in_batch: int | tf.Tensor | None = None,
+    *,
+    options: LossOptions,
+    weights: tf.Tensor | None = None,
+    training: bool = False,
+    train_head: bool = True,
+) -> LossOutput:
+    """Cross-entropy of each next token, in float32 whatever the type of states and head.
+
+    The loss alone has gradients, and those once: they have none themselves.
 
     Args:
-        logits: [batch, length, vocab_size].
+        hidden_states: what the head reads [batch, length, d_model].
+        head: the embedding matrix [vocab_size, d_model] of a tied head, or a `Dense` layer without bias.
         labels: the tokens themselves, integers [batch, length]: position i is judged by label i + 1, the last by none;
             -100 does not count.
-        num_items_in_batch: what to divide the sum by; None counts the labels that count.
+        num_items_in_batch: what to divide the sum by; None takes the sum of the weights that count.
+        options: what is added to the cross-entropy.
+        weights: of the labels, [batch, length]; None means 1.
+        training: whether to compute the gradients along with the loss. Differs: TensorFlow does not tell beforehand
+            whether there will be a call for them. Without this they are computed when it comes, with the logits again.
+        train_head: whether the head has a gradient.
 
     Returns:
-        float32 scalar: 0 if no label counts.
+        See `LossOutput`: zeros if no label counts.
     """
-    # Differs: the labels are shifted and padded, rather than the logits cut, which would copy them.
-    targets = tf.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
-    counts = targets != IGNORED_LABEL
-    # No kernel may see -100: XLA makes NaN of it.
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-        labels=tf.where(counts, targets, 0), logits=tf.cast(logits, tf.float32)
+    tied = not isinstance(head, keras.layers.Dense)
+    matrix = tf.convert_to_tensor(head if tied else head.kernel)
+    targets, factors = targets_and_weights(labels, weights)
+    count = tf.reduce_sum(factors)
+    divisor = count if num_items_in_batch is None else tf.cast(num_items_in_batch, tf.float32)
+    loss, surprisal, correct = (_sums_eager if tf.executing_eagerly() else _sums_traced)(
+        tf.reshape(hidden_states, (-1, hidden_states.shape[-1])),
+        matrix,
+        tf.reshape(targets, (-1,)),
+        tf.reshape(factors, (-1,)),
+        tf.math.divide_no_nan(1.0, divisor),
+        shape=tuple(matrix.shape),
+        tied=tied,
+        smoothing=float(options.label_smoothing),
+        z_loss=float(options.z_loss),
+        chunk=chunk_positions(matrix.shape[0 if tied else 1]),
+        training=training,
+        train_head=train_head,
+        xla=tf.__internal__.get_enclosing_xla_context() is not None,
     )
-    total = tf.reduce_sum(tf.where(counts, losses, 0.0))
-    if num_items_in_batch is None:
-        num_items_in_batch = tf.maximum(tf.math.count_nonzero(counts), 1)
-    return total / tf.cast(num_items_in_batch, tf.float32)
+    return LossOutput(loss, tf.stop_gradient(surprisal), tf.stop_gradient(correct), tf.stop_gradient(count))
+
+
+def targets_and_weights(labels: tf.Tensor, weights: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+    """What each position predicts, int32, and how much that counts, float32, each [batch, length]; 0 where it does not.
+
+    Args:
+        labels, weights: see `causal_lm_loss`.
+    """
+    targets = tf.pad(tf.cast(labels, tf.int32)[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
+    counts = targets != IGNORED_LABEL
+    given = 1.0 if weights is None else tf.pad(tf.cast(weights, tf.float32)[:, 1:], ((0, 0), (0, 1)))
+    return tf.where(counts, targets, 0), tf.where(counts, given, 0.0)
+
+
+def _sums(
+    states: tf.Tensor, matrix: tf.Tensor, targets: tf.Tensor, factors: tf.Tensor, inverse: tf.Tensor, **static: Any
+) -> tuple[tf.Tensor, ...]:
+    """Loss, surprisal and number of correct predictions, with the gradients of the first; see `_in_chunks`."""
+    training = static.pop("training")
+    train_head = static.pop("train_head")
+
+    @tf.custom_gradient
+    def sums(states: tf.Tensor, matrix: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], Callable[..., Any]]:
+        run = functools.partial(_in_chunks, states, matrix, targets, factors, inverse, **static)
+        results, computed = run(gradients=training, head_gradient=training and train_head)
+
+        def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
+            of_states, *of_head = computed or run(gradients=True, head_gradient=train_head)[1]
+            # Scaled in float32: in float16 they might be 0 before a loss scale takes effect.
+            of_states = tf.cast(of_states * upstream, states.dtype)
+            return of_states, tf.cast(of_head[0] * upstream, matrix.dtype) if of_head else None
+
+        return results, gradient
+
+    return sums(states, matrix)
+
+
+# TensorFlow never forgets a graph in which it met a custom gradient. Here it meets a small one, not the caller's with
+# all its weights. Eager calls share a program among all numbers of positions; a traced one belongs to shapes it knows.
+_sums_eager = tf.function(_sums, autograph=False, reduce_retracing=True)
+_sums_traced = tf.function(_sums, autograph=False)
+
+
+def _in_chunks(
+    states: tf.Tensor,
+    matrix: tf.Tensor,
+    targets: tf.Tensor,
+    factors: tf.Tensor,
+    inverse: tf.Tensor,
+    *,
+    shape: tuple[int, int],
+    tied: bool,
+    smoothing: float,
+    z_loss: float,
+    chunk: int,
+    xla: bool,
+    gradients: bool,
+    head_gradient: bool,
+) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
+    """The sums over all positions, a chunk of them at a time.
+
+    Args:
+        states: [positions, d_model].
+        matrix: the embedding [vocab_size, d_model] if it is `tied`, else a head [d_model, vocab_size].
+        targets: int32 [positions], of the vocabulary.
+        factors: the weights of the targets, float32 [positions]; those that are 0 are skipped.
+        inverse: what the sum of the losses is multiplied by, float32 scalar.
+        shape: that of the matrix. It is said because a program for any number of positions is one for any matrix, too.
+        tied: see `matrix`.
+        smoothing, z_loss: see `LossOptions`.
+        chunk: positions at a time, at most.
+        xla: whether XLA will compile this.
+        gradients, head_gradient: whether to compute the gradient of the states, and that of the matrix.
+
+    Returns:
+        Loss, surprisal and correct predictions, float32 scalars; and the gradients that were asked for, in float32.
+    """
+    positions = keras.ops.shape(states)[0]
+    vocab_size, width = shape if tied else shape[::-1]
+    # A product of bfloat16 with a float32 result is unknown to TensorFlow. (Nothing happens to a float32 matrix.)
+    matrix = tf.cast(matrix, tf.float32)
+    needed = factors != 0
+    size = min(chunk, positions) if isinstance(positions, int) else tf.minimum(chunk, positions)
+    chunks = -(-positions // size)
+    # What counts comes first, in order; then the rest, which no chunk in use meets but the last.
+    numbers = tf.range(positions)
+    order = tf.sort(tf.where(needed, numbers, numbers + positions)) % positions
+    places = tf.reshape(tf.pad(order, ((0, chunks * size - positions),)), (chunks, size))
+    counting = tf.math.count_nonzero(needed, dtype=tf.int32)
+
+    def step(index: tf.Tensor, loss: tf.Tensor, surprisal: tf.Tensor, correct: tf.Tensor, *sums: tf.Tensor) -> Any:
+        """One chunk; the first is given no sums of gradients."""
+        place = places[index]
+        counts = index * size + tf.range(size) < counting
+        factor = tf.where(counts, tf.gather(factors, place), 0.0)
+        # A state that does not count may be anything.
+        rows = tf.where(counts[:, None], tf.cast(tf.gather(states, place), tf.float32), 0.0)
+        target = tf.gather(targets, place)
+
+        logits = tf.matmul(rows, matrix, transpose_b=tied)
+        largest, of_target = tf.reduce_max(logits, axis=1), tf.gather(logits, target, batch_dims=1)
+        mean = tf.reduce_mean(logits, axis=1) if smoothing else tf.zeros_like(largest)
+        # When nothing else needs the logits, their memory becomes that of the exponentials, and so on.
+        with tf.control_dependencies([of_target, mean]):
+            powers = tf.exp(logits - largest[:, None])
+        total = tf.reduce_sum(powers, axis=1)
+        log_total = largest + tf.math.log(total)
+        losses = log_total - (1 - smoothing) * of_target - smoothing * mean + z_loss * log_total**2
+        results = (
+            index + 1,
+            loss + inverse * tf.reduce_sum(factor * losses),
+            surprisal + tf.reduce_sum(factor * (log_total - of_target)),
+            correct + tf.reduce_sum(tf.where(of_target == largest, factor, 0.0)),
+        )
+        if not gradients:
+            return results
+
+        factor *= inverse
+        slopes = powers * (factor * (1 + 2 * z_loss * log_total) / total)[:, None]
+        if smoothing:
+            slopes -= (factor * smoothing / vocab_size)[:, None]
+        # What is due to the target's own logit is added in rows: to change single numbers would copy all of them.
+        own = (factor * (smoothing - 1))[:, None]
+        of_target = own * (tf.gather(matrix, target) if tied else tf.transpose(tf.gather(matrix, target, axis=1)))
+        of_rows = tf.matmul(slopes, matrix, transpose_b=not tied) + of_target
+        of_states, *of_head = sums or [tf.zeros((chunks, size, width))]
+        of_states = tf.tensor_scatter_nd_update(of_states, [[index]], of_rows[None])
+        if not head_gradient:
+            return *results, of_states
+        if of_head:
+            of_matrix = _product_added(of_head[0], slopes, rows, xla)
+        else:
+            of_matrix = tf.matmul(slopes, rows, transpose_a=True)
+        return *results, of_states, _rows_added(of_matrix, target, own * rows, xla)
+
+    nothing = tf.constant(0.0)
+    results = step(tf.constant(0), nothing, nothing, nothing)
+    if not isinstance(chunks, int) or chunks > 1:
+        used = -(-counting // size)
+        results = tf.while_loop(lambda index, *_: index < used, step, results, parallel_iterations=1)
+    _, loss, surprisal, correct, *sums = results
+    if not gradients:
+        return (loss, surprisal, correct), ()
+    # Back in the order of the positions.
+    rank = tf.maximum(tf.cumsum(tf.cast(needed, tf.int32)) - 1, 0)
+    of_states = tf.gather(tf.reshape(sums[0], (chunks * size, width)), rank)
+    computed = [tf.where(needed[:, None], of_states, 0.0)]
+    if head_gradient:
+        computed.append(sums[1] if tied else tf.transpose(sums[1]))
+    return (loss, surprisal, correct), tuple(computed)
+
+
+def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:
+    """Total + slopes^T rows, in place, and without a whole product in memory.
+
+    Args:
+        total: [vocab_size, d_model].
+        slopes: [positions, vocab_size].
+        rows: [positions, d_model].
+        xla: which of two forms to use: each is slow where the other is fast.
+    """
+    vocab_size, width = total.shape
+    height = max(1, _TILE_BYTES // (4 * width))
+    total = total if xla else tf.reshape(total, (-1,))
+    for begin in range(0, vocab_size, height):
+        end = min(begin + height, vocab_size)
+        with tf.control_dependencies([total]):  # One tile after the other.
+            tile = tf.matmul(slopes[:, begin:end], rows, transpose_a=True)
+        total = _updated(total, begin, tile) if xla else _updated(total, begin * width, tf.reshape(tile, (-1,)))
+    return tf.reshape(total, (vocab_size, width))
+
+
+def _rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:
+    """A matrix with rows added to those of an index, which may repeat; in place."""
+    if xla:
+        return tf.tensor_scatter_nd_add(matrix, index[:, None], rows)
+    # The same operation would copy the matrix here.
+    width = matrix.shape[1]
+
+    def step(number: tf.Tensor, flat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return number + 1, _updated(flat, index[number] * width, rows[number])
+
+    count = tf.shape(index)[0]
+    flat = tf.reshape(matrix, (-1,))
+    _, flat = tf.while_loop(lambda number, _: number < count, step, (0, flat), parallel_iterations=1)
+    return tf.reshape(flat, matrix.shape)
+
+
+def _updated(total: tf.Tensor, begin: int | tf.Tensor, more: tf.Tensor) -> tf.Tensor:
+    """`total` with `more` added from row `begin` on; in place where nothing else holds `total`."""
+    height = more.shape[0]
+    old = tf.slice(total, [begin, *[0] * (len(more.shape) - 1)], more.shape)
+    return tf.raw_ops.TensorStridedSliceUpdate(
+        input=total, begin=[begin], end=[begin + height], strides=[1], value=old + more
+    )

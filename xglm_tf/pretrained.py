@@ -183,7 +183,12 @@ class TFXGLMPreTrainedModel(keras.Model):
 
         Raises:
             ConfigError: there is no such block or head, or a block would have none left.
+            InputError: there are adapters, which would be lost.
         """
+        if self.has_lora:
+            raise InputError(
+                "there are adapters, expected none: prune heads before enable_lora, or save and load first"
+            )
         config, dtype, specs = pruned_config(self.config, heads_to_prune), weights_dtype(self), self._specs()
         for name, value in pruned_weights(self.config, config, lambda name: read_weight(self, specs[name], dtype)):
             write_weight(self, specs[name], value)
@@ -225,6 +230,11 @@ class TFXGLMPreTrainedModel(keras.Model):
         archive.track(self)
         archive.add_endpoint("serve", serve, input_signature)
         archive.write_out(filepath, verbose=bool(verbose), **kwargs)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether there are adapters."""
+        return any(getattr(layer, "lora_enabled", False) for layer in self._flatten_layers())
 
     def num_parameters(self) -> int:
         """Number of parameters; a tied head counts once."""

@@ -44,7 +44,10 @@ def set_initializer(model: keras.Model, spec: WeightSpec, initializer: Initializ
 def read_weight(model: keras.Model, spec: WeightSpec, dtype: FloatType) -> np.ndarray:
     """A variable in canonical shape and in `dtype.storage`."""
     layer, variable = _owner(model, spec)
-    array = getattr(layer, variable).numpy()
+    if getattr(layer, "lora_enabled", False) and variable == "kernel":
+        array = _merged(layer)
+    else:
+        array = getattr(layer, variable).numpy()
     source = weights_dtype(model)
     stored = convert(array.view(source.storage), source, dtype)
     return stored.T if spec.transposed else stored
@@ -107,6 +110,13 @@ def _owner(model: keras.Model, spec: WeightSpec) -> tuple[keras.layers.Layer, st
     for name in spec.name.split(".")[:-1]:
         owner = owner[int(name)] if name.isdecimal() else getattr(owner, name)
     return owner, spec.keras.rpartition("/")[2]
+
+
+def _merged(layer: keras.layers.Dense) -> np.ndarray:
+    """A kernel with its adapter, added in float32 and rounded once; `kernel` itself has the type of the computation."""
+    adapter = layer.lora_kernel_a.numpy() @ layer.lora_kernel_b.numpy() * (layer.lora_alpha / layer.lora_rank)
+    kernel = layer._kernel.numpy()
+    return (kernel.astype(np.float32) + adapter).astype(kernel.dtype)
 
 
 def _stored_value(plan: LoadPlan, spec: WeightSpec, shape: tuple[int, ...], dtype: Any) -> tf.Tensor:

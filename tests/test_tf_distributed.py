@@ -1,0 +1,144 @@
+"""Training on several devices and in several processes gives what one device gives; and goes on after one has died."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.frameworks import backends_under_test
+
+if "tf" not in backends_under_test():
+    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
+
+import keras
+
+from conformance import training
+from conformance.random_weights import write_checkpoint
+from tests.models import changed
+from xglm_tf import TFXGLMForCausalLM
+
+CONFIG = changed(training.CONFIG, num_layers=1)
+ROWS, STEPS, EPOCHS = 4, 2, 3
+
+# Rounding moves a loss by 1e-7; a loss of the mean of two replicas' means, by 1e-2.
+SAME = 1e-5
+
+# What one process does, whatever the strategy: the arguments are checkpoint, output, strategy, and where to die.
+WORKER = """
+import json, os, sys
+import numpy as np
+import keras
+import tensorflow as tf
+from tests.test_tf_distributed import fitted
+checkpoint, output, name, die = sys.argv[1:]
+if name == "mirrored":
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+else:
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+assert strategy.num_replicas_in_sync == 2
+
+class Die(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if str(epoch) == die:
+            os._exit(3)
+
+backup = keras.callbacks.BackupAndRestore(f"{output}-backup", delete_checkpoint=False)
+with strategy.scope():
+    model, losses = fitted(checkpoint, [backup, Die()] if name != "mirrored" else [])
+assert model.lm_head is None
+model.save_pretrained(output)
+with open(f"{output}/losses.json", "w") as file:
+    json.dump(losses, file)
+"""
+
+
+def data():
+    """Rows of very different lengths, so that no replica has as many tokens as another."""
+    import tensorflow as tf
+
+    stream = np.random.RandomState(3)
+    ids = stream.randint(4, CONFIG.vocab_size, (ROWS * STEPS, 13)).astype(np.int32)
+    labels = np.where(np.arange(13) < stream.randint(3, 14, (ROWS * STEPS, 1)), ids, -100)
+    weights = stream.random_sample(labels.shape).astype(np.float32)
+    return tf.data.Dataset.from_tensor_slices(({"input_ids": ids}, labels, weights)).batch(ROWS, drop_remainder=True)
+
+
+def fitted(checkpoint, callbacks=()):
+    """A model, trained, and the metrics of each epoch."""
+    model = TFXGLMForCausalLM.from_pretrained(checkpoint)
+    # Its state shows whether it was kept. Adam would make a step of the rounding that is the gradient of a key bias.
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=False)
+    return model, model.fit(data(), epochs=EPOCHS, callbacks=list(callbacks), shuffle=False, verbose=0).history
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, CONFIG, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint):
+    """The same on one device."""
+    return fitted(checkpoint)
+
+
+def start(checkpoint, output, strategy, die=None, **environment):
+    arguments = [sys.executable, "-c", WORKER, str(checkpoint), str(output), strategy, str(die)]
+    return subprocess.Popen(
+        arguments, env={**os.environ, **environment}, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True
+    )
+
+
+def assert_same(output, alone, epochs=EPOCHS):
+    model, history = alone
+    losses = json.loads((output / "losses.json").read_text())
+    for name in ("loss", "accuracy", "perplexity"):
+        np.testing.assert_allclose(losses[name], history[name][-epochs:], rtol=SAME)
+    again = TFXGLMForCausalLM.from_pretrained(output)
+    for ours, theirs in zip(again.weights, model.weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=SAME)
+
+
+def test_two_devices(checkpoint, alone, tmp_path):
+    worker = start(checkpoint, tmp_path / "trained", "mirrored")
+    _, errors = worker.communicate()
+    assert worker.returncode == 0, errors
+    assert_same(tmp_path / "trained", alone)
+
+
+def test_two_processes_of_which_one_dies(checkpoint, alone, tmp_path):
+    def workers(die):
+        with socket.socket() as first, socket.socket() as second:
+            for free in (first, second):
+                free.bind(("localhost", 0))
+            cluster = {"worker": [f"localhost:{free.getsockname()[1]}" for free in (first, second)]}
+        return [
+            start(
+                checkpoint,
+                tmp_path / f"trained-{index}",
+                "processes",
+                die if index else None,
+                TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}),
+            )
+            for index in range(2)
+        ]
+
+    chief, other = workers(die=1)
+    assert other.wait() == 3
+    chief.kill()
+    chief.wait()
+    assert not (tmp_path / "trained-0").exists()
+    for worker in workers(die=None):
+        _, errors = worker.communicate()
+        assert worker.returncode == 0, errors
+    for index in range(2):
+        assert_same(tmp_path / f"trained-{index}", alone, epochs=EPOCHS - 1)

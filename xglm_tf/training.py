@@ -1,0 +1,263 @@
+"""Training in Keras' own way: what `compile`, `fit`, `evaluate` and `train_on_batch` do with the built-in loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import keras
+import tensorflow as tf
+
+from xglm_core.errors import InputError
+from xglm_core.loss import LossOptions, LossOutput, check_trainable_type
+from xglm_core.outputs import CausalLMOutputWithCrossAttentions
+from xglm_tf.inputs import check_head_arguments
+from xglm_tf.loss import targets_and_weights
+from xglm_tf.pretrained import TFXGLMPreTrainedModel
+
+
+class Perplexity(keras.metrics.Mean):
+    """exp of the mean of surprisals. Callbacks that monitor it need `mode="min"`."""
+
+    def result(self) -> tf.Tensor:
+        """float32 scalar."""
+        return tf.exp(super().result())
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenMetrics:
+    """Means over tokens; their state is two numbers each. They are no list, which Keras would save with the weights."""
+
+    loss: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="loss"))
+    accuracy: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="accuracy"))
+    perplexity: Perplexity = dataclasses.field(default_factory=lambda: Perplexity(name="perplexity"))
+
+    def update(self, total: tf.Tensor, surprisal: tf.Tensor, correct: tf.Tensor, count: tf.Tensor) -> None:
+        """Takes the sums over a batch, and its number of tokens."""
+        for metric, value in ((self.loss, total), (self.perplexity, surprisal), (self.accuracy, correct)):
+            metric.update_state(tf.math.divide_no_nan(value, count), sample_weight=count)
+
+
+class TFXGLMTrainable(TFXGLMPreTrainedModel):
+    """What a causal language model adds to Keras' training.
+
+    Without `loss` in `compile`, the loss is that of `labels`, which are among the inputs or the second part of
+    `(inputs, labels)`: the tokens themselves, -100 where none counts, nothing shifted. It is the mean over all tokens
+    of the global batch, or with sample weights, [batch] or [batch, length], their weighted mean. The metrics `loss`,
+    `accuracy` and `perplexity` are means over tokens, too.
+
+    With `loss` in `compile`, Keras computes that, of labels and logits as they are: position i of the logits predicts
+    label i + 1, so such labels are given shifted. The same holds for `metrics` in `compile`.
+    """
+
+    _loss_options = LossOptions()
+
+    @property
+    def loss_options(self) -> LossOptions:
+        """What is added to the loss; may be set at any time."""
+        return self._loss_options
+
+    @loss_options.setter
+    def loss_options(self, options: LossOptions) -> None:
+        self._loss_options = options
+        self.train_function = self.test_function = None  # They were traced with the old ones.
+
+    def loss_of(
+        self,
+        hidden_states: tf.Tensor,
+        labels: tf.Tensor,
+        num_items_in_batch: int | tf.Tensor | None = None,
+        weights: tf.Tensor | None = None,
+        *,
+        training: bool = False,
+    ) -> LossOutput:
+        """The loss from the decoder's last states; see `xglm_tf.loss.causal_lm_loss`."""
+        raise NotImplementedError
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """See `keras.Model.compile`; without `loss` there is the built-in one.
+
+        Raises:
+            InputError: the trainable variables are float16 and the optimizer is no `LossScaleOptimizer`.
+        """
+        super().compile(*args, **kwargs)
+        if self.optimizer is not None and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            for dtype in {variable.dtype for variable in self.trainable_variables}:
+                check_trainable_type(dtype)
+        self.__dict__.pop("token_metrics", None)
+        _ = self.token_metrics  # Now, in the scope of a distribution strategy.
+
+    def get_config(self) -> dict[str, Any]:
+        """See `TFXGLMPreTrainedModel.get_config`; with the options of the loss."""
+        return {**super().get_config(), "loss_options": dataclasses.asdict(self.loss_options)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """See `TFXGLMPreTrainedModel.from_config`."""
+        options = config.get("loss_options", {})
+        model = super().from_config({name: value for name, value in config.items() if name != "loss_options"})
+        model.loss_options = LossOptions(**options)
+        return model
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles as a saved model was, with room for the state of its optimizer."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+    @functools.cached_property
+    def token_metrics(self) -> TokenMetrics:
+        """The metrics of the built-in loss."""
+        return TokenMetrics()
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """All metrics; those of the built-in loss take the place of Keras' mean over batches."""
+        metrics = super().metrics
+        if not self.compiled or self._compile_loss is not None:
+            return metrics
+        own = (getattr(self.token_metrics, field.name) for field in dataclasses.fields(TokenMetrics))
+        return [*own, *(metric for metric in metrics if metric is not self._loss_tracker)]
+
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        """A step of `fit`."""
+        return self._to_average(super().train_step(self._with_labels(data)))
+
+    def test_step(self, data: Any) -> dict[str, tf.Tensor]:
+        """A step of `evaluate`."""
+        return self._to_average(super().test_step(self._with_labels(data)))
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> tf.Tensor:
+        """The loss of a step, whose sum over the replicas is that of the global batch; updates the built-in metrics."""
+        if self._compile_loss is not None:
+            return super().compute_loss(x, _labels(x, y), _logits(y_pred), sample_weight, training)
+        tokens = x.get("input_ids", x.get("inputs_embeds"))
+        y = tf.convert_to_tensor(y)  # Keras hands over numpy arrays if it runs eagerly.
+        check_head_arguments(self.config, tokens, y, 0)
+        weights = None if sample_weight is None else _weights_of_labels(tf.convert_to_tensor(sample_weight), y)
+        replica = tf.distribute.get_replica_context()
+        replicas = 1 if replica is None else replica.num_replicas_in_sync
+
+        def summed(*values: tf.Tensor) -> Sequence[tf.Tensor]:
+            return values if replicas == 1 else replica.all_reduce(tf.distribute.ReduceOp.SUM, list(values))
+
+        # Keras adds up the gradients of the replicas. So each divides by what all of them have.
+        (count,) = summed(tf.reduce_sum(targets_and_weights(y, weights)[1]))
+        items = x.get("num_items_in_batch")
+        items = count if items is None else tf.cast(items, tf.float32)
+        output = self.loss_of(y_pred.hidden_states[-1], y, items, weights, training=training)
+        loss, surprisal, correct = summed(tf.stop_gradient(output.loss), output.surprisal, output.correct)
+        # Every replica has the sums of all, and Keras adds up what the replicas have.
+        sums = (loss * items, surprisal, correct, count)
+        self.token_metrics.update(*(value / replicas for value in sums))
+        return output.loss + sum(self._aggregate_additional_loss(loss) for loss in self.losses)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        """The metrics so far; those named in `compile` are given the logits."""
+        return super().compute_metrics(x, _labels(x, y), _logits(y_pred), sample_weight)
+
+    def enable_lora(
+        self,
+        rank: int,
+        layers: Iterable[int] | None = None,
+        *,
+        projections: Sequence[str] = ("q_proj", "v_proj"),
+        lora_alpha: float | None = None,
+    ) -> None:
+        """Gives projections of the self-attention low-rank adapters, and freezes all else.
+
+        See Hu et al., arXiv 2106.09685.
+
+        Call `compile` afterwards. `save_pretrained`, `save` and `save_weights` write the sum of weight and adapter, so
+        what is loaded has none, and is trainable in all its parts; the state of the optimizer does not fit it.
+
+        Args:
+            rank: of the adapters.
+            layers: the blocks that get them, by index; None means all.
+            projections: some of `q_proj`, `k_proj`, `v_proj`, `out_proj`.
+            lora_alpha: the factor of an adapter, times `rank`; None means `rank`, a factor of 1.
+
+        Raises:
+            InputError: there is no such block or projection, `rank` is not positive, or there are adapters already.
+        """
+        known = ("q_proj", "k_proj", "v_proj", "out_proj")
+        chosen = list(range(self.config.num_layers) if layers is None else layers)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise InputError(f"rank is {rank!r}, expected a positive integer")
+        if unknown := [index for index in chosen if index not in range(self.config.num_layers)]:
+            raise InputError(f"there are no blocks {unknown}, expected some of 0 to {self.config.num_layers - 1}")
+        if unnamed := [name for name in projections if name not in known]:
+            raise InputError(f"there are no projections {unnamed}, expected some of {', '.join(known)}")
+        if self.has_lora:
+            raise InputError("there are adapters already; save_pretrained merges them, and a loaded model has none")
+        for variable in self.trainable_variables:
+            variable.trainable = False
+        for index in chosen:
+            for name in projections:
+                getattr(self.model.layers[index].self_attn, name).enable_lora(rank, lora_alpha)
+        self.forget_compiled()
+
+    def _to_average(self, logs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """The results of a step in the shape in which Keras averages them: over processes, along the first axis."""
+        several = isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        return {name: value[None] for name, value in logs.items()} if several else logs
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Keras' preparation for a distribution strategy, of which only the optimizer is left to be done.
+
+        Keras would average the first batch over the processes of a `MultiWorkerMirroredStrategy`, and fail with inputs
+        by name.
+        """
+        if self._compile_loss is not None or self._compile_metrics is not None:
+            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+        elif self._distribute_strategy is not None and self.optimizer is not None and not self.optimizer.built:
+            with self._distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
+
+    def _with_labels(self, data: Any) -> tuple[dict[str, Any], Any, Any]:
+        """A batch of `fit` as arguments by name, labels, and sample weights."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        arguments = self.named_arguments([x], {})
+        labels = arguments.pop("labels", None)
+        if labels is None and y is None:
+            raise InputError("there are no labels; expected 'labels' among the inputs, or data of (inputs, labels)")
+        if labels is not None and y is not None:
+            raise InputError("labels are given twice, expected once: among the inputs, or in (inputs, labels)")
+        wanted = {"use_cache": False, "return_dict": True}
+        if self._compile_loss is None:
+            # The loss needs the last states alone. Those below are not kept in compiled code.
+            wanted |= {"output_hidden_states": True, "return_logits": self._compile_metrics is not None}
+        return {**arguments, **wanted}, labels if y is None else y, sample_weight
+
+
+def _labels(x: Any, y: Any) -> Any:
+    """The labels of a step; where Keras prepares the first one, they may still be among the inputs."""
+    return x["labels"] if y is None and isinstance(x, dict) else y
+
+
+def _logits(y_pred: Any) -> Any:
+    """What Keras' own losses and metrics compare with labels."""
+    return y_pred.logits if isinstance(y_pred, CausalLMOutputWithCrossAttentions) else y_pred
+
+
+def _weights_of_labels(sample_weight: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Sample weights for each label [batch, length].
+
+    Raises:
+        InputError: they have another shape.
+    """
+    shape, expected = sample_weight.shape, labels.shape
+    # Keras traces one function for weights of both kinds, which knows of no shape.
+    if not any(shape.is_compatible_with(fitting) for fitting in (expected[:1], [expected[0], 1], expected)):
+        raise InputError(f"sample_weight is {list(shape)}, expected {list(expected[:1])} or {list(expected)}")
+    rows = tf.reshape(sample_weight, (tf.shape(labels)[0], -1))
+    return tf.broadcast_to(rows, tf.shape(labels))
