@@ -1,7 +1,7 @@
 """Fine-tunes the bundled model on sentences about the weather, in JAX.
 
     python examples/finetune_jax.py --output runs/jax
-    python examples/finetune_jax.py --output runs/jax --mesh 4x2     # 4 groups, which divide the model between 2 devices
+    python examples/finetune_jax.py --output runs/jax --mesh 4x2    # 4 groups, which divide the model between 2 devices
 
 The run can be stopped at any time and goes on where its last checkpoint is. `--mesh` needs as many devices, and a model
 that they divide; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of one.

@@ -1,5 +1,6 @@
 """Training in JAX: the loss inside its transformations, steps and their state, recomputation, and meshes of devices."""
 
+import json
 import math
 import os
 import subprocess
@@ -284,3 +285,19 @@ def test_mesh_of_eight_devices():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout == "as on one device\n"
+
+
+def test_example(tmp_path):
+    """It is stopped after two steps and goes on; the losses are those of the other frameworks' examples."""
+
+    def run(steps):
+        command = [sys.executable, "examples/finetune_jax.py", "--output", str(tmp_path), "--steps", steps]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "step    2 of 2  loss 7.8322" in run("2")
+    assert "goes on after step 2\njax  step    3 of 3  loss 6.4078" in run("3")
+    losses = json.loads((tmp_path / "losses.json").read_text())["losses"]
+    np.testing.assert_allclose(losses, [9.4253, 7.8322, 6.4078], atol=1e-4)
+    assert (tmp_path / "model.safetensors").is_file()

@@ -73,7 +73,8 @@ class FlaxXGLMAttention(nn.Module):
             [batch, length, d_model], and the probabilities [batch, heads, length, keys] or None.
         """
         query = self._split_heads(self.q_proj(hidden_states))
-        weights = self._probabilities(query, key, mask)
+        # The backward pass computes the steps to the probabilities again: with their masks, they are the largest arrays.
+        weights = jax.checkpoint(_probabilities)(query, key, mask)
         dropped = self.dropout(weights, deterministic=deterministic)
         context = jnp.einsum("bhqk,bhkd->bhqd", dropped, value, precision=PRECISION)
         if head_mask is not None:
@@ -88,14 +89,15 @@ class FlaxXGLMAttention(nn.Module):
         """[batch, length, width] -> [batch, heads, length, head_dim]."""
         return states.reshape(*states.shape[:2], self.heads, -1).swapaxes(1, 2)
 
-    def _probabilities(self, query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """[batch, heads, length, keys] in the type of the computation."""
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=PRECISION, preferred_element_type=jnp.float32)
-        scores = scores * self.config.head_dim**-0.5
-        if mask is not None:
-            # Finite, so that a row without any visible key is a mean of values rather than NaN.
-            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        return jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+
+def _probabilities(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """[batch, heads, length, keys] in the type of the computation."""
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=PRECISION, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    if mask is not None:
+        # Finite, so that a row without any visible key is a mean of values rather than NaN.
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
 
 
 def dense(config: XGLMConfig, features: int, dtype: Any, param_dtype: Any, *, use_bias: bool = True) -> nn.Dense:

@@ -114,7 +114,8 @@ class FlaxXGLMDecoderLayer(nn.Module):
             self.encoder_attn = FlaxXGLMAttention(config, config.attention_heads, *types)
             self.encoder_attn_layer_norm = layer_norm(*types)
         self.self_attn_layer_norm = layer_norm(*types)
-        self.activation_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        # The derivative of a GELU is computed again in the backward pass: it has three more arrays of this size.
+        self.activation_fn = jax.checkpoint(ACTIVATIONS[activation] if isinstance(activation, str) else activation)
         self.fc1 = dense(config, config.ffn_dim, *types)
         self.fc2 = dense(config, config.d_model, *types)
         self.final_layer_norm = layer_norm(*types)
