@@ -54,7 +54,7 @@ def sentences() -> list[str]:
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """The command line of an example, which may add to it."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--checkpoint", default=str(CHECKPOINT), help="folder, or repository of the hub (bundled model)"
     )

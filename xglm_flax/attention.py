@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from xglm_flax.initialization import kernel_init
 
 # JAX's default lets accelerators round the factors of float32 products to 10 bits (TF32) or 8 (bfloat16).
 PRECISION = jax.lax.Precision.HIGHEST
+FEW_ROWS = 16  # For how many, but more than one, `few_rows_product` is the faster one.
 
 
 class FlaxXGLMAttention(nn.Module):
@@ -73,7 +75,8 @@ class FlaxXGLMAttention(nn.Module):
             [batch, length, d_model], and the probabilities [batch, heads, length, keys] or None.
         """
         query = self._split_heads(self.q_proj(hidden_states))
-        weights = self._probabilities(query, key, mask)
+        # The backward pass computes the steps to the probabilities again: they have several arrays of that size.
+        weights = jax.checkpoint(_probabilities)(query, key, mask)
         dropped = self.dropout(weights, deterministic=deterministic)
         context = jnp.einsum("bhqk,bhkd->bhqd", dropped, value, precision=PRECISION)
         if head_mask is not None:
@@ -88,14 +91,15 @@ class FlaxXGLMAttention(nn.Module):
         """[batch, length, width] -> [batch, heads, length, head_dim]."""
         return states.reshape(*states.shape[:2], self.heads, -1).swapaxes(1, 2)
 
-    def _probabilities(self, query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """[batch, heads, length, keys] in the type of the computation."""
-        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=PRECISION, preferred_element_type=jnp.float32)
-        scores = scores * self.config.head_dim**-0.5
-        if mask is not None:
-            # Finite, so that a row without any visible key is a mean of values rather than NaN.
-            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        return jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+
+def _probabilities(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """[batch, heads, length, keys] in the type of the computation."""
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=PRECISION, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    if mask is not None:
+        # Finite, so that a row without any visible key is a mean of values rather than NaN.
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
 
 
 def dense(config: XGLMConfig, features: int, dtype: Any, param_dtype: Any, *, use_bias: bool = True) -> nn.Dense:
@@ -108,6 +112,32 @@ def dense(config: XGLMConfig, features: int, dtype: Any, param_dtype: Any, *, us
         precision=PRECISION,
         kernel_init=kernel_init(config),
     )
+
+
+def few_rows_product(states: jax.Array, matrix: jax.Array) -> jax.Array:
+    """[batch, length, width] by a matrix [features, width] -> [batch, length, features].
+
+    For a few rows, XLA's product on a CPU is as fast as it can read a matrix that comes first and has this layout, and
+    half as fast with any other order; which it would choose, were the result not computed before it is transposed.
+    """
+    rows = states.reshape(-1, states.shape[-1])
+    product = computed(jnp.einsum("ow,nw->on", matrix, rows, precision=PRECISION))
+    return product.T.reshape(*states.shape[:-1], -1)
+
+
+def computed(x: jax.Array) -> jax.Array:
+    """`x`, to be computed before it is used, and so its gradient."""
+    return jax.lax.optimization_barrier(x) if _barriers_have_gradients() else x
+
+
+@functools.cache
+def _barriers_have_gradients() -> bool:
+    """Whether this JAX can differentiate a barrier: 0.5 cannot."""
+    try:
+        jax.eval_shape(jax.grad(jax.lax.optimization_barrier), 1.0)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def attention_mask_for(mask: jax.Array | None, past: Length, length: int) -> jax.Array:

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_core.errors import InputError
-from xglm_flax.attention import FlaxXGLMAttention, dense
+from xglm_flax.attention import FlaxXGLMAttention, computed, dense
 from xglm_flax.cache import Length, put
 from xglm_flax.stacking import by_layer, check_layout, check_stackable, stacked_blocks
 
@@ -114,7 +114,8 @@ class FlaxXGLMDecoderLayer(nn.Module):
             self.encoder_attn = FlaxXGLMAttention(config, config.attention_heads, *types)
             self.encoder_attn_layer_norm = layer_norm(*types)
         self.self_attn_layer_norm = layer_norm(*types)
-        self.activation_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        # The derivative of a GELU is computed again in the backward pass: it has three more arrays of this size.
+        self.activation_fn = jax.checkpoint(ACTIVATIONS[activation] if isinstance(activation, str) else activation)
         self.fc1 = dense(config, config.ffn_dim, *types)
         self.fc2 = dense(config, config.d_model, *types)
         self.final_layer_norm = layer_norm(*types)
@@ -306,21 +307,6 @@ class FlaxXGLMLayerNorm(nn.LayerNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> Any:
         """[batch, length, d_model] -> the same."""
         return super().__call__(computed(x), mask=mask)
-
-
-def computed(x: jax.Array) -> jax.Array:
-    """`x`, to be computed before it is used, and so its gradient."""
-    return jax.lax.optimization_barrier(x) if _barriers_have_gradients() else x
-
-
-@functools.cache
-def _barriers_have_gradients() -> bool:
-    """Whether this JAX can differentiate a barrier: 0.5 cannot."""
-    try:
-        jax.eval_shape(jax.grad(jax.lax.optimization_barrier), 1.0)
-    except NotImplementedError:
-        return False
-    return True
 
 
 def layer_norm(dtype: Any, param_dtype: Any) -> FlaxXGLMLayerNorm:

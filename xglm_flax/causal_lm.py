@@ -20,7 +20,7 @@ from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
 from xglm_core.scoring.engine import score
 from xglm_core.weight_names import HEAD
-from xglm_flax.attention import PRECISION, dense
+from xglm_flax.attention import FEW_ROWS, PRECISION, dense, few_rows_product
 from xglm_flax.blocks import Remat
 from xglm_flax.cache import FlaxXGLMCache, as_cache
 from xglm_flax.decoder import FlaxXGLMModule
@@ -157,6 +157,8 @@ class FlaxXGLMForCausalLMModule(nn.Module):
             return self.lm_head(hidden_states)
         # Differs: a tied head is no parameter, so there is nothing to tie again. `nn.Embed.attend` has no precision.
         embedding = self.model.embed_tokens.embedding.astype(self.dtype)
+        if 1 < hidden_states.shape[0] * hidden_states.shape[1] <= FEW_ROWS:
+            return few_rows_product(hidden_states, embedding)
         return jnp.einsum("bld,vd->blv", hidden_states, embedding, precision=PRECISION)
 
 

@@ -12,8 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput, chunk_positions
-from xglm_flax.attention import PRECISION
-from xglm_flax.blocks import computed
+from xglm_flax.attention import PRECISION, computed
 
 _PLAIN = LossOptions()
 # XLA computes a term of a sum before it adds it. So logits take half of the room that there is for them, and what a

@@ -65,10 +65,10 @@ def specs_like(tree: Any, params: Params, config: XGLMConfig) -> Any:
     """
     layers = params.get("model", params).get("layers", {})
     specs = partition_specs(config, stacked=is_stacked(layers), bare="model" not in params)
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
 
     def is_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
+        return bool(jax.tree.structure(node) == structure)
 
     def of(node: Any) -> Any:
         return specs if is_params(node) else PartitionSpec()
