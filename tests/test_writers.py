@@ -15,9 +15,9 @@ from tests.models import CONFIG, changed
 from xglm_core import convert_checkpoint, open_checkpoint
 from xglm_core.checkpoint import flax_writer, keras_writer, torch_writer
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT32, convert
+from xglm_core.checkpoint.filling import write_numbers
 from xglm_core.checkpoint.formats import FORMATS
 from xglm_core.checkpoint.layout import Entry
-from xglm_core.checkpoint.writing import write_numbers
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 
 UNTIED = changed(CONFIG, tie_word_embeddings=False)
@@ -256,7 +256,7 @@ class TestKeras:
 
 def test_scattered_writes(folder, weights, config, tmp_path, monkeypatch):
     """Matrices that are written column by column, as in files with more than a block per matrix."""
-    monkeypatch.setattr("xglm_core.checkpoint.mapped._TRANSPOSED_BLOCK_NUMBERS", 150)
+    monkeypatch.setattr("xglm_core.checkpoint.mapped._MAPPED_NUMBERS", 150)
     monkeypatch.setattr("xglm_core.checkpoint.mapped._BLOCK_NUMBERS", 100)
     monkeypatch.setattr(flax_writer, "_MOST_BYTES", 1004)
     convert_checkpoint(folder, tmp_path / "flax", to="flax")

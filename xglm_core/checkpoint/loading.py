@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, float_type
+from xglm_core.checkpoint.filling import equal_numbers
 from xglm_core.checkpoint.folder import Checkpoint
 from xglm_core.checkpoint.mapped import Buffers
 from xglm_core.config import XGLMConfig
@@ -131,13 +132,6 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     head, embedding = checkpoint.info(HEAD), checkpoint.info(EMBEDDING)
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return False
-    transposed = head.strides is not None  # Most often it is what is stored transposed, and slow to read otherwise.
-    bits = f"u{head.dtype.storage.itemsize}"  # As a NaN is not equal to itself.
-    return all(
-        np.array_equal(ours.view(bits), theirs.view(bits))
-        for ours, theirs in zip(
-            checkpoint.blocks(HEAD, head.dtype, Buffers(), transposed=transposed),
-            checkpoint.blocks(EMBEDDING, head.dtype, Buffers(), transposed=transposed),
-            strict=True,
-        )
+    return equal_numbers(
+        checkpoint.blocks(HEAD, head.dtype, Buffers()), checkpoint.blocks(EMBEDDING, head.dtype, Buffers())
     )
