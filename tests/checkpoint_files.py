@@ -15,10 +15,10 @@ import pytest
 from tests.frameworks import backends_under_test
 from xglm_core import XGLMConfig
 from xglm_core.checkpoint.dtypes import FloatType
+from xglm_core.checkpoint.filling import write_numbers
 from xglm_core.checkpoint.layout import Entry
 from xglm_core.checkpoint.mapped import Buffers, row_blocks
 from xglm_core.checkpoint.safetensors import SAFETENSORS_WRITER
-from xglm_core.checkpoint.writing import write_numbers
 from xglm_core.weight_names import HEAD, weight_specs
 
 Weights = Mapping[str, np.ndarray]

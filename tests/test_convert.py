@@ -138,7 +138,7 @@ class TestPairs:
     def test_tied_head_of_many_blocks(self, source, tmp_path, monkeypatch):
         """Of the head, which is stored transposed, and of the embedding, the blocks have different sizes."""
         needed("tf")
-        monkeypatch.setattr("xglm_core.checkpoint.mapped._TRANSPOSED_BLOCK_NUMBERS", 300)
+        monkeypatch.setattr("xglm_core.checkpoint.mapped._MAPPED_NUMBERS", 300)
         monkeypatch.setattr("xglm_core.checkpoint.mapped._BLOCK_NUMBERS", 100)
         convert_checkpoint(source, tmp_path / "tf", to="tf")
         convert_checkpoint(tmp_path / "tf", tmp_path / "new", to="safetensors")
@@ -236,17 +236,17 @@ class TestInput:
 _STOPPING = """
 import os, sys, time
 from xglm_core import convert_checkpoint, files
-from xglm_core.checkpoint import writing
+from xglm_core.checkpoint import filling, writing
 source, destination, to, when = sys.argv[1:]
 def stop(*arguments):
     print("now", flush=True)
     time.sleep(60)
 if when == "writing":
-    whole, blocks = writing._write_block, []
+    whole, blocks = filling._write_block, []
     def write(*arguments):
         blocks.append(1)
         stop() if len(blocks) == 20 else whole(*arguments)
-    writing._write_block = write
+    filling._write_block = write
 elif when == "verifying":
     writing._verify = stop
 else:
@@ -317,6 +317,36 @@ class TestKilled:
         assert files(tmp_path / "new") == {}
 
 
+def swap(file, first, second):
+    """Swaps two places, each an offset and a size."""
+    contents = []
+    for begin, size in (first, second):
+        file.seek(begin)
+        contents.append(file.read(size))
+    for (begin, _), content in zip((first, second), reversed(contents), strict=True):
+        file.seek(begin)
+        file.write(content)
+
+
+def flip(file, place, _):
+    """Flips one bit, in the last byte of a place."""
+    position = sum(place) - 1
+    file.seek(position)
+    (byte,) = file.read(1)
+    file.seek(position)
+    file.write(bytes([byte ^ 1]))
+
+
+_NUMBERS = r"new/.*: model\.layers\.0\.fc1\.weight was written with other numbers than it should have"
+DAMAGES = {
+    "flipped bit": (flip, _NUMBERS),
+    "swapped numbers": (lambda file, place, _: swap(file, (place[0], 4), (place[0] + 4, 4)), _NUMBERS),
+    "swapped blocks": (lambda file, place, _: swap(file, (place[0], 1000), (place[0] + 3000, 1000)), _NUMBERS),
+    "swapped tensors": (swap, _NUMBERS),
+    "truncated": (lambda file, place, _: file.truncate(sum(place) - 1), r"truncated|damaged|directory"),
+}
+
+
 class TestDisk:
     @pytest.mark.parametrize("to", ["torch", "flax", "tf"])
     @pytest.mark.parametrize("limit", [100, 4000, 60_000])
@@ -337,19 +367,24 @@ class TestDisk:
         with pytest.raises(CheckpointError, match="new: cannot be written: Permission denied"):
             convert_checkpoint(source, tmp_path / "new", to="torch")
 
+    @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
     @pytest.mark.parametrize("to", WRITABLE)
-    def test_every_written_number_is_read_back(self, source, tmp_path, to, monkeypatch):
+    def test_what_was_written_is_read_back(self, source, tmp_path, to, damage, message, monkeypatch):
         needed(to)
-        whole = writing._write_block
+        whole = writing.write_numbers
 
-        def damage(file, pieces, entry, block, count):
-            if block.size == 53:  # The bias of fc1.
-                block = block.copy()
-                block.view(np.uint8)[7] ^= 1
-            whole(file, pieces, entry, block, count)
+        def write(file, entries, layout, *others):
+            whole(file, entries, layout, *others)
+            kernels = [
+                place
+                for entry, (place,) in zip(entries, layout.places, strict=True)
+                if "fc1" in entry.name and len(entry.shape) == 2
+            ]
+            with open(file.name, "r+b") as written:
+                damage(written, *kernels[:2])
 
-        monkeypatch.setattr(writing, "_write_block", damage)
-        with pytest.raises(CheckpointError, match=r"model\.layers\.0\.fc1\.bias was written with other numbers"):
+        monkeypatch.setattr(writing, "write_numbers", write)
+        with pytest.raises(CheckpointError, match=message):
             convert_checkpoint(source, tmp_path / "new", to=to)
         assert files(tmp_path / "new") == {}
 

@@ -11,11 +11,12 @@ from typing import Any, Unpack
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import FLOAT8, FloatType, float_type
+from xglm_core.checkpoint.filling import Advance
 from xglm_core.checkpoint.folder import Checkpoint, open_source
 from xglm_core.checkpoint.formats import FORMATS, Format, present_formats, shortened
 from xglm_core.checkpoint.loading import plan_loading
 from xglm_core.checkpoint.mapped import Buffers
-from xglm_core.checkpoint.writing import Advance, NewWeight, parse_size, write_checkpoint
+from xglm_core.checkpoint.writing import NewWeight, parse_size, write_checkpoint
 from xglm_core.config import CONFIG_FILE, GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.hub import HubOptions, find_source

@@ -12,7 +12,7 @@ import numpy as np
 from xglm_core.checkpoint.dtypes import FloatType, convert, overflows
 from xglm_core.checkpoint.fairseq import FairseqFile
 from xglm_core.checkpoint.formats import FORMATS, fetch_weights, find_format, open_files, shortened
-from xglm_core.checkpoint.mapped import Buffers, TensorFile, TensorInfo, row_blocks
+from xglm_core.checkpoint.mapped import Buffers, TensorFile, TensorInfo
 from xglm_core.config import CONFIG_FILE, GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.hub import HubOptions, Source, find_source
@@ -78,8 +78,9 @@ class Checkpoint:
         Raises:
             CheckpointError: a number is finite, but beyond the range of `dtype`.
         """
-        stored = self.info(name).dtype
-        for block in row_blocks(self.read(name), buffers, transposed=transposed):
+        file, stored_name = self._where[name]
+        stored = file.tensors[stored_name].dtype
+        for block in file.blocks(stored_name, buffers, transposed=transposed):
             converted = convert(block, stored, dtype)
             if overflows(block, stored, converted, dtype):
                 raise CheckpointError(
@@ -87,7 +88,6 @@ class Checkpoint:
                     "choose a type with a larger range"
                 )
             yield converted
-            self.release(name)
 
     def release(self, name: str) -> None:
         """Frees the resident pages of a tensor that was read and copied."""

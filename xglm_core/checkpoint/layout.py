@@ -37,21 +37,18 @@ class Entry:
 Piece = tuple[int, int]  # Offset in the file, and bytes.
 
 
-def _nothing(checksums: Sequence[int]) -> None:
-    """Most formats are complete when the numbers are in."""
-
-
 @dataclass(frozen=True)
 class Layout:
     """A file without its numbers.
 
     Attributes:
         places: for each entry, the pieces of the file that hold its numbers, in row-major order.
-        finish: is called when the numbers are in, with the CRC-32 of each entry's.
+        finish: is called when the numbers are in, with the CRC-32 of each entry's; None for the formats, most of them,
+            that have no such thing.
     """
 
     places: Sequence[Sequence[Piece]]
-    finish: Callable[[Sequence[int]], None] = _nothing
+    finish: Callable[[Sequence[int]], None] | None = None
 
 
 @dataclass(frozen=True)

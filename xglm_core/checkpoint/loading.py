@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, float_type
+from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, convert, float_type
+from xglm_core.checkpoint.filling import equal_numbers
 from xglm_core.checkpoint.folder import Checkpoint
-from xglm_core.checkpoint.mapped import Buffers
+from xglm_core.checkpoint.mapped import Buffers, aligned_empty, copy_numbers, is_aligned
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
 
+_COPIED_NUMBERS = 2**19  # By a thread at a time.
+_RELEASED_BLOCKS = 32  # After which the pages of the file are freed.
 MOST_LAYERS = 1000  # Whose weights may be listed, unless a checkpoint has as many tensors.
 
 
@@ -46,6 +52,43 @@ class LoadPlan:
     def read(self, spec: WeightSpec) -> np.ndarray:
         """A weight in canonical shape and `dtype.storage`: a copy-on-write view of the file where the type allows."""
         return self._checkpoint.read(spec.name, self.dtype)
+
+    def aligned(self, spec: WeightSpec, *, transposed: bool = False) -> np.ndarray:
+        """A weight, row-major and in `dtype.storage`, that begins at a multiple of 64 bytes in memory.
+
+        Frameworks demand that of an array that they take over. It is a copy-on-write view of the file where that has
+        the numbers so, and memory of its own otherwise.
+
+        Args:
+            spec: which weight.
+            transposed: whether to transpose it.
+        """
+        source = self._checkpoint.info(spec.name).dtype
+        stored = self._checkpoint.read(spec.name)
+        turned = transposed
+        if stored.ndim == 2 and stored.T.flags.c_contiguous:  # In the order of the file.
+            stored, turned = stored.T, not transposed
+        if source is self.dtype and not turned and is_aligned(stored):
+            return stored
+        result = aligned_empty(spec.shape[::-1] if transposed else spec.shape, self.dtype.storage)
+        step = max(1, _COPIED_NUMBERS // max(1, math.prod(stored.shape[1:])))
+
+        def fill(begin: int) -> None:
+            rows = slice(begin, begin + step)
+            block = convert(stored[rows], source, self.dtype)
+            copy_numbers(result[:, rows] if turned else result[rows], block.T if turned else block)
+
+        begins = range(0, len(stored), step)
+        for count, _ in enumerate(map(fill, begins) if len(begins) < 2 else self._threads.map(fill, begins), 1):
+            if count % _RELEASED_BLOCKS == 0:
+                self.release(spec)
+        self.release(spec)
+        return result
+
+    @functools.cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """Two: while one waits for the file, or for memory, the other copies. They end with the plan."""
+        return ThreadPoolExecutor(2)
 
     def release(self, spec: WeightSpec) -> None:
         """Frees the file pages of a weight that the backend has copied."""
@@ -131,13 +174,6 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     head, embedding = checkpoint.info(HEAD), checkpoint.info(EMBEDDING)
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return False
-    transposed = head.strides is not None  # Most often it is what is stored transposed, and slow to read otherwise.
-    bits = f"u{head.dtype.storage.itemsize}"  # As a NaN is not equal to itself.
-    return all(
-        np.array_equal(ours.view(bits), theirs.view(bits))
-        for ours, theirs in zip(
-            checkpoint.blocks(HEAD, head.dtype, Buffers(), transposed=transposed),
-            checkpoint.blocks(EMBEDDING, head.dtype, Buffers(), transposed=transposed),
-            strict=True,
-        )
+    return equal_numbers(
+        checkpoint.blocks(HEAD, head.dtype, Buffers()), checkpoint.blocks(EMBEDDING, head.dtype, Buffers())
     )

@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder in any format: whole or not at all, a few megabytes in memory, and read back."""
+"""Writing a checkpoint folder in any format: whole or not at all, in little memory, and read back."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import math
 import os
 import re
-import zlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -18,19 +17,16 @@ from typing import BinaryIO
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import FloatType
+from xglm_core.checkpoint.filling import Advance, equal_numbers, in_threads, write_numbers
 from xglm_core.checkpoint.formats import FORMATS, Format
-from xglm_core.checkpoint.layout import Entry, Layout, Piece, Writer
-from xglm_core.checkpoint.mapped import Buffers, row_blocks
+from xglm_core.checkpoint.layout import Writer
+from xglm_core.checkpoint.mapped import Buffers, is_large, row_blocks
 from xglm_core.config import CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.files import remove_leftovers, replacing
 from xglm_core.weight_names import WeightSpec
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_READERS = 2  # Threads that read a file back.
-
-# What is called with the numbers of bytes that were written and that were read back since the last call.
-Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class NewWeight:
 
 
 # Gives a weight in blocks of rows, see `row_blocks`: by canonical name, and whether each block is transposed.
-# A block is valid until the next one is asked for, be that of the same weight or of another.
+# A block is valid until the same thread asks for the next one, be that of the same weight or of another.
 Blocks = Callable[[str, bool], Iterator[np.ndarray]]
 
 
@@ -59,7 +55,7 @@ def save_checkpoint(
     read: Callable[[str], np.ndarray],
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a checkpoint as safetensors that transformers can load too, one tensor in memory at a time.
+    """Writes a checkpoint as safetensors that transformers can load too, two tensors in memory at a time.
 
     An older checkpoint in the folder stays whole until the new one is complete; then it is replaced, and weight files
     that no longer belong to it are removed.
@@ -69,7 +65,8 @@ def save_checkpoint(
         config: written as `config.json`.
         specs: the weights.
         dtype: the type that `read` gives.
-        read: gives a weight by canonical name, in canonical shape and in `dtype.storage`.
+        read: gives a weight by canonical name, in canonical shape and in `dtype.storage`; is called by two threads,
+            and twice for each weight.
         max_shard_size: most bytes in one file, as a number or e.g. "500MB"; a larger single tensor has its own file.
 
     Raises:
@@ -106,15 +103,21 @@ def write_checkpoint(
         folder: created if it is missing.
         format: has a writer.
         weights: what to write.
-        blocks: gives their numbers.
+        blocks: gives their numbers; is called by two threads, and twice for each weight.
         others: the contents of other files by name, among them `config.json`.
         max_shard_bytes: most bytes of weights in one file.
-        advance: is told about the progress.
+        advance: is told about the progress, by one thread at a time.
 
     Raises:
         CheckpointError: a file cannot be written, or does not read back as what was written.
     """
     assert format.writer is not None
+    lock = threading.Lock()
+
+    def advance_alone(written: int, verified: int) -> None:
+        with lock:
+            advance(written, verified)
+
     shards = list(_split(weights, max_shard_bytes))
     names = format.shard_names(len(shards))
     index = {
@@ -138,7 +141,7 @@ def write_checkpoint(
             for name, text in texts.items():
                 files[name].write(text)
             for name, shard in zip(names, shards, strict=True):
-                _write_weights(files[name], folder / name, format, shard, blocks, len(shards) > 1, advance)
+                _write_weights(files[name], folder / name, format, shard, blocks, len(shards) > 1, advance_alone)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot be written: {error.strerror or error}; what the folder held before is unchanged"
@@ -169,125 +172,43 @@ def _write_weights(
     sharded: bool,
     advance: Advance,
 ) -> None:
-    """Writes one file, and reads it back while the system brings it to the disk."""
+    """Writes one file, and reads it back."""
     assert format.writer is not None
     writer: Writer = format.writer
     entries = [writer.entry(weight.spec, weight.dtype) for weight in weights]
-    checksums = write_numbers(
-        file,
-        entries,
-        writer.lay_out(file, entries, sharded),
-        lambda index: blocks(weights[index].spec.name, writer.is_transposed(weights[index].spec)),
-        advance,
-    )
-    with ThreadPoolExecutor(1) as pool:
-        synced = pool.submit(os.fsync, file.fileno())
-        _verify(Path(file.name), path, format, weights, checksums, advance)
-        synced.result()
+    layout = writer.lay_out(file, entries, sharded)
 
+    def stored_blocks(index: int) -> Iterator[np.ndarray]:
+        spec = weights[index].spec
+        return blocks(spec.name, writer.is_transposed(spec))
 
-def write_numbers(
-    file: BinaryIO,
-    entries: Sequence[Entry],
-    layout: Layout,
-    blocks: Callable[[int], Iterator[np.ndarray]],
-    advance: Advance = lambda written, verified: None,
-) -> list[int]:
-    """Fills in the numbers of a file that is laid out.
-
-    Args:
-        file: open for writing.
-        entries: what it holds.
-        layout: where that lies.
-        blocks: gives an entry, by its index, in blocks of rows, or of columns.
-        advance: is told about the progress.
-
-    Returns:
-        The CRC-32 of each entry's blocks. Of blocks of rows it is that of the stored bytes.
-    """
-    checksums = []
-    for index, (entry, pieces) in enumerate(zip(entries, layout.places, strict=True)):
-        checksum = count = 0
-        for block in blocks(index):
-            _check_block(entry, block)
-            checksum = zlib.crc32(_bytes_of(block), checksum)
-            _write_block(file, pieces, entry, block, count)
-            count += block.size
-            advance(block.nbytes, 0)
-        if count * entry.dtype.storage.itemsize != entry.nbytes:
-            raise ValueError(f"{entry.name}: announced {entry.dtype.storage} {entry.shape}, got {count} numbers")
-        checksums.append(checksum)
-    layout.finish(checksums)
-    file.flush()  # A full disk shows here, while nothing has been replaced yet.
-    return checksums
-
-
-def _check_block(entry: Entry, block: np.ndarray) -> None:
-    fits = len(entry.shape) < 2 or entry.shape[1:] == block.shape[1:] or entry.shape[:1] == block.shape[:1]
-    if block.dtype != entry.dtype.storage or block.ndim != max(1, len(entry.shape)) or not fits:
-        raise ValueError(
-            f"{entry.name}: announced {entry.dtype.storage} {entry.shape}, got {block.dtype} {block.shape}"
-        )
-
-
-def _write_block(file: BinaryIO, pieces: Sequence[Piece], entry: Entry, block: np.ndarray, count: int) -> None:
-    """Writes a block at its place, after `count` numbers of the entry."""
-    item = block.itemsize
-    if len(entry.shape) < 2 or block.shape[1:] == entry.shape[1:]:
-        _write_at(file, pieces, count * item, _bytes_of(block))
-        return
-    rows, columns = entry.shape
-    for row, numbers in enumerate(block):
-        _write_at(file, pieces, (row * columns + count // rows) * item, _bytes_of(numbers))
-
-
-def _write_at(file: BinaryIO, pieces: Sequence[Piece], position: int, data: memoryview) -> None:
-    """Writes bytes at a position within the numbers of an entry, which may be in several pieces."""
-    for begin, size in pieces:
-        if data and position < size:
-            part = data[: size - position]
-            file.seek(begin + position)
-            file.write(part)
-            data = data[len(part) :]
-            position = size
-        position -= size
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
+    write_numbers(file, entries, layout, stored_blocks, advance)
+    _verify(file, path, format, weights, blocks, advance)
 
 
 def _verify(
-    written: Path,
-    path: Path,
-    format: Format,
-    weights: Sequence[NewWeight],
-    checksums: Sequence[int],
-    advance: Advance,
+    file: BinaryIO, path: Path, format: Format, weights: Sequence[NewWeight], blocks: Blocks, advance: Advance
 ) -> None:
-    """Reads a file back."""
+    """Opens a file that was written, as any reader would, and compares it with what it was made from."""
     assert format.writer is not None
     writer = format.writer
-    file = format.open(written)
-    found = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
+    written = format.open(Path(file.name))
+    found = {name: (info.dtype, info.shape) for name, info in written.tensors.items()}
     if found != {weight.spec.name: (weight.dtype, weight.spec.shape) for weight in weights}:
         raise CheckpointError(f"{path}: was written with other names, types or shapes than it should have")
+    buffers = Buffers()
 
-    def checksum(weight: NewWeight) -> int:
-        name, result = weight.spec.name, 0
-        for block in row_blocks(file.read(name), Buffers(), transposed=writer.is_transposed(weight.spec)):
-            result = zlib.crc32(_bytes_of(block), result)
-            file.release(name)
-        return result
+    def compare(weight: NewWeight) -> None:
+        name = weight.spec.name
+        # What is transposed in both files needs not be turned at all, except that this is slow for large matrices.
+        transposed = writer.is_transposed(weight.spec) and not is_large(weight.spec.shape)
+        if not equal_numbers(blocks(name, transposed), written.blocks(name, buffers, transposed=transposed)):
+            raise CheckpointError(
+                f"{path}: {name} was written with other numbers than it should have; is the disk or the memory faulty?"
+            )
+        advance(0, weight.nbytes)
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        for weight, expected, read in zip(weights, checksums, pool.map(checksum, weights), strict=True):
-            if read != expected:
-                raise CheckpointError(
-                    f"{path}: {weight.spec.name} was written with other numbers than it should have (CRC-32 "
-                    f"{read:08x}, expected {expected:08x}); is the disk or the memory faulty?"
-                )
-            advance(0, weight.nbytes)
+    in_threads(compare, weights, file)
 
 
 def _split(weights: Sequence[NewWeight], limit: int) -> Iterator[list[NewWeight]]:
