@@ -96,21 +96,23 @@ def flax_task(task: str, checkpoint: str, ids: np.ndarray) -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
-    from xglm_flax import FlaxXGLMForCausalLM
+    from xglm_flax import FlaxXGLMForCausalLM, make_loss_fn, stack_layers
 
-    model = FlaxXGLMForCausalLM.from_pretrained(checkpoint)
+    # As one trains where memory is short: scanned blocks, computed again in the backward pass.
+    training = {"scan_layers": True, "remat": "full"} if task == "train" else {}
+    model = FlaxXGLMForCausalLM.from_pretrained(checkpoint, **training)
+    if task == "train":
+        model.params = stack_layers(model.params)
     tokens = jnp.asarray(ids, jnp.int32)
     last = jax.jit(lambda params, tokens: model(tokens, params=params, logits_to_keep=1).logits[:, -1].argmax(-1))
 
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        return model(tokens, params=params, labels=tokens, train=True, dropout_rng=jax.random.key(0)).loss
-
-    gradients = jax.jit(jax.value_and_grad(loss))
+    gradients = jax.jit(jax.value_and_grad(make_loss_fn(model)))
+    batch, key = {"input_ids": tokens, "labels": tokens}, jax.random.key(0)
     tasks = {
         "load": lambda: sum(float(leaf.sum()) for leaf in jax.tree.leaves(model.params)),
         "prefill": lambda: jax.block_until_ready(last(model.params, tokens)),
         "score": lambda: jax.block_until_ready(model.score(tokens)),
-        "train": lambda: jax.block_until_ready(gradients(model.params, tokens)),
+        "train": lambda: jax.block_until_ready(gradients(model.params, batch, key)),
     }
     return tasks.get(task, lambda: jax.block_until_ready(model.generate(tokens, **GREEDY)))
 
