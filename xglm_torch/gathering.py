@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,9 +49,12 @@ def first_process_reads(model: nn.Module, read: Read) -> Iterator[Read | None]:
             raise CheckpointError(f"the first process could not write the checkpoint: {message['error']}")
         return
 
+    alone = threading.Lock()  # Weights are written by several threads, and gathered in one order.
+
     def asking(name: str) -> np.ndarray:
-        _said_by_first({"name": name, "error": None})
-        return read(name)
+        with alone:
+            _said_by_first({"name": name, "error": None})
+            return read(name)
 
     error = None
     try:
