@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
-from xglm_torch.products import add_product
+from xglm_torch.products import add_product, adds_in_place
 
 # Of the gradient of the head, or of the head in another type, at a time.
 _BLOCK_BYTES = 2**24
@@ -78,7 +78,7 @@ def chunked_loss(
                     add_product(by_some, logits[:, block].to(factors), rows)
                 by_states[places] = by_some
             if of_weight:
-                for block, _ in _blocks(weight, None):
+                for block, _ in _blocks(weight, factors):
                     add_product(by_weight[block], logits[:, block].T.to(factors), some)
     return loss, surprisals, correct, part.sum(by_states), by_weight
 
@@ -149,12 +149,14 @@ def _become_gradients(
     return tuple(torch.cat(pieces) for pieces in zip(*results, strict=True))
 
 
-def _blocks(weight: torch.Tensor, dtype: torch.dtype | None) -> Iterator[tuple[slice, torch.Tensor]]:
-    """One part of the rows after the other: where they are, and they themselves in a type; None keeps theirs."""
+def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Parts of the rows: where they are, and they themselves in a type. One part if products with it need no room."""
     step = max(1, _BLOCK_BYTES // (4 * weight.shape[1]))
+    if weight.dtype == dtype and adds_in_place(weight):
+        step = len(weight)
     for begin in range(0, len(weight), step):
         block = slice(begin, min(begin + step, len(weight)))
-        yield block, weight[block] if dtype is None else weight[block].to(dtype)
+        yield block, weight[block].to(dtype)
 
 
 @chunked_loss.register_fake

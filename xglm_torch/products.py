@@ -59,17 +59,22 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *,
         right: [width, columns], of the same type.
         keep: whether to add.
     """
-    if left.dtype != total.dtype:
-        product = torch.mm(left, right, out_dtype=total.dtype)
-    elif left.device.type == "cpu" and torch.backends.mkldnn.is_available() and _trains_faster():
-        product = _product(left, right.T, None)
-    else:
+    if adds_in_place(left):
         total.addmm_(left, right, beta=int(keep))
         return
+    product = (
+        _product(left, right.T, None) if left.dtype == total.dtype else torch.mm(left, right, out_dtype=total.dtype)
+    )
     if keep:
         total += product
     else:
         total.copy_(product)
+
+
+def adds_in_place(factor: torch.Tensor) -> bool:
+    """Whether `add_product` with such a factor takes no memory of its own."""
+    onednn = factor.device.type == "cpu" and torch.backends.mkldnn.is_available() and _trains_faster()
+    return factor.dtype == torch.float32 and not onednn
 
 
 class _OneDNN(TorchFunctionMode):
