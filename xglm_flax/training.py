@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.training.train_state import TrainState
 
 from xglm_core.errors import InputError
@@ -84,7 +83,7 @@ def make_loss_fn(
 
 def make_train_step(
     model: FlaxXGLMForCausalLM,
-    optimizer: optax.GradientTransformation,
+    optimizer: Any,
     *,
     accumulation_steps: int = 1,
     seed: int = 0,
@@ -95,7 +94,7 @@ def make_train_step(
 
     Args:
         model: what to train; its `loss_options` are read here.
-        optimizer: any transformation of optax.
+        optimizer: any `optax.GradientTransformation`.
         accumulation_steps: into how many parts a batch is divided, to be computed one after the other. The result is
             that of the whole batch: each label counts the same, wherever it is.
         seed: of dropout.
