@@ -132,13 +132,14 @@ def make_train_step(
 
     def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
         check_batch(model, batch)
+        batch = _for_devices(batch, mesh)
         rows, parts = len(batch["input_ids"]), accumulation_steps * (data_shards(mesh) or 1)
         if rows % parts:
             raise InputError(
                 f"the batch has {rows} rows, expected a multiple of {parts} (accumulation_steps={accumulation_steps}, "
                 f"over {parts // accumulation_steps} groups of devices)"
             )
-        return compiled(state, _for_devices(batch, mesh))
+        return compiled(state, batch)
 
     return step, state
 
