@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ from flax.training.train_state import TrainState
 
 import xglm_core.loss
 from conformance.gradients import loss_and_gradients
+from tests import flax_processes
 from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions, labels_for
 from xglm_flax import FlaxXGLMForCausalLM, make_eval_step, make_loss_fn, make_train_step, stack_layers
@@ -301,3 +303,42 @@ def test_example(tmp_path):
     losses = json.loads((tmp_path / "losses.json").read_text())["losses"]
     np.testing.assert_allclose(losses, [9.4253, 7.8322, 6.4078], atol=1e-4)
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_two_processes(tmp_path):
+    """They go on where one process stopped, each with its part of the rows, and it goes on where they stopped."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    step, state = flax_processes.start()
+    losses = []
+    for number in range(1, 5):
+        state, metrics = step(state, flax_processes.BATCH)
+        losses.append(float(metrics["loss"]))
+        if number == 1:
+            with ocp.CheckpointManager(tmp_path) as manager:
+                manager.save(1, args=ocp.args.StandardSave(state))
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.flax_processes", rank, port, str(tmp_path)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        found = [float(line.removeprefix("loss ")) for line in output.splitlines() if line.startswith("loss ")]
+        np.testing.assert_allclose(found, losses[1:3], rtol=1e-5)
+
+    step, state = flax_processes.start()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        state = manager.restore(3, args=ocp.args.StandardRestore(state))
+    assert float(step(state, flax_processes.BATCH)[1]["loss"]) == pytest.approx(losses[3], rel=1e-5)

@@ -32,7 +32,7 @@ BACKENDS = {
     for backend in (
         Backend("torch", "xglm_torch", ("torch",), "XGLMForCausalLM"),
         Backend("tf", "xglm_tf", ("tensorflow", "keras"), "TFXGLMForCausalLM"),
-        Backend("flax", "xglm_flax", ("jax", "flax", "optax"), "FlaxXGLMForCausalLM"),
+        Backend("flax", "xglm_flax", ("jax", "flax"), "FlaxXGLMForCausalLM"),
     )
 }
 

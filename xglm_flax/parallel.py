@@ -101,12 +101,18 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
     With several processes (`jax.distributed`), each gives its own part of the rows, in the order of the processes.
     Arrays that are spread over devices of several processes already stay as they are.
+
+    Raises:
+        InputError: the rows cannot be divided evenly.
     """
     sharding = NamedSharding(mesh, PartitionSpec(DATA))
 
     def placed(array: Any) -> jax.Array:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             return array
+        rows, parts = len(array) * jax.process_count(), mesh.shape[DATA]
+        if rows % parts:
+            raise InputError(f"the batch has {rows} rows, expected a multiple of {parts}, the groups of devices")
         return jax.make_array_from_process_local_data(sharding, np.asarray(array))
 
     return {name: placed(array) for name, array in batch.items()}

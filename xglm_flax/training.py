@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.training.train_state import TrainState
 
 from xglm_core.errors import InputError
@@ -84,7 +83,7 @@ def make_loss_fn(
 
 def make_train_step(
     model: FlaxXGLMForCausalLM,
-    optimizer: optax.GradientTransformation,
+    optimizer: Any,
     *,
     accumulation_steps: int = 1,
     seed: int = 0,
@@ -95,7 +94,7 @@ def make_train_step(
 
     Args:
         model: what to train; its `loss_options` are read here.
-        optimizer: any transformation of optax.
+        optimizer: any `optax.GradientTransformation`.
         accumulation_steps: into how many parts a batch is divided, to be computed one after the other. The result is
             that of the whole batch: each label counts the same, wherever it is.
         seed: of dropout.
@@ -133,13 +132,14 @@ def make_train_step(
 
     def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
         check_batch(model, batch)
+        batch = _for_devices(batch, mesh)
         rows, parts = len(batch["input_ids"]), accumulation_steps * (data_shards(mesh) or 1)
         if rows % parts:
             raise InputError(
                 f"the batch has {rows} rows, expected a multiple of {parts} (accumulation_steps={accumulation_steps}, "
                 f"over {parts // accumulation_steps} groups of devices)"
             )
-        return compiled(state, _for_devices(batch, mesh))
+        return compiled(state, batch)
 
     return step, state
 
