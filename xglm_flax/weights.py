@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT32, FloatType
 from xglm_core.checkpoint.loading import LoadPlan
-from xglm_core.checkpoint.mapped import copy_numbers
+from xglm_core.checkpoint.mapped import aligned_empty, copy_numbers
 from xglm_core.config import XGLMConfig
 from xglm_core.weight_names import WeightSpec
 from xglm_flax.initialization import initializer_of
@@ -21,8 +20,6 @@ from xglm_flax.stacking import is_stacked
 
 # Differs: parameters are no part of a module but a tree beside it, as in params["model"]["layers"]["3"]["fc1"]["bias"].
 Params = dict[str, Any]
-
-_ALIGNMENT = 64  # Bytes; what XLA wants of an array that it takes over.
 
 
 def load_weights(plan: LoadPlan, *, bare: bool) -> Params:
@@ -34,12 +31,11 @@ def load_weights(plan: LoadPlan, *, bare: bool) -> Params:
     """
     params: Params = {}
     for spec in plan.specs:
-        array = plan.read(spec)
         # Differs: a kernel is the transpose of what the file has, so no parameter is a view of the file.
+        array = plan.copy(spec, transposed=spec.transposed)
         *path, name = _path(spec, bare=bare)
         owner = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path, params)
-        owner[name] = _to_jax(array.T if spec.transposed else array, plan.dtype)
-        plan.release(spec)
+        owner[name] = _to_jax(array, plan.dtype)
     return params
 
 
@@ -83,7 +79,10 @@ def write_weight(params: Params, spec: WeightSpec, value: np.ndarray, dtype: Flo
         value: in canonical shape and in `dtype.storage`.
         dtype: the type of its numbers.
     """
-    return set_parameter(params, spec, _to_jax(value.T if spec.transposed else value, dtype))
+    array = value.T if spec.transposed else value
+    copy = aligned_empty(array.shape, array.dtype)
+    copy_numbers(copy, array)
+    return set_parameter(params, spec, _to_jax(copy, dtype))
 
 
 def weights_dtype(params: Params, spec: WeightSpec | None = None) -> FloatType:
@@ -144,18 +143,9 @@ def _path(spec: WeightSpec, *, bare: bool) -> tuple[str, ...]:
 
 
 def _to_jax(array: np.ndarray, dtype: FloatType) -> jax.Array:
-    """A copy of an array on the default device."""
-    copy = _aligned_empty(array.shape, array.dtype)
-    copy_numbers(copy, array)
+    """An array of `aligned_empty` on the default device."""
     if dtype is BFLOAT16:
-        copy = copy.view(jnp.dtype("bfloat16"))
+        array = array.view(jnp.dtype("bfloat16"))
     # On a CPU, JAX takes over what is aligned well; anything else it would copy once more. Waiting until the copy to
     # another device is done keeps two arrays from lying in memory at once.
-    return jax.block_until_ready(jax.device_put(copy))
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % _ALIGNMENT
-    return memory[begin : begin + size].view(dtype).reshape(shape)
+    return jax.block_until_ready(jax.device_put(array))

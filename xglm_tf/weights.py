@@ -13,12 +13,10 @@ import tensorflow as tf
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FloatType, convert
 from xglm_core.checkpoint.loading import LoadPlan
-from xglm_core.checkpoint.mapped import copy_numbers
+from xglm_core.checkpoint.mapped import aligned_empty, copy_numbers
 from xglm_core.weight_names import WeightSpec
 
 Initializer = Callable[..., tf.Tensor]
-
-_ALIGNMENT = 64  # Bytes. TensorFlow copies memory that is aligned to less.
 
 
 def load_weights(model: keras.Model, plan: LoadPlan) -> None:
@@ -60,7 +58,10 @@ def write_weight(model: keras.Model, spec: WeightSpec, value: np.ndarray) -> Non
     """
     layer, variable = _owner(model, spec)
     old = getattr(layer, variable)
-    tensor = _as_tensor(value, spec, weights_dtype(model))
+    array = value.T if spec.transposed else value
+    copy = aligned_empty(array.shape, array.dtype)
+    copy_numbers(copy, array)
+    tensor = _as_tensor(copy, weights_dtype(model))
     siblings = layer._trainable_variables
     place = [sibling is old for sibling in siblings].index(True)
     # As Keras itself does to quantize a layer that is built.
@@ -111,17 +112,10 @@ def _owner(model: keras.Model, spec: WeightSpec) -> tuple[keras.layers.Layer, st
 
 def _stored_value(plan: LoadPlan, spec: WeightSpec, shape: tuple[int, ...], dtype: Any) -> tf.Tensor:
     """The value of a weight, for a variable of this shape and type."""
-    value = _as_tensor(plan.read(spec), spec, plan.dtype)
-    plan.release(spec)
-    return value
+    return _as_tensor(plan.copy(spec, transposed=spec.transposed), plan.dtype)
 
 
-def _as_tensor(stored: np.ndarray, spec: WeightSpec, dtype: FloatType) -> tf.Tensor:
-    """A weight in canonical shape as a tensor in its variable's layout, in memory that a variable will take over."""
-    stored = stored.T if spec.transposed else stored
-    memory = np.empty(stored.nbytes + _ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % _ALIGNMENT
-    value = memory[begin : begin + stored.nbytes].view(stored.dtype).reshape(stored.shape)
-    copy_numbers(value, stored)
+def _as_tensor(value: np.ndarray, dtype: FloatType) -> tf.Tensor:
+    """An array of `aligned_empty` as a tensor in the same memory, which a variable will take over."""
     tensor = tf.experimental.dlpack.from_dlpack(value.__dlpack__())
     return tf.bitcast(tensor, tf.bfloat16) if dtype is BFLOAT16 else tensor

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, float_type
+from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, convert, float_type
 from xglm_core.checkpoint.filling import equal_numbers
 from xglm_core.checkpoint.folder import Checkpoint
-from xglm_core.checkpoint.mapped import Buffers
+from xglm_core.checkpoint.mapped import Buffers, aligned_empty, copy_numbers
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
 
+_COPIED_NUMBERS = 2**19  # By a thread at a time.
+_RELEASED_BLOCKS = 32  # After which the pages of the file are freed.
 MOST_LAYERS = 1000  # Whose weights may be listed, unless a checkpoint has as many tensors.
 
 
@@ -47,6 +51,40 @@ class LoadPlan:
     def read(self, spec: WeightSpec) -> np.ndarray:
         """A weight in canonical shape and `dtype.storage`: a copy-on-write view of the file where the type allows."""
         return self._checkpoint.read(spec.name, self.dtype)
+
+    def copy(self, spec: WeightSpec, *, transposed: bool = False) -> np.ndarray:
+        """A weight in memory of its own, row-major and in `dtype.storage`.
+
+        The memory begins at a multiple of 64 bytes, as frameworks demand it of an array that they take over.
+
+        Args:
+            spec: which weight.
+            transposed: whether to transpose it.
+        """
+        source = self._checkpoint.info(spec.name).dtype
+        stored = self._checkpoint.read(spec.name)
+        turned = transposed
+        if stored.ndim == 2 and stored.T.flags.c_contiguous:  # In the order of the file.
+            stored, turned = stored.T, not transposed
+        result = aligned_empty(spec.shape[::-1] if transposed else spec.shape, self.dtype.storage)
+        step = max(1, _COPIED_NUMBERS // max(1, math.prod(stored.shape[1:])))
+
+        def fill(begin: int) -> None:
+            rows = slice(begin, begin + step)
+            block = convert(stored[rows], source, self.dtype)
+            copy_numbers(result[:, rows] if turned else result[rows], block.T if turned else block)
+
+        begins = range(0, len(stored), step)
+        if len(begins) == 1:
+            fill(0)
+        else:
+            # While one thread waits for the file, or for memory, the other copies.
+            with ThreadPoolExecutor(2) as pool:
+                for count, _ in enumerate(pool.map(fill, begins), 1):
+                    if count % _RELEASED_BLOCKS == 0:
+                        self.release(spec)
+        self.release(spec)
+        return result
 
     def release(self, spec: WeightSpec) -> None:
         """Frees the file pages of a weight that the backend has copied."""

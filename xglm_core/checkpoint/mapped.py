@@ -28,6 +28,7 @@ _BLOCK_NUMBERS = 2**18
 # Numbers of a mapped tensor that may be in memory at a time. A larger matrix is transposed in blocks of as many, so
 # that a row of each is many pages of the file: 2**22 take twice the time of 2**24.
 _MAPPED_NUMBERS = 2**24
+_ALIGNMENT = 64  # Bytes. TensorFlow and XLA copy memory that is aligned to less.
 # So that describing them takes tens of megabytes at most; the largest XGLM has 771, with names of 60 characters.
 _MOST_TENSORS = 50_000
 _LONGEST_NAME = 500
@@ -180,6 +181,14 @@ class Buffers(threading.local):
         if len(self._memory) < size:
             self._memory = np.empty(size, np.uint8)
         return self._memory[:size].view(dtype).reshape(shape)
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+    """A row-major array of any content, whose memory begins at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def row_blocks(array: np.ndarray, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
