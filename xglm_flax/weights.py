@@ -31,8 +31,8 @@ def load_weights(plan: LoadPlan, *, bare: bool) -> Params:
     """
     params: Params = {}
     for spec in plan.specs:
-        # Differs: a kernel is the transpose of what the file has, so no parameter is a view of the file.
-        array = plan.copy(spec, transposed=spec.transposed)
+        # Differs: a kernel is the transpose of what most files have, so few parameters are views of the file.
+        array = plan.aligned(spec, transposed=spec.transposed)
         *path, name = _path(spec, bare=bare)
         owner = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path, params)
         owner[name] = _to_jax(array, plan.dtype)
@@ -143,7 +143,7 @@ def _path(spec: WeightSpec, *, bare: bool) -> tuple[str, ...]:
 
 
 def _to_jax(array: np.ndarray, dtype: FloatType) -> jax.Array:
-    """An array of `aligned_empty` on the default device."""
+    """An aligned array on the default device."""
     if dtype is BFLOAT16:
         array = array.view(jnp.dtype("bfloat16"))
     # On a CPU, JAX takes over what is aligned well; anything else it would copy once more. Waiting until the copy to

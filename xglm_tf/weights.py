@@ -112,10 +112,10 @@ def _owner(model: keras.Model, spec: WeightSpec) -> tuple[keras.layers.Layer, st
 
 def _stored_value(plan: LoadPlan, spec: WeightSpec, shape: tuple[int, ...], dtype: Any) -> tf.Tensor:
     """The value of a weight, for a variable of this shape and type."""
-    return _as_tensor(plan.copy(spec, transposed=spec.transposed), plan.dtype)
+    return _as_tensor(plan.aligned(spec, transposed=spec.transposed), plan.dtype)
 
 
 def _as_tensor(value: np.ndarray, dtype: FloatType) -> tf.Tensor:
-    """An array of `aligned_empty` as a tensor in the same memory, which a variable will take over."""
+    """An aligned array as a tensor in the same memory, which a variable will take over."""
     tensor = tf.experimental.dlpack.from_dlpack(value.__dlpack__())
     return tf.bitcast(tensor, tf.bfloat16) if dtype is BFLOAT16 else tensor

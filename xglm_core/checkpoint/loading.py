@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import numpy as np
 from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, convert, float_type
 from xglm_core.checkpoint.filling import equal_numbers
 from xglm_core.checkpoint.folder import Checkpoint
-from xglm_core.checkpoint.mapped import Buffers, aligned_empty, copy_numbers
+from xglm_core.checkpoint.mapped import Buffers, aligned_empty, copy_numbers, is_aligned
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.generation.config import GenerationConfig
@@ -52,10 +53,11 @@ class LoadPlan:
         """A weight in canonical shape and `dtype.storage`: a copy-on-write view of the file where the type allows."""
         return self._checkpoint.read(spec.name, self.dtype)
 
-    def copy(self, spec: WeightSpec, *, transposed: bool = False) -> np.ndarray:
-        """A weight in memory of its own, row-major and in `dtype.storage`.
+    def aligned(self, spec: WeightSpec, *, transposed: bool = False) -> np.ndarray:
+        """A weight, row-major and in `dtype.storage`, that begins at a multiple of 64 bytes in memory.
 
-        The memory begins at a multiple of 64 bytes, as frameworks demand it of an array that they take over.
+        Frameworks demand that of an array that they take over. It is a copy-on-write view of the file where that has
+        the numbers so, and memory of its own otherwise.
 
         Args:
             spec: which weight.
@@ -66,6 +68,8 @@ class LoadPlan:
         turned = transposed
         if stored.ndim == 2 and stored.T.flags.c_contiguous:  # In the order of the file.
             stored, turned = stored.T, not transposed
+        if source is self.dtype and not turned and is_aligned(stored):
+            return stored
         result = aligned_empty(spec.shape[::-1] if transposed else spec.shape, self.dtype.storage)
         step = max(1, _COPIED_NUMBERS // max(1, math.prod(stored.shape[1:])))
 
@@ -75,16 +79,16 @@ class LoadPlan:
             copy_numbers(result[:, rows] if turned else result[rows], block.T if turned else block)
 
         begins = range(0, len(stored), step)
-        if len(begins) == 1:
-            fill(0)
-        else:
-            # While one thread waits for the file, or for memory, the other copies.
-            with ThreadPoolExecutor(2) as pool:
-                for count, _ in enumerate(pool.map(fill, begins), 1):
-                    if count % _RELEASED_BLOCKS == 0:
-                        self.release(spec)
+        for count, _ in enumerate(map(fill, begins) if len(begins) < 2 else self._threads.map(fill, begins), 1):
+            if count % _RELEASED_BLOCKS == 0:
+                self.release(spec)
         self.release(spec)
         return result
+
+    @functools.cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """Two: while one waits for the file, or for memory, the other copies. They end with the plan."""
+        return ThreadPoolExecutor(2)
 
     def release(self, spec: WeightSpec) -> None:
         """Frees the file pages of a weight that the backend has copied."""

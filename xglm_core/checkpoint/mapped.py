@@ -28,7 +28,7 @@ _BLOCK_NUMBERS = 2**18
 # Numbers of a mapped tensor that may be in memory at a time. A larger matrix is transposed in blocks of as many, so
 # that a row of each is many pages of the file: 2**22 take twice the time of 2**24.
 _MAPPED_NUMBERS = 2**24
-_ALIGNMENT = 64  # Bytes. TensorFlow and XLA copy memory that is aligned to less.
+ALIGNMENT = 64  # Bytes. TensorFlow and XLA copy memory that is aligned to less.
 # So that describing them takes tens of megabytes at most; the largest XGLM has 771, with names of 60 characters.
 _MOST_TENSORS = 50_000
 _LONGEST_NAME = 500
@@ -186,9 +186,14 @@ class Buffers(threading.local):
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
     """A row-major array of any content, whose memory begins at a multiple of 64 bytes."""
     size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % _ALIGNMENT
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
     return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def is_aligned(array: np.ndarray) -> bool:
+    """Whether an array is like those of `aligned_empty`."""
+    return array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0
 
 
 def row_blocks(array: np.ndarray, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from xglm_core.checkpoint.dtypes import BY_CODE
 from xglm_core.checkpoint.layout import Entry, Layout, Writer
-from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, are_sizes, is_shape, shown
+from xglm_core.checkpoint.mapped import ALIGNMENT, TensorFile, TensorInfo, are_sizes, is_shape, shown
 from xglm_core.errors import CheckpointError
 
 _LENGTH_BYTES = 8
@@ -108,7 +108,8 @@ def _lay_out(file: BinaryIO, entries: Sequence[Entry], sharded: bool) -> Layout:
         header[entry.name] = {"dtype": entry.dtype.code, "shape": list(entry.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)  # Keeps the tensors aligned to 8 bytes.
+    # So that tensors which are views of the file, and whose sizes are multiples of that, too, are aligned in memory.
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
     start = file.tell()
     return Layout([[(start + header[entry.name]["data_offsets"][0], entry.nbytes)] for entry in entries])
