@@ -10,9 +10,9 @@ import pytest
 
 from tests.checkpoint_files import write_safetensors
 from tests.frameworks import backends_under_test
-from xglm_core import XGLMConfig, open_checkpoint
-from xglm_core.checkpoint import DTYPES, convert, plan_loading, save_checkpoint
-from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, float_type
+from xglm_core import XGLMConfig, convert_checkpoint, open_checkpoint
+from xglm_core.checkpoint import DTYPES, plan_loading, save_checkpoint
+from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, convert, float_type
 from xglm_core.checkpoint.folder import WEIGHTS_FILE
 from xglm_core.checkpoint.mapped import copy_numbers
 from xglm_core.checkpoint.safetensors import SafetensorsFile
@@ -350,6 +350,36 @@ class TestPlan:
             plan.release(spec)
         assert not recwarn.list
 
+    @pytest.mark.parametrize("numbers", [100, 2**19], ids=["blocks", "whole"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("format", ["safetensors", "torch", "flax"])
+    def test_aligned(self, tmp_path, monkeypatch, format, dtype, numbers):
+        """In both orders of the file and of the memory, as it is and converted, and the file stays as it was."""
+        monkeypatch.setattr("xglm_core.checkpoint.loading._COPIED_NUMBERS", numbers)
+        monkeypatch.setattr("xglm_core.checkpoint.loading._RELEASED_BLOCKS", 2)
+        weights = random_weights()
+        save(tmp_path / "source", weights)
+        convert_checkpoint(tmp_path / "source", tmp_path / "new", to=format)
+        for turn in (False, True):
+            plan = self.plan(tmp_path / "new", dtype=dtype)
+            for spec in plan.specs:
+                expected = convert(weights[spec.name], FLOAT32, DTYPES[dtype])
+                array = plan.aligned(spec, transposed=spec.transposed and turn)
+                np.testing.assert_array_equal(array, expected.T if spec.transposed and turn else expected, strict=True)
+                assert array.flags.c_contiguous
+                assert array.ctypes.data % 64 == 0
+                array[:] = 0
+        assert_holds(tmp_path / "new", weights)
+
+    def test_aligned_views(self, tmp_path):
+        """The numbers of our files begin at a multiple of 64 bytes, so the embedding needs no copy."""
+        save(tmp_path, random_weights())
+        plan = self.plan(tmp_path)
+        first, second = plan.specs[:2]
+        assert first.name == EMBEDDING
+        assert np.shares_memory(plan.aligned(first), plan.read(first))
+        assert not np.shares_memory(plan.aligned(second, transposed=True), plan.read(second))
+
     def test_stored_head_that_equals_the_embedding_stays_tied(self, tmp_path, recwarn):
         weights = random_weights(with_head=True)
         weights[HEAD] = weights[EMBEDDING]
@@ -605,7 +635,7 @@ class TestConversion:
         rows = [convert(row, FLOAT32, target) for row in array] if len(shape) == 2 and array.size else []
         np.testing.assert_array_equal(converted, rows or converted)
 
-    @pytest.mark.parametrize("shape", [(3, 5), (100, 33), (33, 100), (1, 7), (0, 4)])
+    @pytest.mark.parametrize("shape", [(3, 5), (100, 33), (33, 100), (1, 7), (0, 4), (257, 600), (512, 255)])
     @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
     def test_copy_of_a_transposed_matrix(self, shape, dtype):
         array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
