@@ -1,6 +1,6 @@
 """What is written in each format, read by the libraries that define it."""
 
-import importlib
+import importlib.util
 import json
 import struct
 import zipfile
@@ -16,6 +16,7 @@ from xglm_core import convert_checkpoint, open_checkpoint
 from xglm_core.checkpoint import flax_writer, keras_writer, torch_writer
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT32, convert
 from xglm_core.checkpoint.filling import write_numbers
+from xglm_core.checkpoint.flax_msgpack import FlaxFile
 from xglm_core.checkpoint.formats import FORMATS
 from xglm_core.checkpoint.layout import Entry
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
@@ -260,8 +261,22 @@ def test_scattered_writes(folder, weights, config, tmp_path, monkeypatch):
     monkeypatch.setattr("xglm_core.checkpoint.mapped._BLOCK_NUMBERS", 100)
     monkeypatch.setattr(flax_writer, "_MOST_BYTES", 1004)
     convert_checkpoint(folder, tmp_path / "flax", to="flax")
+    numbers, sizes = FlaxFile._numbers, []
+
+    def spy(file, name, begin, end):
+        sizes.append((file.tensors[name].strides is None, end - begin))
+        return numbers(file, name, begin, end)
+
+    monkeypatch.setattr(FlaxFile, "_numbers", spy)
     convert_checkpoint(tmp_path / "flax", tmp_path / "torch", to="torch")
+    # Of what is stored in pieces, but not transposed: the embedding, never put together as a whole.
+    assert sizes
+    assert max(size for plain, size in sizes if plain) <= 150
     with zipfile.ZipFile(tmp_path / "torch" / "pytorch_model.bin") as archive:
         assert archive.testzip() is None
+    if importlib.util.find_spec("h5py"):
+        convert_checkpoint(tmp_path / "flax", tmp_path / "tf", to="tf")
+        checkpoint = open_checkpoint(tmp_path / "tf")
+        assert_equal({name: checkpoint.read(name) for name in checkpoint.names}, with_head(weights))
     checkpoint = open_checkpoint(tmp_path / "torch")
     assert_equal({name: checkpoint.read(name) for name in checkpoint.names}, weights)

@@ -17,7 +17,17 @@ from typing import Any, Never
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import STORED, FloatType
-from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, is_shape, matrix_info, shown
+from xglm_core.checkpoint.mapped import (
+    Buffers,
+    TensorFile,
+    TensorInfo,
+    block_rows,
+    is_large,
+    is_shape,
+    matrix_info,
+    ordered,
+    shown,
+)
 from xglm_core.weight_names import canonical_name
 
 CHUNKED = "__msgpack_chunked_array__"
@@ -83,14 +93,35 @@ class FlaxFile(TensorFile):
         info = self.tensors[name]
         if name not in self._pieces:
             return super().read(name)
-        result = np.empty(math.prod(info.shape), info.dtype.storage)
+        numbers = self._numbers(name, 0, math.prod(info.shape))
+        return numbers.reshape(info.shape) if info.strides is None else numbers.reshape(info.shape[::-1]).T
+
+    def blocks(self, name: str, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
+        """See `TensorFile.blocks`. Of a large matrix in pieces, a block at a time is put together."""
+        info = self.tensors[name]
+        if name not in self._pieces or info.strides is not None or not is_large(info.shape):
+            yield from super().blocks(name, buffers, transposed=transposed)
+            return
+        rows, width = info.shape
+        step = block_rows(info.shape, transposed=transposed)
+        for begin in range(0, rows, step):
+            numbers = self._numbers(name, begin * width, min(begin + step, rows) * width)
+            yield ordered(numbers.reshape(-1, width), buffers, transposed=transposed)
+
+    def _numbers(self, name: str, begin: int, end: int) -> np.ndarray:
+        """A copy of some numbers of a tensor that is there in pieces."""
+        dtype = self.tensors[name].dtype.storage
+        result = np.empty(end - begin, dtype)
         position = 0
         for piece in self._pieces[name]:
             (count,) = piece.shape
-            result[position : position + count] = np.frombuffer(self._map, result.dtype, count, piece.begin)
-            self._release(piece.begin, piece.end)
+            first, last = max(begin, position), min(end, position + count)
+            if first < last:
+                place = piece.begin + (first - position) * dtype.itemsize
+                result[first - begin : last - begin] = np.frombuffer(self._map, dtype, last - first, place)
+                self._release(place, place + (last - first) * dtype.itemsize)
             position += count
-        return result.reshape(info.shape) if info.strides is None else result.reshape(info.shape[::-1]).T
+        return result
 
     def _add_leaf(self, place: tuple[str, ...], leaf: Any) -> None:
         name, transposed = canonical_name(place)

@@ -213,21 +213,29 @@ def row_blocks(array: np.ndarray, buffers: Buffers, *, transposed: bool) -> Iter
         array = array.reshape(1)
     if transposed and not is_large(array.shape):
         array, transposed = array.T, False
-    most = _MAPPED_NUMBERS if transposed else _BLOCK_NUMBERS
-    rows = max(1, most // math.prod(array.shape[1:]))
-    for begin in range(0, len(array), rows):
-        block = array[begin : begin + rows]
-        block = block.T if transposed else block
-        if not block.flags.c_contiguous:
-            copy = buffers.array(block.shape, block.dtype)
-            copy_numbers(copy, block)
-            block = copy
-        yield block
+    step = block_rows(array.shape, transposed=transposed)
+    for begin in range(0, len(array), step):
+        yield ordered(array[begin : begin + step], buffers, transposed=transposed)
+
+
+def block_rows(shape: Sequence[int], *, transposed: bool) -> int:
+    """How many rows a block has of a large matrix, or of anything that is not to be transposed."""
+    return max(1, (_MAPPED_NUMBERS if transposed else _BLOCK_NUMBERS) // math.prod(shape[1:]))
+
+
+def ordered(block: np.ndarray, buffers: Buffers, *, transposed: bool) -> np.ndarray:
+    """A block, or its transpose, in row-major order."""
+    block = block.T if transposed else block
+    if block.flags.c_contiguous:
+        return block
+    copy = buffers.array(block.shape, block.dtype)
+    copy_numbers(copy, block)
+    return copy
 
 
 def is_large(shape: Sequence[int]) -> bool:
-    """Whether a matrix has too many numbers to be mapped as a whole while it is transposed."""
-    return math.prod(shape) > _MAPPED_NUMBERS
+    """Whether it is the shape of a matrix with too many numbers to be mapped as a whole while it is transposed."""
+    return len(shape) == 2 and math.prod(shape) > _MAPPED_NUMBERS
 
 
 def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
