@@ -4,7 +4,7 @@
     python bench/convert.py random-564M --work converted
 
 Every format is converted into each. A conversion runs in a process of its own, right after `cp` and `sync` of the file
-that it will write; its time includes the start of Python, check sums, reading back and fsync. "GB/s" is of the bytes
+that it will write; its time includes the start of Python, reading back, comparing and fsync. "GB/s" is of the bytes
 written; the memory is the largest resident set, in which mapped pages of files count. On a machine that others use, the
 seconds of the processor say more.
 """

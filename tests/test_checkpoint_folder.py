@@ -371,14 +371,17 @@ class TestPlan:
                 array[:] = 0
         assert_holds(tmp_path / "new", weights)
 
-    def test_aligned_views(self, tmp_path):
+    def test_aligned_views(self, tmp_path, monkeypatch):
         """The numbers of our files begin at a multiple of 64 bytes, so the embedding needs no copy."""
         save(tmp_path, random_weights())
         plan = self.plan(tmp_path)
+        released = []
+        monkeypatch.setattr("xglm_core.checkpoint.folder.Checkpoint.release", lambda _, name: released.append(name))
         first, second = plan.specs[:2]
         assert first.name == EMBEDDING
         assert np.shares_memory(plan.aligned(first), plan.read(first))
         assert not np.shares_memory(plan.aligned(second, transposed=True), plan.read(second))
+        assert released == [second.name]  # Of a view, pages may have been written to.
 
     def test_stored_head_that_equals_the_embedding_stays_tied(self, tmp_path, recwarn):
         weights = random_weights(with_head=True)

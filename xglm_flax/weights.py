@@ -23,7 +23,7 @@ Params = dict[str, Any]
 
 
 def load_weights(plan: LoadPlan, *, bare: bool) -> Params:
-    """Reads the parameters one by one, each into memory of its own on the default device.
+    """Reads the parameters one by one to the default device: into memory of their own, or see `LoadPlan.aligned`.
 
     Args:
         plan: the checkpoint.

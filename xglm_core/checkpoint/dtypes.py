@@ -77,7 +77,8 @@ def overflows(array: np.ndarray, source: FloatType, converted: np.ndarray, targe
     """Whether converting made a finite number infinite."""
     if source is target or source in FLOAT8:  # Whose largest number, 57344, is within the range of all.
         return False
-    return bool(_infinite(converted, target) > _infinite(array, source))
+    infinite = _infinite(converted, target)
+    return infinite > 0 and infinite > _infinite(array, source)
 
 
 def _infinite(array: np.ndarray, dtype: FloatType) -> int:
