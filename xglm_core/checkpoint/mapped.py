@@ -103,14 +103,37 @@ class TensorFile:
 
     def blocks(self, name: str, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
         """The tensor in blocks, see `row_blocks`; pages of the file are freed after a few million numbers."""
-        count = 0
-        for block in row_blocks(self.read(name), buffers, transposed=transposed):
+        array, count = self.read(name), 0
+        owner: Any = array.base  # The mapped file, unless a reader had to make a copy.
+        if is_large(array.shape) and array.T.flags.c_contiguous and owner is self._map:
+            yield from self._blocks_across(self.tensors[name], buffers, transposed=transposed)
+            return
+        for block in row_blocks(array, buffers, transposed=transposed):
             yield block
             count += block.size
             if count >= _MAPPED_NUMBERS:
                 self.release(name)
                 count = 0
         self.release(name)
+
+    def _blocks_across(self, info: TensorInfo, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
+        """Blocks of a large matrix that is stored transposed, each a part of all rows of the file.
+
+        Read, not mapped: where one number is wanted, Linux may map megabytes, and so the whole matrix.
+        """
+        (rows, width), storage = info.shape, info.dtype.storage
+        step = block_rows(info.shape, transposed=transposed)
+        most = max(1, _MAPPED_NUMBERS // width // step) * step
+        memory = Buffers()
+        with open(self.path, "rb", buffering=0) as file:
+            for begin in range(0, rows, most):
+                part = memory.array((width, min(most, rows - begin)), storage)
+                for index, numbers in enumerate(part):
+                    file.seek(info.begin + (index * rows + begin) * storage.itemsize)
+                    if file.readinto(numbers.view(np.uint8)) < numbers.nbytes:
+                        raise self._damaged("ends before its tensors; was it changed meanwhile?")
+                for first in range(0, part.shape[1], step):
+                    yield ordered(part.T[first : first + step], buffers, transposed=transposed)
 
     def release(self, name: str) -> None:
         """Gives the memory of a tensor's pages back to the system; the next use reads them from the file again.
