@@ -70,17 +70,19 @@ def causal_lm_loss(
     Returns:
         The loss, 0 if no label counts, and sums for metrics.
     """
-    targets = labels[:, 1:]
+    after = ((0, 0), (0, 1))
+    # The last position stays, with nothing to predict: there is one at least.
+    targets = jnp.pad(labels[:, 1:], after, constant_values=IGNORED_LABEL)
     counts = targets != IGNORED_LABEL
     factors = counts.astype(jnp.float32)
     if weights is not None:
-        factors = jnp.where(counts, jax.lax.stop_gradient(weights)[:, 1:].astype(jnp.float32), 0)
+        factors = jnp.where(counts, jnp.pad(jax.lax.stop_gradient(weights)[:, 1:].astype(jnp.float32), after), 0)
     count = factors.sum()
     total = count if num_items_in_batch is None else jnp.asarray(num_items_in_batch, jnp.float32)
     scale = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
 
     groups = math.gcd(jax.device_count(), len(labels)) if shards is None else shards
-    states = hidden_states[:, :-1].reshape(groups, -1, hidden_states.shape[2])
+    states = hidden_states.reshape(groups, -1, hidden_states.shape[2])
     targets, factors = targets.reshape(groups, -1), factors.reshape(groups, -1)
     positions = targets.shape[1]
     room = chunk_positions(head.shape[vocabulary_axis]) // _LOGITS

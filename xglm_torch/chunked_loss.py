@@ -18,8 +18,9 @@ from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_torch.products import add_product, adds_in_place
 
-# Of the gradient of the head, or of the head in another type, at a time.
-_BLOCK_BYTES = 2**24
+# Of the gradient of the head, or of the head in another type, at a time. A GPU would wait for the host between products
+# as small as a CPU's cache likes them.
+_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**24, 2**28
 _CACHED_ROWS = 4  # Rows of logits that stay in the cache of a CPU from one operation to the next.
 
 
@@ -151,7 +152,8 @@ def _become_gradients(
 
 def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """Parts of the rows: where they are, and they themselves in a type. One part if products with it need no room."""
-    step = max(1, _BLOCK_BYTES // (4 * weight.shape[1]))
+    size = _CPU_BLOCK_BYTES if weight.device.type == "cpu" else _GPU_BLOCK_BYTES
+    step = max(1, size // (4 * weight.shape[1]))
     if weight.dtype == dtype and adds_in_place(weight):
         step = len(weight)
     for begin in range(0, len(weight), step):
