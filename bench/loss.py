@@ -87,7 +87,9 @@ def flax_loss(kind: str, states: np.ndarray, matrix: np.ndarray, labels: np.ndar
 
     from xglm_flax.loss import causal_lm_loss
 
-    given, targets = tuple(map(jnp.asarray, (states, matrix))), jnp.asarray(labels, jnp.int32)
+    # JAX copies arrays in the background; until that is done, both copies exist.
+    given = jax.block_until_ready(tuple(map(jnp.asarray, (states, matrix))))
+    targets = jnp.asarray(labels, jnp.int32)
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
         if kind == "chunked":
