@@ -353,3 +353,24 @@ class TestLoss:
         of_states, of_matrix = tape.gradient(loss, [states, matrix])
         assert of_matrix is None
         assert of_states.numpy().any()
+
+
+class TestTiedMatrix:
+    """One gradient of both uses, which is that of the lookup added to that of the head."""
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_gradient(self, model, jit):
+        matrix = model.get_input_embeddings().embeddings
+
+        def gradient(ids):
+            with tf.GradientTape() as tape:
+                loss = 3 * model(ids, labels=ids, use_cache=False, training=True).loss
+            return tf.convert_to_tensor(tape.gradient(loss, matrix.value))
+
+        due = gradient(tf.constant(IDS)).numpy()  # As TensorFlow adds them: nothing is shared outside a program.
+        program = tf.function(gradient, jit_compile=jit)
+        np.testing.assert_allclose(program(tf.constant(IDS)).numpy(), due, rtol=1e-5, atol=1e-6 * np.abs(due).max())
+        operations = program.get_concrete_function(tf.constant(IDS)).graph.get_operations()
+        whole = {one.type for one in operations if [tuple(result.shape) for result in one.outputs] == [matrix.shape]}
+        assert "AddN" not in whole
+        assert "UnsortedSegmentSum" not in whole

@@ -28,6 +28,7 @@ from xglm_tf.loss import causal_lm_loss
 from xglm_tf.pretrained import embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
 from xglm_tf.training import TFXGLMTrainable
+from xglm_tf.tying import table_and_head
 from xglm_tf.weights import name_scopes, unlocked
 
 # For how many rows the head computes another product, and in how many parts at most; see `_logits`.
@@ -107,6 +108,8 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         check_head_arguments(self.config, tokens, labels, logits_to_keep)
+        tied = training and labels is not None and inputs_embeds is None and self.lm_head is None
+        uses = table_and_head(self.model.embed_tokens) if tied else None
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -121,11 +124,13 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            uses=uses,
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = self.loss_of(hidden_states, labels, num_items_in_batch, training=training).loss
+            head = None if uses is None else uses.head
+            loss = self.loss_of(hidden_states, labels, num_items_in_batch, training=training, head=head).loss
         if wants_logits(return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep):
             logits = self._logits(_kept(hidden_states, logits_to_keep))
         results = CausalLMOutputWithCrossAttentions(
@@ -146,12 +151,13 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         weights: tf.Tensor | None = None,
         *,
         training: bool = False,
+        head: tf.Tensor | None = None,
     ) -> LossOutput:
-        """The loss from the decoder's last states; see `xglm_tf.loss.causal_lm_loss`."""
+        """The loss from the decoder's last states; see `xglm_tf.loss.causal_lm_loss`. None takes the model's head."""
         matrix = self.model.embed_tokens.embeddings if self.lm_head is None else self.lm_head.kernel
         return causal_lm_loss(
             hidden_states,
-            matrix if self.lm_head is None else self.lm_head,
+            head if head is not None else matrix if self.lm_head is None else self.lm_head,
             labels,
             num_items_in_batch,
             options=self.loss_options,

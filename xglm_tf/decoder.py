@@ -19,6 +19,7 @@ from xglm_tf.blocks import TFXGLMDecoderLayer, layer_norm
 from xglm_tf.cache import TFXGLMCache, as_cache, extend_cache, with_capacity
 from xglm_tf.inputs import check_arguments, check_position_ids
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
+from xglm_tf.tying import TableAndHead
 
 
 class TFXGLMSinusoidalPositionalEmbedding(keras.layers.Layer):
@@ -47,10 +48,11 @@ class TFXGLMScaledWordEmbedding(keras.layers.Embedding):
         super().__init__(config.vocab_size, config.d_model, **kwargs)
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """[batch, length, d_model] for ids [batch, length]."""
+    def call(self, inputs: tf.Tensor, uses: TableAndHead | None = None) -> tf.Tensor:
+        """[batch, length, d_model] for ids [batch, length]; see `table_and_head` for `uses`."""
+        rows = super().call(inputs) if uses is None else uses.look_up(inputs)
         # In float32: in bfloat16 the scale itself would be rounded, by up to 0.2%.
-        return tf.cast(tf.cast(super().call(inputs), tf.float32) * self.embed_scale, self.compute_dtype)
+        return tf.cast(tf.cast(rows, tf.float32) * self.embed_scale, self.compute_dtype)
 
 
 class TFXGLMMainLayer(keras.layers.Layer):
@@ -93,8 +95,10 @@ class TFXGLMMainLayer(keras.layers.Layer):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         training: bool = False,
+        *,
+        uses: TableAndHead | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
-        """See `TFXGLMModel.call`."""
+        """See `TFXGLMModel.call`; and `table_and_head` for `uses`."""
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -113,7 +117,7 @@ class TFXGLMMainLayer(keras.layers.Layer):
             cross_attn_head_mask=cross_attn_head_mask,
             inputs_embeds=inputs_embeds,
         )
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.embed_tokens(input_ids, uses=uses) if inputs_embeds is None else inputs_embeds
         batch, length, _ = keras.ops.shape(hidden_states)
         mask = _key_mask(attention_mask, past_key_values, batch, length)
         cache = None

@@ -200,7 +200,7 @@ def _in_chunks(
             of_matrix = _product_added(of_head[0], slopes, rows, xla)
         else:
             of_matrix = tf.matmul(slopes, rows, transpose_a=True)
-        return *results, of_states, _rows_added(of_matrix, target, own * rows, xla)
+        return *results, of_states, rows_added(of_matrix, target, own * rows, xla)
 
     nothing = tf.constant(0.0)
     results = step(tf.constant(0), nothing, nothing, nothing)
@@ -239,7 +239,7 @@ def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bo
     return tf.reshape(total, (vocab_size, width))
 
 
-def _rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:
+def rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:
     """A matrix with rows added to those of an index, which may repeat; in place."""
     if xla:
         return tf.tensor_scatter_nd_add(matrix, index[:, None], rows)
