@@ -76,7 +76,7 @@ def tf_loss(kind: str, states: np.ndarray, matrix: np.ndarray, labels: np.ndarra
                 loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(wanted, logits))
         return tape.gradient(loss, given)
 
-    return lambda: [gradient.numpy().ravel()[0] for gradient in gradients()]
+    return lambda: [tf.reshape(gradient, (-1,))[0].numpy() for gradient in gradients()]  # `numpy()` copies.
 
 
 def flax_loss(kind: str, states: np.ndarray, matrix: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:

@@ -8,7 +8,8 @@ import zlib
 
 import numpy as np
 
-from xglm_core.checkpoint import DTYPES, convert, save_checkpoint
+from xglm_core.checkpoint import DTYPES, save_checkpoint
+from xglm_core.checkpoint.dtypes import convert
 from xglm_core.config import XGLMConfig
 from xglm_core.weight_names import WeightSpec, weight_specs
 

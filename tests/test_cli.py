@@ -13,7 +13,8 @@ from conformance.random_weights import random_weights, write_checkpoint
 from tests.checkpoint_files import write_safetensors
 from tests.commands import ROOT, run_xglm
 from xglm_core import XGLMConfig, __version__, open_checkpoint
-from xglm_core.checkpoint import DTYPES, convert, plan_loading
+from xglm_core.checkpoint import DTYPES, plan_loading
+from xglm_core.checkpoint.dtypes import convert
 from xglm_core.checkpoint.folder import WEIGHTS_FILE
 from xglm_core.cli import bench, main
 from xglm_core.cli.bench import write_random_checkpoint

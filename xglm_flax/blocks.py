@@ -114,8 +114,10 @@ class FlaxXGLMDecoderLayer(nn.Module):
             self.encoder_attn = FlaxXGLMAttention(config, config.attention_heads, *types)
             self.encoder_attn_layer_norm = layer_norm(*types)
         self.self_attn_layer_norm = layer_norm(*types)
-        # The derivative of a GELU is computed again in the backward pass: it has three more arrays of this size.
-        self.activation_fn = jax.checkpoint(ACTIVATIONS[activation] if isinstance(activation, str) else activation)
+        function = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        # The derivative of a GELU is computed again in the backward pass: it has three more arrays of this size. The
+        # lambda is for JAX, which would take what it once traced of a function for another model's as well.
+        self.activation_fn = jax.checkpoint(lambda states: function(states))
         self.fc1 = dense(config, config.ffn_dim, *types)
         self.fc2 = dense(config, config.d_model, *types)
         self.final_layer_norm = layer_norm(*types)
