@@ -101,7 +101,7 @@ class FlaxEngine:
     def feed(self, tokens: np.ndarray) -> None:
         """See `Engine.feed`."""
         self.logits, self._cache, self._seen = self._compiled.feed(
-            self._params_of_steps(len(tokens), 1), tokens.astype(np.int32), cache=self._cache, seen=self._seen
+            self._params, tokens.astype(np.int32), cache=self._cache, seen=self._seen
         )
 
     def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
