@@ -9,14 +9,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from xglm_core.checkpoint import open_checkpoint
 from xglm_core.cli.models import add_model, load_model
+from xglm_core.cli.outputs import written_file
 from xglm_core.compare.report import json_line
 from xglm_core.errors import InputError
 from xglm_core.evaluation.harness import LIST_TASKS, evaluate, find_tasks, register, require_harness
-from xglm_core.files import replacing
 from xglm_core.scoring.texts import BATCH_TOKENS
 from xglm_core.tokenization.sentencepiece import XGLMTokenizer
 
@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     open_checkpoint(arguments.checkpoint, revision=arguments.revision)  # Before what takes seconds.
     tokenizer = XGLMTokenizer.from_pretrained(arguments.checkpoint, revision=arguments.revision)
-    with _written(arguments.json) as file:
+    with written_file(arguments.json) as file:
         with _harness_on_stderr():
             results = _evaluated(arguments, tokenizer)
         print(_table(results))
@@ -131,20 +131,6 @@ def _as_json(results: dict[str, Any]) -> bytes:
 
     plain = json.loads(json.dumps(results, default=handle_non_serializable))
     return f"{json_line(plain, ensure_ascii=False)}\n".encode()
-
-
-@contextlib.contextmanager
-def _written(path: str | None) -> Iterator[BinaryIO | None]:
-    """The file of the results, which is there once it is complete; None if there is to be none."""
-    if path is None:
-        yield None
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(replacing(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
-        yield file
 
 
 @contextlib.contextmanager

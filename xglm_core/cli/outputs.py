@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from xglm_core.errors import InputError
+from xglm_core.files import replacing
 
 _ROW_BEGIN = '{"line": '  # Of a row of JSON; one of a table begins with the number.
 _NUMBER = re.compile(rf"(?:{re.escape(_ROW_BEGIN)})?(\d+)[,\t]")
@@ -134,3 +136,17 @@ def _agree(old: str, new: str) -> bool:
         abs(float(one) - float(other)) <= 0.05 * (1 + abs(float(other)))
         for one, other in zip(old_parts[1::2], new_parts[1::2], strict=True)
     )
+
+
+@contextlib.contextmanager
+def written_file(path: str | None) -> Iterator[BinaryIO | None]:
+    """A file that is there once it is complete; None if there is to be none."""
+    if path is None:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(replacing(path))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+        yield file

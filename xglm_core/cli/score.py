@@ -12,10 +12,9 @@ from pathlib import Path
 from xglm_core.checkpoint import open_checkpoint
 from xglm_core.cli.lines import STDIN, count_items, opened, read_items
 from xglm_core.cli.models import add_model, load_model
-from xglm_core.cli.outputs import Output
+from xglm_core.cli.outputs import Output, written_file
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.files import replacing
 from xglm_core.scoring.page import Page
 from xglm_core.scoring.rows import FORMATS, header, rows
 from xglm_core.scoring.texts import BATCH_TOKENS, EncodedText, Item, checked_stride, encode, score_encoded
@@ -107,14 +106,10 @@ def _groups(
 @contextlib.contextmanager
 def _page(path: str | None, source: str) -> Iterator[Page | None]:
     """The page, which is there once it is complete; None if there is to be none."""
-    if path is None:
-        yield None
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(replacing(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    with written_file(path) as file:
+        if file is None:
+            yield None
+            return
         page = Page(file, f"Surprisal: {'standard input' if source == STDIN else Path(source).name}")
         yield page
         page.end()
