@@ -219,8 +219,8 @@ def _read(
 def _transposed(params: Params) -> Params:
     """The parameters with the kernels of the blocks as `few_rows_product` wants them, under another name.
 
-    Differs: XLA reads them twice as fast so. They take the memory of the blocks again while a text is generated, and half
-    of the time of each step from then on.
+    Differs: XLA reads them twice as fast so. They take the memory of the blocks again while a text is generated, and
+    half of the time of each step from then on.
     """
     decoder = params["model"]
     layers = {index: _turned(block) for index, block in decoder["layers"].items()}
