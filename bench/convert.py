@@ -3,10 +3,10 @@
     xglm bench make-checkpoint --size 564M random-564M
     python bench/convert.py random-564M --work converted
 
-Every format is converted into each. A conversion runs in a process of its own, right after `cp` and `sync` of the file
-that it will write; its time includes the start of Python, reading back, comparing and fsync. "GB/s" is of the bytes
-written; the memory is the largest resident set, in which mapped pages of files count. On a machine that others use, the
-seconds of the processor say more.
+Every format is converted into each. A conversion runs in a process of its own, right after `cp` and `sync` of the
+larger one of its two files; its time includes the start of Python, reading back, comparing and fsync. The size, and so
+"GB/s", is that of the larger file too: tf_model.h5 holds the tied matrix twice, and both copies are read and compared.
+Of several runs the medians are printed; the memory is the largest resident set, in which mapped pages of files count.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import itertools
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder with model.safetensors in one file")
     parser.add_argument("--work", type=Path, required=True, help="folder to write into; needs five times the space")
-    parser.add_argument("--runs", type=int, default=1, help="the best of so many counts, of cp as well (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="of each pair and of its cp (%(default)s)")
     arguments = parser.parse_args()
     arguments.work.mkdir(exist_ok=True)
     sources = {"safetensors": arguments.checkpoint}
@@ -56,17 +57,18 @@ def main() -> None:
         measure([sys.executable, "-c", _CONVERSION, str(arguments.checkpoint), str(sources[name]), name])
     print("from         to              GB  seconds   GB/s  of cp  CPU seconds  cp's  memory MB")
     for first, second in itertools.product(WRITABLE, WRITABLE):
-        same = sources[second] / FORMATS[second].file
+        files = [sources[name] / FORMATS[name].file for name in (first, second)]
+        larger = max(files, key=lambda file: file.stat().st_size)
         copy, target = arguments.work / "copy", arguments.work / "target"
         copied, converted = [], []
         for _ in range(arguments.runs):
-            copied.append(measure(["sh", "-c", 'cp "$0" "$1" && sync "$1"', str(same), str(copy)]))
+            copied.append(measure(["sh", "-c", 'cp "$0" "$1" && sync "$1"', str(larger), str(copy)]))
             copy.unlink()
             converted.append(measure([sys.executable, "-c", _CONVERSION, str(sources[first]), str(target), second]))
             shutil.rmtree(target)
-        size = same.stat().st_size / 1e9
-        seconds, processor, memory = (min(column) for column in zip(*converted, strict=True))
-        copy_seconds, copy_processor, _ = (min(column) for column in zip(*copied, strict=True))
+        size = larger.stat().st_size / 1e9
+        seconds, processor, memory = map(statistics.median, zip(*converted, strict=True))
+        copy_seconds, copy_processor, _ = map(statistics.median, zip(*copied, strict=True))
         print(
             f"{first:12} {second:12} {size:5.2f}  {seconds:7.2f}  {size / seconds:5.2f}  "
             f"{copy_seconds / seconds:5.0%}  {processor:11.2f}  {copy_processor:4.2f}  {memory:9.0f}",

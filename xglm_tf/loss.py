@@ -159,20 +159,22 @@ def _in_chunks(
 
     def step(index: tf.Tensor, loss: tf.Tensor, surprisal: tf.Tensor, correct: tf.Tensor, *sums: tf.Tensor) -> Any:
         """One chunk; the first is given no sums of gradients."""
-        place = places[index]
+        with tf.control_dependencies(sums):  # Else two chunks' logits would be there at a time.
+            place = places[index]
         counts = index * size + tf.range(size) < counting
         factor = tf.where(counts, tf.gather(factors, place), 0.0)
         # A state that does not count may be anything.
         rows = tf.where(counts[:, None], tf.cast(tf.gather(states, place), tf.float32), 0.0)
         target = tf.gather(targets, place)
 
-        logits = tf.matmul(rows, matrix, transpose_b=tied)
-        largest, of_target = tf.reduce_max(logits, axis=1), tf.gather(logits, target, batch_dims=1)
-        mean = tf.reduce_mean(logits, axis=1) if smoothing else tf.zeros_like(largest)
+        # The vocabulary comes first, for which the products are faster, and parts of it lie together in memory.
+        logits = tf.matmul(matrix, rows, transpose_a=not tied, transpose_b=True)
+        largest, of_target = tf.reduce_max(logits, axis=0), tf.gather_nd(logits, tf.stack([target, tf.range(size)], 1))
+        mean = tf.reduce_mean(logits, axis=0) if smoothing else tf.zeros_like(largest)
         # When nothing else needs the logits, their memory becomes that of the exponentials, and so on.
         with tf.control_dependencies([of_target, mean]):
-            powers = tf.exp(logits - largest[:, None])
-        total = tf.reduce_sum(powers, axis=1)
+            powers = tf.exp(logits - largest)
+        total = tf.reduce_sum(powers, axis=0)
         log_total = largest + tf.math.log(total)
         losses = log_total - (1 - smoothing) * of_target - smoothing * mean + z_loss * log_total**2
         results = (
@@ -185,13 +187,13 @@ def _in_chunks(
             return results
 
         factor *= inverse
-        slopes = powers * (factor * (1 + 2 * z_loss * log_total) / total)[:, None]
+        slopes = powers * (factor * (1 + 2 * z_loss * log_total) / total)
         if smoothing:
-            slopes -= (factor * smoothing / vocab_size)[:, None]
+            slopes -= factor * smoothing / vocab_size
         # What is due to the target's own logit is added in rows: to change single numbers would copy all of them.
         own = (factor * (smoothing - 1))[:, None]
         of_target = own * (tf.gather(matrix, target) if tied else tf.transpose(tf.gather(matrix, target, axis=1)))
-        of_rows = tf.matmul(slopes, matrix, transpose_b=not tied) + of_target
+        of_rows = tf.matmul(slopes, matrix, transpose_a=True, transpose_b=not tied) + of_target
         of_states, *of_head = sums or [tf.zeros((chunks, size, width))]
         of_states = tf.tensor_scatter_nd_update(of_states, [[index]], of_rows[None])
         if not head_gradient:
@@ -199,7 +201,7 @@ def _in_chunks(
         if of_head:
             of_matrix = _product_added(of_head[0], slopes, rows, xla)
         else:
-            of_matrix = tf.matmul(slopes, rows, transpose_a=True)
+            of_matrix = tf.matmul(slopes, rows)
         return *results, of_states, rows_added(of_matrix, target, own * rows, xla)
 
     nothing = tf.constant(0.0)
@@ -224,7 +226,7 @@ def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bo
 
     Args:
         total: [vocab_size, d_model].
-        slopes: [positions, vocab_size].
+        slopes: [vocab_size, positions].
         rows: [positions, d_model].
         xla: which of two forms to use: each is slow where the other is fast.
     """
@@ -234,7 +236,7 @@ def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bo
     for begin in range(0, vocab_size, height):
         end = min(begin + height, vocab_size)
         with tf.control_dependencies([total]):  # One tile after the other.
-            tile = tf.matmul(slopes[:, begin:end], rows, transpose_a=True)
+            tile = tf.matmul(slopes[begin:end], rows)
         total = _updated(total, begin, tile) if xla else _updated(total, begin * width, tf.reshape(tile, (-1,)))
     return tf.reshape(total, (vocab_size, width))
 

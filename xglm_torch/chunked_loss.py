@@ -20,7 +20,7 @@ from xglm_torch.products import add_product, adds_in_place
 
 # Of the gradient of the head, or of the head in another type, at a time. A GPU would wait for the host between products
 # as small as a CPU's cache likes them.
-_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**24, 2**28
+_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**22, 2**28
 _CACHED_ROWS = 4  # Rows of logits that stay in the cache of a CPU from one operation to the next.
 
 
