@@ -15,6 +15,7 @@ import xglm_core.loss
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput
 from xglm_torch.chunked_loss import chunked_loss
+from xglm_torch.products import with_fast_gradients
 
 _Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -136,8 +137,9 @@ def _by_calls(
     surprisals, correct = torch.zeros_like(shares), torch.zeros_like(shares)
     for some in places.split(chunk):
         # Without reentrance, so that parameters inside the head get gradients though the states need none.
+        # The second computation, too, has to be by the same products: what they keep for their gradients differs.
         loss, surprisals[some], correct[some] = checkpoint(
-            of_some, states[some], targets[some], shares[some], use_reentrant=False
+            with_fast_gradients(of_some), states[some], targets[some], shares[some], use_reentrant=False
         )
         total = total + loss
     return total, surprisals, correct
