@@ -18,6 +18,8 @@ from xglm_core.inputs import IGNORED_LABEL
 # Of float32 logits at a time: 256 positions by 256,008 words. The gradient of the head is read and written once for
 # each such chunk, which then takes a twentieth of the time of the products.
 LOGITS_BYTES = 2**28
+# On accelerators, whose products are faster by more than their memory is.
+ACCELERATOR_LOGITS_BYTES = 2**30
 _MULTIPLE = 32  # Positions of a chunk, unless there is no room for so many: products like round numbers.
 
 
@@ -60,9 +62,14 @@ class LossOutput(NamedTuple):
     count: Any
 
 
-def chunk_positions(vocab_size: int) -> int:
-    """How many positions' logits are computed at a time."""
-    positions = LOGITS_BYTES // (4 * vocab_size)
+def chunk_positions(vocab_size: int, *, accelerator: bool = False) -> int:
+    """How many positions' logits are computed at a time.
+
+    Args:
+        vocab_size: logits of a position.
+        accelerator: whether that is not on a CPU.
+    """
+    positions = (ACCELERATOR_LOGITS_BYTES if accelerator else LOGITS_BYTES) // (4 * vocab_size)
     return positions // _MULTIPLE * _MULTIPLE or max(1, positions)
 
 

@@ -17,7 +17,7 @@ from xglm_flax.attention import PRECISION, computed
 _PLAIN = LossOptions()
 # XLA computes a term of a sum before it adds it. So logits take half of the room that there is for them, and what a
 # chunk adds to the gradient of the head takes a quarter: some columns of it at a time, but no fewer than 32, which
-# would be slow.
+# would be slow. On accelerators all columns have room, and products of some take three times as long.
 _LOGITS, _TERM, _COLUMNS = 2, 4, 32
 
 
@@ -85,7 +85,7 @@ def causal_lm_loss(
     states = hidden_states.reshape(groups, -1, hidden_states.shape[2])
     targets, factors = targets.reshape(groups, -1), factors.reshape(groups, -1)
     positions = targets.shape[1]
-    room = chunk_positions(head.shape[vocabulary_axis]) // _LOGITS
+    room = _room(head.shape[vocabulary_axis]) // _LOGITS
     chunk = min(positions, max(1, room // (groups if shards is None else 1)))
     # What counts comes first in each group; chunks after that are not computed.
     order = jnp.argsort(factors == 0, axis=1, stable=True)
@@ -96,6 +96,14 @@ def causal_lm_loss(
     data = _Data(_taken(targets, places), factors * scale, chunks)
     loss, surprisal, correct = _sums(static, _taken(states, places), head, data)
     return LossOutput(loss, surprisal * total, correct * total, count)
+
+
+def _room(vocab_size: int) -> int:
+    return chunk_positions(vocab_size, accelerator=not _on_cpu())
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def _taken(arrays: jax.Array, places: jax.Array) -> jax.Array:
@@ -184,7 +192,7 @@ def _added(static: _Static, gradient: jax.Array, slopes: jax.Array, states: jax.
         slopes = slopes.reshape(len(slopes), len(gradient), -1)
         states = states.reshape(len(gradient), -1, d_model)
     axis = letters.index("d")
-    width = min(d_model, max(_COLUMNS, chunk_positions(len(slopes)) // _TERM))
+    width = min(d_model, max(_COLUMNS, _room(len(slopes)) // (_TERM if _on_cpu() else 1)))
 
     def step(index: jax.Array, gradient: jax.Array) -> jax.Array:
         # The last part is a full one, too, and has some columns of the one before, to which it adds nothing.

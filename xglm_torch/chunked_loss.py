@@ -64,23 +64,29 @@ def chunked_loss(
     by_weight = shares.new_zeros(len(weight) if of_weight else 0, width)
     kept = (targets != IGNORED_LABEL).nonzero().flatten()
     memory = shares.new_empty(min(chunk, len(kept)), len(weight))
+    # float16 has no room for the gradients of single logits, which are divided by the number of targets: later, then.
+    unit = shares.abs().max().clamp(min=1e-30) if factors == torch.float16 and len(kept) else 1
     with torch.autocast(states.device.type, enabled=False):  # The types are chosen here.
         for places in kept.split(chunk):
-            some, share, logits = states[places].to(factors), shares[places], memory[: len(places)]
+            some, logits = states[places].to(factors), memory[: len(places)]
             for block, rows in _blocks(weight, factors):
                 add_product(logits[:, block], some, rows.T, keep=False)
             losses, surprisals[places], correct[places] = _become_gradients(
-                logits, targets[places], share, label_smoothing, z_loss, part
+                logits, targets[places], shares[places] / unit, label_smoothing, z_loss, part
             )
-            loss += (losses * share).sum()
+            loss += (losses * shares[places]).sum()
+            slopes = logits.to(factors)
             if of_states:
                 by_some = by_states.new_zeros(some.shape)
                 for block, rows in _blocks(weight, factors):
-                    add_product(by_some, logits[:, block].to(factors), rows)
+                    add_product(by_some, slopes[:, block], rows)
                 by_states[places] = by_some
             if of_weight:
                 for block, _ in _blocks(weight, factors):
-                    add_product(by_weight[block], logits[:, block].T.to(factors), some)
+                    add_product(by_weight[block], slopes[:, block].T, some)
+    if factors == torch.float16:
+        by_states *= unit
+        by_weight *= unit
     return loss, surprisals, correct, part.sum(by_states), by_weight
 
 

@@ -99,7 +99,7 @@ def _by_weight(
         shares,
         options.label_smoothing,
         options.z_loss,
-        xglm_core.loss.chunk_positions(len(weight)),
+        xglm_core.loss.chunk_positions(len(weight), accelerator=device != "cpu"),
         factors,
         group,
         recording and states.requires_grad,
@@ -132,7 +132,8 @@ def _by_calls(
         places = places[targets != IGNORED_LABEL] if (targets != IGNORED_LABEL).any() else places[:1]
     with torch.no_grad():
         vocab_size = getattr(head, "out_features", None) or head(states[:1]).shape[1]
-    chunk = max(1, xglm_core.loss.chunk_positions(vocab_size) // _COPIES)
+    accelerator = states.device.type != "cpu"
+    chunk = max(1, xglm_core.loss.chunk_positions(vocab_size, accelerator=accelerator) // _COPIES)
     total = shares.new_zeros(())
     surprisals, correct = torch.zeros_like(shares), torch.zeros_like(shares)
     for some in places.split(chunk):

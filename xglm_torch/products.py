@@ -59,12 +59,16 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *,
         right: [width, columns], of the same type.
         keep: whether to add.
     """
+    if left.dtype != total.dtype:
+        if keep:
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        else:
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
+        return
     if adds_in_place(left):
         total.addmm_(left, right, beta=int(keep))
         return
-    product = (
-        _product(left, right.T, None) if left.dtype == total.dtype else torch.mm(left, right, out_dtype=total.dtype)
-    )
+    product = _product(left, right.T, None)
     if keep:
         total += product
     else:
@@ -73,8 +77,7 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *,
 
 def adds_in_place(factor: torch.Tensor) -> bool:
     """Whether `add_product` with such a factor takes no memory of its own."""
-    onednn = factor.device.type == "cpu" and torch.backends.mkldnn.is_available() and _trains_faster()
-    return factor.dtype == torch.float32 and not onednn
+    return factor.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not _trains_faster()
 
 
 class _OneDNN(TorchFunctionMode):
