@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +36,8 @@ NO_CHANCE = changed(CONFIG, dropout=0.0, attention_dropout=0.0)
 SHALLOW = changed(NO_CHANCE, num_layers=1)
 ROWS = np.tile(IDS, (2, 1)).astype(np.int32)
 MASK = np.tile(LEFT, (2, 1))
+# For processes that compile much and compute little: the programs are the same, their machine code is not optimized.
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 BATCH = {"input_ids": ROWS, "attention_mask": MASK, "labels": labels_for(ROWS, MASK)}
 
 
@@ -276,7 +279,11 @@ def random_weights_of(model):
 
 
 def test_mesh_of_eight_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICKLY_COMPILED}",
+        "JAX_PLATFORMS": "cpu",
+    }
     run = subprocess.run(
         [sys.executable, "-m", "tests.flax_mesh"],
         cwd=ROOT,
@@ -305,40 +312,63 @@ def test_example(tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_two_processes(tmp_path):
-    """They go on where one process stopped, each with its part of the rows, and it goes on where they stopped."""
+def test_two_processes_of_which_one_dies(shallow, tmp_path):
+    """They go on where one process stopped, each with its part of the rows; the second is killed while a checkpoint is
+    written; two others go on from the last complete one, and one process from theirs."""
     ocp = pytest.importorskip("orbax.checkpoint")
-    step, state = flax_processes.start()
-    losses = []
+    folder = tmp_path / "checkpoints"
+    step, state = make_train_step(shallow, flax_processes.OPTIMIZER)
+    losses = {}
     for number in range(1, 5):
         state, metrics = step(state, flax_processes.BATCH)
-        losses.append(float(metrics["loss"]))
+        losses[number] = float(metrics["loss"])
         if number == 1:
-            with ocp.CheckpointManager(tmp_path) as manager:
+            with ocp.CheckpointManager(folder) as manager:
                 manager.save(1, args=ocp.args.StandardSave(state))
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.flax_processes", rank, port, str(tmp_path)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        found = [float(line.removeprefix("loss ")) for line in output.splitlines() if line.startswith("loss ")]
-        np.testing.assert_allclose(found, losses[1:3], rtol=1e-5)
+    def run(name, *last):
+        """Starts two processes; returns them, and where each one's lines and errors go."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY_COMPILED}
+        processes, outputs = [], []
+        for rank in range(2):
+            outputs.append(tmp_path / f"{name}-{rank}.txt")
+            arguments = [str(rank), port, str(folder), *(last if rank else ())]
+            with outputs[-1].open("w") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.flax_processes", *arguments],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        return processes, outputs
 
-    step, state = flax_processes.start()
-    with ocp.CheckpointManager(tmp_path) as manager:
+    def assert_losses(output, numbers):
+        lines = [line.split() for line in output.read_text().splitlines() if line.startswith("loss ")]
+        assert [int(number) for _, number, _ in lines] == numbers, output.read_text()
+        np.testing.assert_allclose([float(loss) for *_, loss in lines], [losses[n] for n in numbers], rtol=1e-5)
+
+    (other, killed), outputs = run("killed", "dies")
+    try:
+        assert killed.wait(timeout=120) == -signal.SIGKILL, outputs[1].read_text()
+    finally:
+        other.kill()  # It waits for the one that is gone.
+        other.wait()
+    for output in outputs:
+        assert_losses(output, [2, 3])
+    assert flax_processes.unfinished(folder, 3)
+    assert not (folder / "3").exists()
+
+    processes, outputs = run("resumed")
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.wait(timeout=120) == 0, output.read_text()
+        assert_losses(output, [3])
+
+    with ocp.CheckpointManager(folder) as manager:
         state = manager.restore(3, args=ocp.args.StandardRestore(state))
-    assert float(step(state, flax_processes.BATCH)[1]["loss"]) == pytest.approx(losses[3], rel=1e-5)
+    assert float(step(state, flax_processes.BATCH)[1]["loss"]) == pytest.approx(losses[4], rel=1e-5)
