@@ -90,7 +90,7 @@ def message_of(call):
 
 
 def check_messages():
-    model = FlaxXGLMForCausalLM(CONFIG)
+    model = FlaxXGLMForCausalLM(changed(CONFIG, num_layers=1))
     message = message_of(lambda: make_train_step(model, optax.sgd(0.1), mesh=make_mesh(4, 2)))
     assert "split evenly over 2 devices: attention_heads=5, ffn_dim=53, vocab_size=131" in message, message
     assert "3x2 needs 6 devices, but there are 8" in message_of(lambda: make_mesh(3, 2))

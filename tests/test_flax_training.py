@@ -36,14 +36,27 @@ NO_CHANCE = changed(CONFIG, dropout=0.0, attention_dropout=0.0)
 SHALLOW = changed(NO_CHANCE, num_layers=1)
 ROWS = np.tile(IDS, (2, 1)).astype(np.int32)
 MASK = np.tile(LEFT, (2, 1))
-# For processes that compile much and compute little: the programs are the same, their machine code is not optimized.
-QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 BATCH = {"input_ids": ROWS, "attention_mask": MASK, "labels": labels_for(ROWS, MASK)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """What compiles much and computes little: XLA's programs stay the same, their machine code is not optimized."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
 def shallow():
     return FlaxXGLMForCausalLM(SHALLOW)
+
+
+@pytest.fixture(scope="module")
+def differentiated(shallow):
+    """The loss of parameters and a batch, and its gradients."""
+    return jax.jit(jax.value_and_grad(make_loss_fn(shallow)))
 
 
 def assert_same(ours, theirs, **tolerance):
@@ -90,7 +103,7 @@ class TestLoss:
         compiled = jax.jit(loss).lower(states, head, labels).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 200e6
 
-    def test_gradients_of_each_example(self, shallow):
+    def test_gradients_of_each_example(self, shallow, differentiated):
         loss_fn = make_loss_fn(shallow)
 
         def of_row(params, row):
@@ -99,12 +112,15 @@ class TestLoss:
         each = jax.jit(jax.vmap(of_row, (None, 0)))(shallow.params, BATCH)
         for row in range(2):
             one = {name: array[row : row + 1] for name, array in BATCH.items()}
-            expected = jax.grad(loss_fn)(shallow.params, one)
+            _, expected = differentiated(shallow.params, one)
             assert_same(jax.tree.map(lambda leaf, row=row: leaf[row], each), expected)
 
-    def test_forward_over_reverse(self, shallow):
+    def test_forward_over_reverse(self, shallow, differentiated):
         """The product with the Hessian, against a difference of gradients."""
-        gradient = jax.jit(jax.grad(make_loss_fn(shallow)))
+
+        def gradient(params, batch):
+            return differentiated(params, batch)[1]
+
         direction = jax.tree.map(
             lambda leaf: jnp.sin(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), shallow.params
         )
@@ -119,11 +135,11 @@ class TestLoss:
         # A difference of float32 gradients of order 0.1: 1e-8 / 2e-3, and what the third derivative adds.
         assert_same(slope, near, rtol=0, atol=0.01 * scale)
 
-    def test_weights(self, shallow):
+    def test_weights(self, shallow, differentiated):
         weights = np.where(np.arange(11) % 3 == 0, 0.5, 2.0).astype(np.float32)[None].repeat(4, 0)
         weights[1] = 0
         loss_fn = make_loss_fn(shallow, has_aux=True)
-        loss, output = loss_fn(shallow.params, {**BATCH, "weights": weights})
+        loss, output = jax.jit(loss_fn)(shallow.params, {**BATCH, "weights": weights})
         logits = np.asarray(shallow(ROWS, MASK).logits, np.float64)[:, :-1]
         labels, factors = BATCH["labels"][:, 1:], np.where(BATCH["labels"] == -100, 0, weights)[:, 1:]
         of_labels = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)[..., 0]
@@ -133,20 +149,20 @@ class TestLoss:
         assert float(output.count) == pytest.approx(factors.sum())
         correct = logits.argmax(-1) == labels
         assert float(output.correct) == pytest.approx((factors * correct).sum(), rel=1e-6)
-        nothing = jax.value_and_grad(make_loss_fn(shallow))(shallow.params, {**BATCH, "weights": weights * 0})
+        nothing = differentiated(shallow.params, {**BATCH, "weights": weights * 0})
         assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
 
-    def test_bfloat16(self):
+    def test_bfloat16(self, shallow, differentiated):
         """The products are in bfloat16, the sums and the gradients in float32."""
         model = FlaxXGLMForCausalLM(SHALLOW, dtype="bfloat16")
         loss, gradients = jax.jit(jax.value_and_grad(make_loss_fn(model)))(model.params, BATCH)
-        exact, expected = jax.jit(jax.value_and_grad(make_loss_fn(FlaxXGLMForCausalLM(SHALLOW))))(model.params, BATCH)
+        exact, expected = differentiated(shallow.params, BATCH)
         assert {leaf.dtype.name for leaf in jax.tree.leaves((loss, gradients))} == {"float32"}
         assert float(loss) == pytest.approx(float(exact), rel=2e-3)
         table, other = (tree["model"]["embed_tokens"]["embedding"] for tree in (gradients, expected))
         assert abs(table - other).max() < 0.03 * abs(other).max()  # bfloat16 has 8 bits: 0.4% for each of some factors.
 
-    def test_only_what_is_trained(self, shallow):
+    def test_only_what_is_trained(self, shallow, differentiated):
         """No gradient of a head that is not asked for."""
         frozen = shallow.params["model"]["embed_tokens"]
         rest = {name: tree for name, tree in shallow.params["model"].items() if name != "embed_tokens"}
@@ -154,7 +170,7 @@ class TestLoss:
         def loss(rest):
             return make_loss_fn(shallow)({"model": {**rest, "embed_tokens": frozen}}, BATCH)
 
-        expected = jax.grad(make_loss_fn(shallow))(shallow.params, BATCH)["model"]
+        expected = differentiated(shallow.params, BATCH)[1]["model"]
         assert_same(jax.jit(jax.grad(loss))(rest), {name: expected[name] for name in rest})
         shapes = list(arrays_of(jax.make_jaxpr(jax.grad(loss))(rest).jaxpr))
         assert (CONFIG.vocab_size, CONFIG.d_model) not in shapes
@@ -163,11 +179,13 @@ class TestLoss:
 class TestRemat:
     @pytest.mark.parametrize("scan_layers", [False, True])
     def test_same_numbers(self, scan_layers):
-        config, ids, key = changed(CONFIG, dropout=0.25, num_layers=2), np.tile(IDS, (2, 5)), jax.random.key(1)
+        config = changed(CONFIG, dropout=0.25, num_layers=2 if scan_layers else 1)
+        ids, key = np.tile(IDS, (2, 5)), jax.random.key(1)
+        params = FlaxXGLMForCausalLM(config).params
+        params = stack_layers(params) if scan_layers else params
         products, sizes, expected = [], [], None
         for remat in ("none", "dots", jax.checkpoint_policies.nothing_saveable)[:: 1 if scan_layers else 2]:
-            model = FlaxXGLMForCausalLM(config, scan_layers=scan_layers, remat=remat)
-            params = stack_layers(model.params) if scan_layers else model.params
+            model = FlaxXGLMForCausalLM(config, scan_layers=scan_layers, remat=remat, _do_init=False)
             batch = {"input_ids": ids, "labels": ids}
             function = jax.jit(jax.value_and_grad(make_loss_fn(model))).lower(params, batch, key)
             products.append(function.as_text().count("dot_general"))
@@ -251,7 +269,7 @@ class TestSteps:
         for expected in losses[2:]:
             state, metrics = step(state, BATCH)
             assert float(metrics["loss"]) == expected
-        assert float(make_train_step(model, optax.sgd(0.0), seed=4)[0](fresh, BATCH)[1]["loss"]) != losses[0]
+        assert float(step(fresh, BATCH)[1]["loss"]) != losses[0]  # Another seed.
 
     def test_what_is_wrong_with_a_batch(self, shallow):
         step, state = make_train_step(shallow, optax.sgd(0.1))
@@ -278,12 +296,8 @@ def random_weights_of(model):
     return lambda name: np.asarray(read_weight(model.params, specs[name]), np.float64)
 
 
-def test_mesh_of_eight_devices():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICKLY_COMPILED}",
-        "JAX_PLATFORMS": "cpu",
-    }
+def test_mesh_of_eight_devices(quickly_compiled):
+    environment = {**os.environ, **quickly_compiled, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.flax_mesh"],
         cwd=ROOT,
@@ -312,7 +326,7 @@ def test_example(tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_two_processes_of_which_one_dies(shallow, tmp_path):
+def test_two_processes_of_which_one_dies(shallow, quickly_compiled, tmp_path):
     """They go on where one process stopped, each with its part of the rows; the second is killed while a checkpoint is
     written; two others go on from the last complete one, and one process from theirs."""
     ocp = pytest.importorskip("orbax.checkpoint")
@@ -331,7 +345,7 @@ def test_two_processes_of_which_one_dies(shallow, tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY_COMPILED}
+        environment = {**os.environ, **quickly_compiled}
         processes, outputs = [], []
         for rank in range(2):
             outputs.append(tmp_path / f"{name}-{rank}.txt")
