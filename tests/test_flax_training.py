@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,9 +39,24 @@ MASK = np.tile(LEFT, (2, 1))
 BATCH = {"input_ids": ROWS, "attention_mask": MASK, "labels": labels_for(ROWS, MASK)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """What compiles much and computes little: XLA's programs stay the same, their machine code is not optimized."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def shallow():
     return FlaxXGLMForCausalLM(SHALLOW)
+
+
+@pytest.fixture(scope="module")
+def differentiated(shallow):
+    """The loss of parameters and a batch, and its gradients."""
+    return jax.jit(jax.value_and_grad(make_loss_fn(shallow)))
 
 
 def assert_same(ours, theirs, **tolerance):
@@ -87,7 +103,7 @@ class TestLoss:
         compiled = jax.jit(loss).lower(states, head, labels).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 200e6
 
-    def test_gradients_of_each_example(self, shallow):
+    def test_gradients_of_each_example(self, shallow, differentiated):
         loss_fn = make_loss_fn(shallow)
 
         def of_row(params, row):
@@ -96,12 +112,15 @@ class TestLoss:
         each = jax.jit(jax.vmap(of_row, (None, 0)))(shallow.params, BATCH)
         for row in range(2):
             one = {name: array[row : row + 1] for name, array in BATCH.items()}
-            expected = jax.grad(loss_fn)(shallow.params, one)
+            _, expected = differentiated(shallow.params, one)
             assert_same(jax.tree.map(lambda leaf, row=row: leaf[row], each), expected)
 
-    def test_forward_over_reverse(self, shallow):
+    def test_forward_over_reverse(self, shallow, differentiated):
         """The product with the Hessian, against a difference of gradients."""
-        gradient = jax.jit(jax.grad(make_loss_fn(shallow)))
+
+        def gradient(params, batch):
+            return differentiated(params, batch)[1]
+
         direction = jax.tree.map(
             lambda leaf: jnp.sin(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), shallow.params
         )
@@ -116,11 +135,11 @@ class TestLoss:
         # A difference of float32 gradients of order 0.1: 1e-8 / 2e-3, and what the third derivative adds.
         assert_same(slope, near, rtol=0, atol=0.01 * scale)
 
-    def test_weights(self, shallow):
+    def test_weights(self, shallow, differentiated):
         weights = np.where(np.arange(11) % 3 == 0, 0.5, 2.0).astype(np.float32)[None].repeat(4, 0)
         weights[1] = 0
         loss_fn = make_loss_fn(shallow, has_aux=True)
-        loss, output = loss_fn(shallow.params, {**BATCH, "weights": weights})
+        loss, output = jax.jit(loss_fn)(shallow.params, {**BATCH, "weights": weights})
         logits = np.asarray(shallow(ROWS, MASK).logits, np.float64)[:, :-1]
         labels, factors = BATCH["labels"][:, 1:], np.where(BATCH["labels"] == -100, 0, weights)[:, 1:]
         of_labels = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)[..., 0]
@@ -130,20 +149,20 @@ class TestLoss:
         assert float(output.count) == pytest.approx(factors.sum())
         correct = logits.argmax(-1) == labels
         assert float(output.correct) == pytest.approx((factors * correct).sum(), rel=1e-6)
-        nothing = jax.value_and_grad(make_loss_fn(shallow))(shallow.params, {**BATCH, "weights": weights * 0})
+        nothing = differentiated(shallow.params, {**BATCH, "weights": weights * 0})
         assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
 
-    def test_bfloat16(self):
+    def test_bfloat16(self, shallow, differentiated):
         """The products are in bfloat16, the sums and the gradients in float32."""
         model = FlaxXGLMForCausalLM(SHALLOW, dtype="bfloat16")
         loss, gradients = jax.jit(jax.value_and_grad(make_loss_fn(model)))(model.params, BATCH)
-        exact, expected = jax.jit(jax.value_and_grad(make_loss_fn(FlaxXGLMForCausalLM(SHALLOW))))(model.params, BATCH)
+        exact, expected = differentiated(shallow.params, BATCH)
         assert {leaf.dtype.name for leaf in jax.tree.leaves((loss, gradients))} == {"float32"}
         assert float(loss) == pytest.approx(float(exact), rel=2e-3)
         table, other = (tree["model"]["embed_tokens"]["embedding"] for tree in (gradients, expected))
         assert abs(table - other).max() < 0.03 * abs(other).max()  # bfloat16 has 8 bits: 0.4% for each of some factors.
 
-    def test_only_what_is_trained(self, shallow):
+    def test_only_what_is_trained(self, shallow, differentiated):
         """No gradient of a head that is not asked for."""
         frozen = shallow.params["model"]["embed_tokens"]
         rest = {name: tree for name, tree in shallow.params["model"].items() if name != "embed_tokens"}
@@ -151,7 +170,7 @@ class TestLoss:
         def loss(rest):
             return make_loss_fn(shallow)({"model": {**rest, "embed_tokens": frozen}}, BATCH)
 
-        expected = jax.grad(make_loss_fn(shallow))(shallow.params, BATCH)["model"]
+        expected = differentiated(shallow.params, BATCH)[1]["model"]
         assert_same(jax.jit(jax.grad(loss))(rest), {name: expected[name] for name in rest})
         shapes = list(arrays_of(jax.make_jaxpr(jax.grad(loss))(rest).jaxpr))
         assert (CONFIG.vocab_size, CONFIG.d_model) not in shapes
@@ -160,11 +179,13 @@ class TestLoss:
 class TestRemat:
     @pytest.mark.parametrize("scan_layers", [False, True])
     def test_same_numbers(self, scan_layers):
-        config, ids, key = changed(CONFIG, dropout=0.25, num_layers=2), np.tile(IDS, (2, 5)), jax.random.key(1)
+        config = changed(CONFIG, dropout=0.25, num_layers=2 if scan_layers else 1)
+        ids, key = np.tile(IDS, (2, 5)), jax.random.key(1)
+        params = FlaxXGLMForCausalLM(config).params
+        params = stack_layers(params) if scan_layers else params
         products, sizes, expected = [], [], None
         for remat in ("none", "dots", jax.checkpoint_policies.nothing_saveable)[:: 1 if scan_layers else 2]:
-            model = FlaxXGLMForCausalLM(config, scan_layers=scan_layers, remat=remat)
-            params = stack_layers(model.params) if scan_layers else model.params
+            model = FlaxXGLMForCausalLM(config, scan_layers=scan_layers, remat=remat, _do_init=False)
             batch = {"input_ids": ids, "labels": ids}
             function = jax.jit(jax.value_and_grad(make_loss_fn(model))).lower(params, batch, key)
             products.append(function.as_text().count("dot_general"))
@@ -248,7 +269,7 @@ class TestSteps:
         for expected in losses[2:]:
             state, metrics = step(state, BATCH)
             assert float(metrics["loss"]) == expected
-        assert float(make_train_step(model, optax.sgd(0.0), seed=4)[0](fresh, BATCH)[1]["loss"]) != losses[0]
+        assert float(step(fresh, BATCH)[1]["loss"]) != losses[0]  # Another seed.
 
     def test_what_is_wrong_with_a_batch(self, shallow):
         step, state = make_train_step(shallow, optax.sgd(0.1))
@@ -275,8 +296,8 @@ def random_weights_of(model):
     return lambda name: np.asarray(read_weight(model.params, specs[name]), np.float64)
 
 
-def test_mesh_of_eight_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+def test_mesh_of_eight_devices(quickly_compiled):
+    environment = {**os.environ, **quickly_compiled, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.flax_mesh"],
         cwd=ROOT,
@@ -305,40 +326,63 @@ def test_example(tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_two_processes(tmp_path):
-    """They go on where one process stopped, each with its part of the rows, and it goes on where they stopped."""
+def test_two_processes_of_which_one_dies(shallow, quickly_compiled, tmp_path):
+    """They go on where one process stopped, each with its part of the rows; the second is killed while a checkpoint is
+    written; two others go on from the last complete one, and one process from theirs."""
     ocp = pytest.importorskip("orbax.checkpoint")
-    step, state = flax_processes.start()
-    losses = []
+    folder = tmp_path / "checkpoints"
+    step, state = make_train_step(shallow, flax_processes.OPTIMIZER)
+    losses = {}
     for number in range(1, 5):
         state, metrics = step(state, flax_processes.BATCH)
-        losses.append(float(metrics["loss"]))
+        losses[number] = float(metrics["loss"])
         if number == 1:
-            with ocp.CheckpointManager(tmp_path) as manager:
+            with ocp.CheckpointManager(folder) as manager:
                 manager.save(1, args=ocp.args.StandardSave(state))
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.flax_processes", rank, port, str(tmp_path)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        found = [float(line.removeprefix("loss ")) for line in output.splitlines() if line.startswith("loss ")]
-        np.testing.assert_allclose(found, losses[1:3], rtol=1e-5)
+    def run(name, *last):
+        """Starts two processes; returns them, and where each one's lines and errors go."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment = {**os.environ, **quickly_compiled}
+        processes, outputs = [], []
+        for rank in range(2):
+            outputs.append(tmp_path / f"{name}-{rank}.txt")
+            arguments = [str(rank), port, str(folder), *(last if rank else ())]
+            with outputs[-1].open("w") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.flax_processes", *arguments],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        return processes, outputs
 
-    step, state = flax_processes.start()
-    with ocp.CheckpointManager(tmp_path) as manager:
+    def assert_losses(output, numbers):
+        lines = [line.split() for line in output.read_text().splitlines() if line.startswith("loss ")]
+        assert [int(number) for _, number, _ in lines] == numbers, output.read_text()
+        np.testing.assert_allclose([float(loss) for *_, loss in lines], [losses[n] for n in numbers], rtol=1e-5)
+
+    (other, killed), outputs = run("killed", "dies")
+    try:
+        assert killed.wait(timeout=120) == -signal.SIGKILL, outputs[1].read_text()
+    finally:
+        other.kill()  # It waits for the one that is gone.
+        other.wait()
+    for output in outputs:
+        assert_losses(output, [2, 3])
+    assert flax_processes.unfinished(folder, 3)
+    assert not (folder / "3").exists()
+
+    processes, outputs = run("resumed")
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.wait(timeout=120) == 0, output.read_text()
+        assert_losses(output, [3])
+
+    with ocp.CheckpointManager(folder) as manager:
         state = manager.restore(3, args=ocp.args.StandardRestore(state))
-    assert float(step(state, flax_processes.BATCH)[1]["loss"]) == pytest.approx(losses[3], rel=1e-5)
+    assert float(step(state, flax_processes.BATCH)[1]["loss"]) == pytest.approx(losses[4], rel=1e-5)

@@ -187,6 +187,72 @@ class TestHeads:
             torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-6)
 
 
+class TestTransforms:
+    """Those of `torch.func`, with the parameters as an argument."""
+
+    @pytest.fixture
+    def function(self, model):
+        """The loss of parameters, ids and labels; and the parameters."""
+
+        def loss(parameters, ids, labels):
+            options = {"labels": labels, "use_cache": False}
+            return torch.func.functional_call(model, parameters, (ids,), options).loss
+
+        return loss, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    @pytest.mark.parametrize("options", [LossOptions(), OPTIONS])
+    def test_gradient_and_value(self, model, function, options):
+        model.loss_options = options
+        loss, parameters = function
+        gradients, value = torch.func.grad_and_value(loss)(parameters, IDS, LABELS)
+        assert_same((value.item(), gradients), trained(model))
+
+    def test_a_hooked_head(self, model, function):
+        expected = trained(model)
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output + 0)
+        loss, parameters = function
+        gradients, value = torch.func.grad_and_value(loss)(parameters, IDS, LABELS)
+        assert_same((value.item(), gradients), expected)
+
+    def test_gradients_of_each_example(self, function):
+        """The rows have different numbers of labels."""
+        loss, parameters = function
+        assert len(set((LABELS[:, 1:] != -100).sum(dim=1).tolist())) == 2
+
+        def of_row(parameters, ids, labels):
+            return loss(parameters, ids[None], labels[None])
+
+        gradients, values = torch.func.vmap(torch.func.grad_and_value(of_row), (None, 0, 0))(parameters, IDS, LABELS)
+        leaves = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
+        for row in range(2):
+            value = of_row(leaves, IDS[row], LABELS[row])
+            one = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+            assert_same((values[row].item(), {n: g[row] for n, g in gradients.items()}), (value.item(), one))
+
+    def test_directional_derivative(self, model, function):
+        _, gradients = trained(model)
+        loss, parameters = function
+        directions = {name: torch.sin(torch.arange(p.numel())).view_as(p) for name, p in parameters.items()}
+        value, slope = torch.func.jvp(lambda p: loss(p, IDS, LABELS), (parameters,), (directions,))
+        assert value.item() == pytest.approx(loss(parameters, IDS, LABELS).item(), rel=LOSS)
+        expected = sum((gradients[name] * direction).sum().item() for name, direction in directions.items())
+        assert slope.item() == pytest.approx(expected, rel=1e-4)  # A sum of 50,000 products of both signs.
+
+    def test_second_derivatives(self, model, function):
+        """The derivative of gradients, against their difference."""
+        loss, parameters = function
+        name = "model.layer_norm.weight"
+        direction = torch.sin(torch.arange(35.0))
+
+        def gradient(scale):
+            return torch.func.grad(lambda s: loss({**parameters, name: s}, IDS, LABELS))(scale)
+
+        _, slope = torch.func.jvp(gradient, (parameters[name],), (direction,))
+        near = [gradient(parameters[name] + step * direction) for step in (1e-2, -1e-2)]
+        assert slope.abs().max() > 0.01
+        torch.testing.assert_close(slope, (near[0] - near[1]) / 2e-2, rtol=0, atol=0.01 * slope.abs().max().item())
+
+
 def test_weights_of_labels(model):
     weights = np.random.RandomState(3).random_sample((2, 11)).astype(np.float32)
     expected_loss, expected = loss_and_gradients(
@@ -269,6 +335,12 @@ class TestProducts:
         assert not {"aten.addmm.default", "aten.mm.default", "aten.addmm_.default"} & set(names)
         # Six layers in each of three blocks, forth, back twice, and forth again; and what the head needs.
         assert names.count("mkldnn._linear_pointwise.default") >= 18 * (3 if checkpointing is None else 4)
+
+    def test_a_head_that_is_called(self, model):
+        """Its products are computed again in the backward pass, in the same way."""
+        expected = trained(model)
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output + 0)
+        assert_same(trained(model), expected)
 
     def test_second_derivatives(self):
         torch.manual_seed(0)

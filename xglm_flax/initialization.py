@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,24 +22,16 @@ def kernel_init(config: XGLMConfig) -> Initializer:
 
 def embedding_init(config: XGLMConfig) -> Initializer:
     """N(0, init_std), except for the padding row, which is zero."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        weight = kernel_init(config)(key, shape, dtype)
-        return weight if config.pad_token_id is None else weight.at[config.pad_token_id].set(0)
-
-    return init
+    return _embedding_init(config.init_std, config.pad_token_id)
 
 
 def initializer_of(config: XGLMConfig) -> Callable[[WeightSpec], Initializer]:
     """Gives each weight its initialiser.
 
     Differs: initialising the Linen module would run all of its blocks. This compiles one function per shape, so that
-    deep models take little longer than shallow ones.
+    deep models take little longer than shallow ones, and another model of the same sizes compiles nothing.
     """
-    kernel, embedding, ones, zeros = (
-        jax.jit(init, static_argnums=(1, 2))
-        for init in (kernel_init(config), embedding_init(config), nn.initializers.ones, nn.initializers.zeros)
-    )
+    kernel, embedding, ones, zeros = _compiled(config.init_std, config.pad_token_id)
 
     def initializer(spec: WeightSpec) -> Initializer:
         if len(spec.shape) == 1:
@@ -46,3 +39,19 @@ def initializer_of(config: XGLMConfig) -> Callable[[WeightSpec], Initializer]:
         return embedding if spec.name == EMBEDDING else kernel
 
     return initializer
+
+
+def _embedding_init(init_std: float, pad_token_id: int | None) -> Initializer:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        weight = nn.initializers.normal(init_std)(key, shape, dtype)
+        return weight if pad_token_id is None else weight.at[pad_token_id].set(0)
+
+    return init
+
+
+@functools.cache
+def _compiled(init_std: float, pad_token_id: int | None) -> tuple[Initializer, ...]:
+    """Those of matrices, of the embedding, of ones and of zeros."""
+    normal, embedding = nn.initializers.normal(init_std), _embedding_init(init_std, pad_token_id)
+    every = (normal, embedding, nn.initializers.ones, nn.initializers.zeros)
+    return tuple(jax.jit(init, static_argnums=(1, 2)) for init in every)

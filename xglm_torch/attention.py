@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import XGLMConfig
+from xglm_torch.products import is_transformed
 
 
 class XGLMAttention(nn.Module):
@@ -61,7 +62,8 @@ class XGLMAttention(nn.Module):
         weights = None
         dropout = self.dropout if self.training else 0.0
         # On a CPU there is no fused kernel with dropout, and what PyTorch does instead keeps more for the gradients.
-        if output_attentions or (dropout and query.device.type == "cpu"):
+        # Transforms do not see through fused kernels, or one example at a time.
+        if output_attentions or (dropout and query.device.type == "cpu") or is_transformed():
             if is_causal:
                 mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
             weights = _probabilities(query, key, mask)

@@ -1,4 +1,7 @@
-"""Checks of a call's arguments. Values are looked at only where there are any: not while a graph is traced."""
+"""Checks of a call's arguments.
+
+Values are looked at only where there are any: not while a graph is traced, or under a transform of `torch.func`.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from xglm_core.inputs import (
 )
 from xglm_core.loss import check_trainable_type
 from xglm_torch.cache import XGLMCache
+from xglm_torch.products import hides_values
 
 
 def check_arguments(config: XGLMConfig, past: XGLMCache | None, **arguments: torch.Tensor | None) -> None:
@@ -84,7 +88,7 @@ def check_trainable(model: nn.Module) -> None:
 
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor can be looked at."""
-    return not (torch.compiler.is_compiling() or tensor.is_meta)
+    return not (torch.compiler.is_compiling() or hides_values() or tensor.is_meta)
 
 
 def as_numpy(array: Any) -> np.ndarray:

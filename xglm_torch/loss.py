@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +16,7 @@ import xglm_core.loss
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput
 from xglm_torch.chunked_loss import chunked_loss
-from xglm_torch.products import with_fast_gradients
+from xglm_torch.products import is_transformed, with_fast_gradients
 
 _Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -59,7 +60,9 @@ def causal_lm_loss(
     divisor = torch.as_tensor(divisor, dtype=torch.float32, device=count.device)
     shares = counted / torch.where(divisor > 0, divisor, 1)  # No 0 / 0 where nothing counts.
     states = hidden_states.flatten(0, 1)
-    if isinstance(head, torch.Tensor):
+    if is_transformed() and not _is_split(head):
+        losses = _at_once(states, head, targets, shares, options)
+    elif isinstance(head, torch.Tensor):
         losses = _by_weight(states, head, targets, shares, options)
     elif has_plain_weight(head) or _is_split(head):
         losses = _by_weight(states, head.weight, targets, shares, options)
@@ -75,7 +78,7 @@ def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
     return type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
 
 
-def _is_split(head: nn.Module) -> TypeGuard[nn.Linear]:
+def _is_split(head: nn.Module | torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether the head's matrix is split by the vocabulary; the hooks that gather its logits are then passed by."""
     return type(head) is nn.Linear and head.bias is None and hasattr(head.weight, "device_mesh")
 
@@ -113,17 +116,9 @@ def _by_calls(
 ) -> _Losses:
     """`_by_weight` for a head of which nothing is known."""
 
+    @with_fast_gradients  # In the backward pass, too: what is computed again must be the same operations.
     def of_some(states: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor) -> _Losses:
-        logits = head(states).float()
-        log_total = logits.logsumexp(dim=1)
-        of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-        losses = log_total - of_target
-        if options.label_smoothing:
-            losses = losses + options.label_smoothing * (of_target - logits.mean(dim=1))
-        if options.z_loss:
-            losses = losses + options.z_loss * log_total**2
-        correct = of_target == logits.amax(dim=1)
-        return (losses * shares).sum(), (log_total - of_target).detach(), correct.float()
+        return _of_logits(head(states), targets, shares, options)
 
     places = torch.arange(len(targets), device=targets.device)
     if (
@@ -138,9 +133,40 @@ def _by_calls(
     surprisals, correct = torch.zeros_like(shares), torch.zeros_like(shares)
     for some in places.split(chunk):
         # Without reentrance, so that parameters inside the head get gradients though the states need none.
-        # The second computation, too, has to be by the same products: what they keep for their gradients differs.
         loss, surprisals[some], correct[some] = checkpoint(
-            with_fast_gradients(of_some), states[some], targets[some], shares[some], use_reentrant=False
+            of_some, states[some], targets[some], shares[some], use_reentrant=False
         )
         total = total + loss
     return total, surprisals, correct
+
+
+def _at_once(
+    states: torch.Tensor,
+    head: nn.Module | torch.Tensor,
+    targets: torch.Tensor,
+    shares: torch.Tensor,
+    options: LossOptions,
+) -> _Losses:
+    """`_by_weight` in operations that transforms of `torch.func` see through. All logits exist.
+
+    Under `torch.vmap` the rows of a batch have different numbers of labels that count, but one shape.
+    """
+    if not isinstance(head, torch.Tensor) and not has_plain_weight(head):
+        return _of_logits(head(states), targets, shares, options)
+    weight = head if isinstance(head, torch.Tensor) else head.weight
+    with torch.autocast(states.device.type, enabled=False):
+        return _of_logits(F.linear(states.float(), weight.float()), targets, shares, options)
+
+
+def _of_logits(logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor, options: LossOptions) -> _Losses:
+    """What `_by_weight` returns, from logits [positions, vocab_size]."""
+    logits = logits.float()
+    log_total = logits.logsumexp(dim=1)
+    of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    losses = log_total - of_target
+    if options.label_smoothing:
+        losses = losses + options.label_smoothing * (of_target - logits.mean(dim=1))
+    if options.z_loss:
+        losses = losses + options.z_loss * log_total**2
+    correct = of_target == logits.amax(dim=1)
+    return (losses * shares).sum(), (log_total - of_target).detach(), correct.float()

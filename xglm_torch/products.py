@@ -140,7 +140,12 @@ def _is_plain(tensor: torch.Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func`, or forward differentiation, wants to see each operation."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return hides_values() or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+
+
+def hides_values() -> bool:
+    """Whether a transform of `torch.func` is at work: results of operations then have no values to look at."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @functools.cache
