@@ -345,6 +345,41 @@ class TestLoss:
         for number in self.gradients(tf.constant(states), tf.constant(self.MATRIX), True):
             assert np.isfinite(number).all()
 
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+    def test_second_derivatives_are_refused(self, mode, training):
+        def run(states, matrix):
+            with tf.GradientTape() as tape:
+                tape.watch(states)
+                of_states, of_matrix = self.gradients(states, matrix, training)[-2:]
+                slope = tf.reduce_sum(of_states**2) + tf.reduce_sum(of_matrix**2)
+            return tape.gradient(slope, states)
+
+        if mode != "eager":
+            run = tf.function(run, jit_compile=mode == "xla")
+        with pytest.raises(InputError, match="the loss has no second derivatives, .* logits of a call without labels"):
+            run(tf.constant(self.STATES), tf.constant(self.MATRIX))
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_a_persistent_tape(self, jit):
+        """It keeps no logits, in spite of the second derivatives that it might be asked for."""
+
+        def gradients(states, matrix):
+            with tf.GradientTape(persistent=True) as tape:
+                tape.watch([states, matrix])
+                loss = causal_lm_loss(states, matrix, LABELS, options=LossOptions(), training=True).loss
+            return tape.gradient(loss, states), tape.gradient(loss, matrix)
+
+        program = tf.function(gradients, jit_compile=jit)
+        given = tf.constant(self.STATES), tf.constant(self.MATRIX)
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            loss = causal_lm_loss(*given, LABELS, options=LossOptions()).loss
+        for ours, due in zip(program(*given), tape.gradient(loss, given), strict=True):
+            np.testing.assert_allclose(ours, due, rtol=1e-5, atol=1e-6 * np.abs(due).max())
+        functions = program.get_concrete_function(*given).graph.as_graph_def().library.function
+        assert "TensorListPushBack" not in {node.op for function in functions for node in function.node_def}
+
     def test_a_frozen_head_has_no_gradient(self):
         states, matrix = tf.constant(self.STATES), tf.constant(self.MATRIX)
         with tf.GradientTape() as tape:
@@ -374,3 +409,17 @@ class TestTiedMatrix:
         whole = {one.type for one in operations if [tuple(result.shape) for result in one.outputs] == [matrix.shape]}
         assert "AddN" not in whole
         assert "UnsortedSegmentSum" not in whole
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_second_derivatives_are_refused(self, model, compiled):
+        gamma = model.model.layer_norm.gamma
+
+        def curvature(ids):
+            with tf.GradientTape() as outer:
+                with tf.GradientTape() as inner:
+                    loss = model(ids, labels=ids, use_cache=False, training=True).loss
+                slope = tf.reduce_sum(inner.gradient(loss, gamma.value) ** 2)
+            return outer.gradient(slope, gamma.value)
+
+        with pytest.raises(InputError, match="the loss has no second derivatives"):
+            (tf.function(curvature) if compiled else curvature)(tf.constant(IDS))
