@@ -1,5 +1,6 @@
 """Training in Keras' own way: `compile`, `fit`, `evaluate`, callbacks, resuming, adapters; and the loss by itself."""
 
+import importlib.util
 import json
 import re
 import runpy
@@ -160,6 +161,36 @@ class TestFit:
         means = {**expected(surprisals), **{f"val_{k}": v for k, v in expected(surprisals, WEIGHTS).items()}}
         assert {name: values[-1] for name, values in history.items()} == pytest.approx(means, rel=SAME)
         assert np.array_equal(keras.models.load_model(path)(**INPUTS).logits, model(**INPUTS).logits)
+
+    def test_tensorboard(self, model, tmp_path, monkeypatch):
+        """What `fit` returns, and values of batches and weights, are in the files that TensorBoard shows."""
+        if importlib.util.find_spec("tensorboard") is None:  # It brings these two, which end in the same `write`.
+            summary = importlib.import_module("tensorflow.summary")  # What Keras imports is not `tf.summary`.
+            monkeypatch.setattr(summary, "scalar", summary.write)
+            monkeypatch.setattr(summary, "histogram", summary.write)
+        model.compile(keras.optimizers.SGD(0.1))
+        board = keras.callbacks.TensorBoard(tmp_path, histogram_freq=1, update_freq="batch", write_graph=True)
+        history = model.fit(
+            INPUTS, LABELS, batch_size=3, epochs=2, validation_data=(INPUTS, LABELS), callbacks=[board], verbose=0
+        ).history
+        written = {"train": {}, "validation": {}}
+        for part, tags in written.items():
+            (file,) = (tmp_path / part).glob("events.out.tfevents.*")
+            for record in tf.data.TFRecordDataset(str(file)):
+                event = tf.compat.v1.Event.FromString(record.numpy())
+                for value in event.summary.value:
+                    tags.setdefault(value.tag, {})[event.step] = tf.make_ndarray(value.tensor)
+
+        for name in ("loss", "accuracy", "perplexity"):
+            for epoch in range(2):
+                assert written["train"][f"epoch_{name}"][epoch] == pytest.approx(history[name][epoch])
+                assert written["validation"][f"epoch_{name}"][epoch] == pytest.approx(history[f"val_{name}"][epoch])
+            batches = written["train"][f"batch_{name}"]
+            assert sorted(batches) == [1, 2, 3, 4]
+            assert [batches[2], batches[4]] == pytest.approx(history[name])  # The means so far.
+            assert sorted(written["validation"][f"evaluation_{name}_vs_iterations"]) == [2, 4]
+        assert history["loss"][1] < history["loss"][0]
+        assert {f"{weight.path}/histogram" for weight in model.weights} <= written["train"].keys()
 
     def test_precision_and_xla(self, folder):
         """Roundings of 8 or 11 bits, a few times each, move the losses of three steps less than these bounds."""
@@ -357,7 +388,7 @@ class TestLoss:
 
         if mode != "eager":
             run = tf.function(run, jit_compile=mode == "xla")
-        with pytest.raises(InputError, match="the loss has no second derivatives, .* logits of a call without labels"):
+        with pytest.raises(InputError, match=r"the loss has no second derivatives, .* logits of a call without labels"):
             run(tf.constant(self.STATES), tf.constant(self.MATRIX))
 
     @pytest.mark.parametrize("jit", [False, True])

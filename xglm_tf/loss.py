@@ -218,10 +218,7 @@ def _in_chunks(
         of_states = tf.tensor_scatter_nd_update(of_states, [[index]], of_rows[None])
         if not head_gradient:
             return *results, of_states
-        if of_head:
-            of_matrix = _product_added(of_head[0], slopes, rows, xla)
-        else:
-            of_matrix = tf.matmul(slopes, rows)
+        of_matrix = _product_added(of_head[0], slopes, rows, xla) if of_head else tf.matmul(slopes, rows)
         return *results, of_states, rows_added(of_matrix, target, own * rows, xla)
 
     nothing = tf.constant(0.0)
