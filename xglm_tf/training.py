@@ -80,9 +80,12 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         """See `keras.Model.compile`; without `loss` there is the built-in one.
 
         Raises:
-            InputError: the trainable variables are float16 and the optimizer is no `LossScaleOptimizer`.
+            InputError: the trainable variables are float16 and the optimizer is no `LossScaleOptimizer`; or
+                `jit_compile` is True, with a distribution strategy that TensorFlow cannot compile.
         """
         super().compile(*args, **kwargs)
+        if self.jit_compile:
+            _check_compilable(self.distribute_strategy)
         if self.optimizer is not None and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             for dtype in {variable.dtype for variable in self.trainable_variables}:
                 check_trainable_type(dtype)
@@ -237,6 +240,24 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
             # The loss needs the last states alone. Those below are not kept in compiled code.
             wanted |= {"output_hidden_states": True, "return_logits": self._compile_metrics is not None}
         return {**arguments, **wanted}, labels if y is None else y, sample_weight
+
+
+def _check_compilable(strategy: tf.distribute.Strategy) -> None:
+    """Keras makes one program of the step on all devices of a process, and XLA has variables of one device only.
+
+    Nor has it sums over processes on a CPU.
+
+    Raises:
+        InputError: there are several devices, or processes with CPUs.
+    """
+    if not isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
+        return
+    replicas, devices = strategy.num_replicas_in_sync, strategy.extended.worker_devices
+    if len(devices) > 1 or (replicas > 1 and "CPU" in devices[0]):
+        raise InputError(
+            f"jit_compile is True for {replicas} replicas of a distribution strategy, and TensorFlow cannot compile a "
+            "step of theirs with XLA; expected jit_compile=False or 'auto'"
+        )
 
 
 def _labels(x: Any, y: Any) -> Any:
