@@ -441,6 +441,15 @@ class TestTiedMatrix:
         assert "AddN" not in whole
         assert "UnsortedSegmentSum" not in whole
 
+    def test_in_fit(self, model):
+        model.compile(keras.optimizers.SGD(0.1))
+        model.optimizer.build(model.trainable_variables)
+        data = tf.nest.map_structure(tf.constant, (INPUTS, LABELS))
+        operations = tf.function(model.train_step).get_concrete_function(data).graph.get_operations()
+        shape = model.get_input_embeddings().embeddings.shape
+        whole = {one.type for one in operations if [tuple(result.shape) for result in one.outputs] == [shape]}
+        assert not whole & {"AddN", "UnsortedSegmentSum"}
+
     @pytest.mark.parametrize("compiled", [False, True])
     def test_second_derivatives_are_refused(self, model, compiled):
         gamma = model.model.layer_norm.gamma

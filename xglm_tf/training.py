@@ -16,6 +16,7 @@ from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_tf.inputs import check_head_arguments
 from xglm_tf.loss import targets_and_weights
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
+from xglm_tf.tying import table_and_head
 
 
 class Perplexity(keras.metrics.Mean):
@@ -72,6 +73,7 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         weights: tf.Tensor | None = None,
         *,
         training: bool = False,
+        head: tf.Tensor | None = None,
     ) -> LossOutput:
         """The loss from the decoder's last states; see `xglm_tf.loss.causal_lm_loss`."""
         raise NotImplementedError
@@ -126,7 +128,10 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """A step of `fit`."""
-        return self._to_average(super().train_step(self._with_labels(data)))
+        x, y, sample_weight = self._with_labels(data)
+        if self._compile_loss is None and self.get_output_embeddings() is self.get_input_embeddings():
+            x["uses"] = table_and_head(self.get_input_embeddings())
+        return self._to_average(super().train_step((x, y, sample_weight)))
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """A step of `evaluate`."""
@@ -157,7 +162,9 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         (count,) = summed(tf.reduce_sum(targets_and_weights(y, weights)[1]))
         items = x.get("num_items_in_batch")
         items = count if items is None else tf.cast(items, tf.float32)
-        output = self.loss_of(y_pred.hidden_states[-1], y, items, weights, training=training)
+        uses = x.get("uses")
+        head = None if uses is None else uses.head
+        output = self.loss_of(y_pred.hidden_states[-1], y, items, weights, training=training, head=head)
         loss, surprisal, correct = summed(tf.stop_gradient(output.loss), output.surprisal, output.correct)
         # Every replica has the sums of all, and Keras adds up what the replicas have.
         sums = (loss * items, surprisal, correct, count)
