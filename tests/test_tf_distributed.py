@@ -16,6 +16,7 @@ if "tf" not in backends_under_test():
     pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
 
 import keras
+import tensorflow as tf
 
 from conformance import training
 from conformance.random_weights import write_checkpoint
@@ -35,6 +36,8 @@ import numpy as np
 import keras
 import tensorflow as tf
 from tests.test_tf_distributed import fitted
+from xglm_core.errors import InputError
+from xglm_tf import TFXGLMForCausalLM
 checkpoint, output, name, die = sys.argv[1:]
 if name == "mirrored":
     (cpu,) = tf.config.list_physical_devices("CPU")
@@ -51,6 +54,10 @@ class Die(keras.callbacks.Callback):
 
 backup = keras.callbacks.BackupAndRestore(f"{output}-backup", delete_checkpoint=False)
 with strategy.scope():
+    try:
+        TFXGLMForCausalLM.from_pretrained(checkpoint).compile("sgd", jit_compile=True)
+    except InputError as error:
+        print(error)
     model, losses = fitted(checkpoint, [backup, Die()] if name != "mirrored" else [])
 assert model.lm_head is None
 model.save_pretrained(output)
@@ -61,8 +68,6 @@ with open(f"{output}/losses.json", "w") as file:
 
 def data():
     """Rows of very different lengths, so that no replica has as many tokens as another."""
-    import tensorflow as tf
-
     stream = np.random.RandomState(3)
     ids = stream.randint(4, CONFIG.vocab_size, (ROWS * STEPS, 13)).astype(np.int32)
     labels = np.where(np.arange(13) < stream.randint(3, 14, (ROWS * STEPS, 1)), ids, -100)
@@ -94,7 +99,12 @@ def alone(checkpoint):
 def start(checkpoint, output, strategy, die=None, **environment):
     arguments = [sys.executable, "-c", WORKER, str(checkpoint), str(output), strategy, str(die)]
     return subprocess.Popen(
-        arguments, env={**os.environ, **environment}, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True
+        arguments,
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -110,9 +120,18 @@ def assert_same(output, alone, epochs=EPOCHS):
 
 def test_two_devices(checkpoint, alone, tmp_path):
     worker = start(checkpoint, tmp_path / "trained", "mirrored")
-    _, errors = worker.communicate()
+    printed, errors = worker.communicate()
     assert worker.returncode == 0, errors
     assert_same(tmp_path / "trained", alone)
+    assert "jit_compile is True for 2 replicas" in printed
+
+
+def test_one_device_may_be_compiled(checkpoint, alone):
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = TFXGLMForCausalLM.from_pretrained(checkpoint)
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=True)
+        losses = model.fit(data(), shuffle=False, verbose=0).history["loss"]
+    np.testing.assert_allclose(losses, alone[1]["loss"][:1], rtol=SAME)
 
 
 def test_two_processes_of_which_one_dies(checkpoint, alone, tmp_path):
@@ -138,7 +157,8 @@ def test_two_processes_of_which_one_dies(checkpoint, alone, tmp_path):
     chief.wait()
     assert not (tmp_path / "trained-0").exists()
     for worker in workers(die=None):
-        _, errors = worker.communicate()
+        printed, errors = worker.communicate()
         assert worker.returncode == 0, errors
+        assert "jit_compile is True for 2 replicas" in printed
     for index in range(2):
         assert_same(tmp_path / f"trained-{index}", alone, epochs=EPOCHS - 1)

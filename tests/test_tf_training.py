@@ -1,5 +1,6 @@
 """Training in Keras' own way: `compile`, `fit`, `evaluate`, callbacks, resuming, adapters; and the loss by itself."""
 
+import importlib.util
 import json
 import re
 import runpy
@@ -160,6 +161,36 @@ class TestFit:
         means = {**expected(surprisals), **{f"val_{k}": v for k, v in expected(surprisals, WEIGHTS).items()}}
         assert {name: values[-1] for name, values in history.items()} == pytest.approx(means, rel=SAME)
         assert np.array_equal(keras.models.load_model(path)(**INPUTS).logits, model(**INPUTS).logits)
+
+    def test_tensorboard(self, model, tmp_path, monkeypatch):
+        """What `fit` returns, and values of batches and weights, are in the files that TensorBoard shows."""
+        if importlib.util.find_spec("tensorboard") is None:  # It brings these two, which end in the same `write`.
+            summary = importlib.import_module("tensorflow.summary")  # What Keras imports is not `tf.summary`.
+            monkeypatch.setattr(summary, "scalar", summary.write)
+            monkeypatch.setattr(summary, "histogram", summary.write)
+        model.compile(keras.optimizers.SGD(0.1))
+        board = keras.callbacks.TensorBoard(tmp_path, histogram_freq=1, update_freq="batch", write_graph=True)
+        history = model.fit(
+            INPUTS, LABELS, batch_size=3, epochs=2, validation_data=(INPUTS, LABELS), callbacks=[board], verbose=0
+        ).history
+        written = {"train": {}, "validation": {}}
+        for part, tags in written.items():
+            (file,) = (tmp_path / part).glob("events.out.tfevents.*")
+            for record in tf.data.TFRecordDataset(str(file)):
+                event = tf.compat.v1.Event.FromString(record.numpy())
+                for value in event.summary.value:
+                    tags.setdefault(value.tag, {})[event.step] = tf.make_ndarray(value.tensor)
+
+        for name in ("loss", "accuracy", "perplexity"):
+            for epoch in range(2):
+                assert written["train"][f"epoch_{name}"][epoch] == pytest.approx(history[name][epoch])
+                assert written["validation"][f"epoch_{name}"][epoch] == pytest.approx(history[f"val_{name}"][epoch])
+            batches = written["train"][f"batch_{name}"]
+            assert sorted(batches) == [1, 2, 3, 4]
+            assert [batches[2], batches[4]] == pytest.approx(history[name])  # The means so far.
+            assert sorted(written["validation"][f"evaluation_{name}_vs_iterations"]) == [2, 4]
+        assert history["loss"][1] < history["loss"][0]
+        assert {f"{weight.path}/histogram" for weight in model.weights} <= written["train"].keys()
 
     def test_precision_and_xla(self, folder):
         """Roundings of 8 or 11 bits, a few times each, move the losses of three steps less than these bounds."""
@@ -345,6 +376,41 @@ class TestLoss:
         for number in self.gradients(tf.constant(states), tf.constant(self.MATRIX), True):
             assert np.isfinite(number).all()
 
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+    def test_second_derivatives_are_refused(self, mode, training):
+        def run(states, matrix):
+            with tf.GradientTape() as tape:
+                tape.watch(states)
+                of_states, of_matrix = self.gradients(states, matrix, training)[-2:]
+                slope = tf.reduce_sum(of_states**2) + tf.reduce_sum(of_matrix**2)
+            return tape.gradient(slope, states)
+
+        if mode != "eager":
+            run = tf.function(run, jit_compile=mode == "xla")
+        with pytest.raises(InputError, match=r"the loss has no second derivatives, .* logits of a call without labels"):
+            run(tf.constant(self.STATES), tf.constant(self.MATRIX))
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_a_persistent_tape(self, jit):
+        """It keeps no logits, in spite of the second derivatives that it might be asked for."""
+
+        def gradients(states, matrix):
+            with tf.GradientTape(persistent=True) as tape:
+                tape.watch([states, matrix])
+                loss = causal_lm_loss(states, matrix, LABELS, options=LossOptions(), training=True).loss
+            return tape.gradient(loss, states), tape.gradient(loss, matrix)
+
+        program = tf.function(gradients, jit_compile=jit)
+        given = tf.constant(self.STATES), tf.constant(self.MATRIX)
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            loss = causal_lm_loss(*given, LABELS, options=LossOptions()).loss
+        for ours, due in zip(program(*given), tape.gradient(loss, given), strict=True):
+            np.testing.assert_allclose(ours, due, rtol=1e-5, atol=1e-6 * np.abs(due).max())
+        functions = program.get_concrete_function(*given).graph.as_graph_def().library.function
+        assert "TensorListPushBack" not in {node.op for function in functions for node in function.node_def}
+
     def test_a_frozen_head_has_no_gradient(self):
         states, matrix = tf.constant(self.STATES), tf.constant(self.MATRIX)
         with tf.GradientTape() as tape:
@@ -374,3 +440,26 @@ class TestTiedMatrix:
         whole = {one.type for one in operations if [tuple(result.shape) for result in one.outputs] == [matrix.shape]}
         assert "AddN" not in whole
         assert "UnsortedSegmentSum" not in whole
+
+    def test_in_fit(self, model):
+        model.compile(keras.optimizers.SGD(0.1))
+        model.optimizer.build(model.trainable_variables)
+        data = tf.nest.map_structure(tf.constant, (INPUTS, LABELS))
+        operations = tf.function(model.train_step).get_concrete_function(data).graph.get_operations()
+        shape = model.get_input_embeddings().embeddings.shape
+        whole = {one.type for one in operations if [tuple(result.shape) for result in one.outputs] == [shape]}
+        assert not whole & {"AddN", "UnsortedSegmentSum"}
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_second_derivatives_are_refused(self, model, compiled):
+        gamma = model.model.layer_norm.gamma
+
+        def curvature(ids):
+            with tf.GradientTape() as outer:
+                with tf.GradientTape() as inner:
+                    loss = model(ids, labels=ids, use_cache=False, training=True).loss
+                slope = tf.reduce_sum(inner.gradient(loss, gamma.value) ** 2)
+            return outer.gradient(slope, gamma.value)
+
+        with pytest.raises(InputError, match="the loss has no second derivatives"):
+            (tf.function(curvature) if compiled else curvature)(tf.constant(IDS))

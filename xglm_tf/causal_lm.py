@@ -28,7 +28,7 @@ from xglm_tf.loss import causal_lm_loss
 from xglm_tf.pretrained import embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
 from xglm_tf.training import TFXGLMTrainable
-from xglm_tf.tying import table_and_head
+from xglm_tf.tying import TableAndHead, table_and_head
 from xglm_tf.weights import name_scopes, unlocked
 
 # For how many rows the head computes another product, and in how many parts at most; see `_logits`.
@@ -84,6 +84,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         logits_to_keep: int | tf.Tensor = 0,
         num_items_in_batch: int | tf.Tensor | None = None,
         return_logits: bool | None = None,
+        uses: TableAndHead | None = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Runs the decoder and the head.
 
@@ -98,6 +99,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
             return_logits: whether to return logits, which the loss does not need; None means yes, but in training with
                 labels only if `logits_to_keep` asks for some.
+            uses: see `table_and_head`; for a step of `fit`, which computes its loss after the call.
 
         Returns:
             The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in
@@ -109,7 +111,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         check_head_arguments(self.config, tokens, labels, logits_to_keep)
         tied = training and labels is not None and inputs_embeds is None and self.lm_head is None
-        uses = table_and_head(self.model.embed_tokens) if tied else None
+        uses = table_and_head(self.model.embed_tokens) if tied else uses
         outputs = self.model(
             input_ids,
             attention_mask,

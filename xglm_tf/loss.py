@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput, chunk_positions
 
@@ -45,6 +46,10 @@ def causal_lm_loss(
 
     Returns:
         See `LossOutput`: zeros if no label counts.
+
+    Raises:
+        InputError: second derivatives are asked for; or, outside a `tf.function`, could be asked for, as a tape records
+            how the gradient of another tape is computed.
     """
     tied = not isinstance(head, keras.layers.Dense)
     matrix = tf.convert_to_tensor(head if tied else head.kernel)
@@ -92,16 +97,31 @@ def _sums(
     def sums(states: tf.Tensor, matrix: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], Callable[..., Any]]:
         run = functools.partial(_in_chunks, states, matrix, targets, factors, inverse, **static)
         results, computed = run(gradients=training, head_gradient=training and train_head)
+        # A persistent tape would keep what second derivatives of these need, all logits among it.
+        computed = tuple(map(tf.stop_gradient, computed))
 
         def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
             of_states, *of_head = computed or run(gradients=True, head_gradient=train_head)[1]
             # Scaled in float32: in float16 they might be 0 before a loss scale takes effect.
             of_states = tf.cast(of_states * upstream, states.dtype)
-            return of_states, tf.cast(of_head[0] * upstream, matrix.dtype) if of_head else None
+            return _final(of_states), _final(tf.cast(of_head[0] * upstream, matrix.dtype)) if of_head else None
 
         return results, gradient
 
     return sums(states, matrix)
+
+
+@tf.custom_gradient
+def _final(gradient: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
+    """The same tensor, which has no gradient."""
+
+    def refuse(*_: tf.Tensor) -> Any:
+        raise InputError(
+            "the loss has no second derivatives, but there is a tape around the gradient of another, or a forward "
+            "accumulator; compute the loss from the logits of a call without labels"
+        )
+
+    return gradient, refuse
 
 
 # TensorFlow never forgets a graph in which it met a custom gradient. Here it meets a small one, not the caller's with

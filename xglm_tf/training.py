@@ -16,6 +16,7 @@ from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_tf.inputs import check_head_arguments
 from xglm_tf.loss import targets_and_weights
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
+from xglm_tf.tying import table_and_head
 
 
 class Perplexity(keras.metrics.Mean):
@@ -72,6 +73,7 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         weights: tf.Tensor | None = None,
         *,
         training: bool = False,
+        head: tf.Tensor | None = None,
     ) -> LossOutput:
         """The loss from the decoder's last states; see `xglm_tf.loss.causal_lm_loss`."""
         raise NotImplementedError
@@ -80,9 +82,12 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         """See `keras.Model.compile`; without `loss` there is the built-in one.
 
         Raises:
-            InputError: the trainable variables are float16 and the optimizer is no `LossScaleOptimizer`.
+            InputError: the trainable variables are float16 and the optimizer is no `LossScaleOptimizer`; or
+                `jit_compile` is True, with a distribution strategy that TensorFlow cannot compile.
         """
         super().compile(*args, **kwargs)
+        if self.jit_compile:
+            _check_compilable(self.distribute_strategy)
         if self.optimizer is not None and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             for dtype in {variable.dtype for variable in self.trainable_variables}:
                 check_trainable_type(dtype)
@@ -123,7 +128,10 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """A step of `fit`."""
-        return self._to_average(super().train_step(self._with_labels(data)))
+        x, y, sample_weight = self._with_labels(data)
+        if self._compile_loss is None and self.get_output_embeddings() is self.get_input_embeddings():
+            x["uses"] = table_and_head(self.get_input_embeddings())
+        return self._to_average(super().train_step((x, y, sample_weight)))
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """A step of `evaluate`."""
@@ -154,7 +162,9 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         (count,) = summed(tf.reduce_sum(targets_and_weights(y, weights)[1]))
         items = x.get("num_items_in_batch")
         items = count if items is None else tf.cast(items, tf.float32)
-        output = self.loss_of(y_pred.hidden_states[-1], y, items, weights, training=training)
+        uses = x.get("uses")
+        head = None if uses is None else uses.head
+        output = self.loss_of(y_pred.hidden_states[-1], y, items, weights, training=training, head=head)
         loss, surprisal, correct = summed(tf.stop_gradient(output.loss), output.surprisal, output.correct)
         # Every replica has the sums of all, and Keras adds up what the replicas have.
         sums = (loss * items, surprisal, correct, count)
@@ -237,6 +247,24 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
             # The loss needs the last states alone. Those below are not kept in compiled code.
             wanted |= {"output_hidden_states": True, "return_logits": self._compile_metrics is not None}
         return {**arguments, **wanted}, labels if y is None else y, sample_weight
+
+
+def _check_compilable(strategy: tf.distribute.Strategy) -> None:
+    """Keras makes one program of the step on all devices of a process, and XLA has variables of one device only.
+
+    Nor has it sums over processes on a CPU.
+
+    Raises:
+        InputError: there are several devices, or processes with CPUs.
+    """
+    if not isinstance(strategy, tf.distribute.MirroredStrategy | tf.distribute.MultiWorkerMirroredStrategy):
+        return
+    replicas, devices = strategy.num_replicas_in_sync, strategy.extended.worker_devices
+    if len(devices) > 1 or (replicas > 1 and "CPU" in devices[0]):
+        raise InputError(
+            f"jit_compile is True for {replicas} replicas of a distribution strategy, and TensorFlow cannot compile a "
+            "step of theirs with XLA; expected jit_compile=False or 'auto'"
+        )
 
 
 def _labels(x: Any, y: Any) -> Any:

@@ -16,16 +16,18 @@ class TableAndHead:
     The gradient of the lookup is then added in place to that of the loss.
 
     Attributes:
-        head: the matrix [vocab_size, d_model].
+        head: the matrix [vocab_size, d_model]; None before the lookup.
     """
 
     def __init__(self, embedding: keras.layers.Embedding) -> None:
-        self.head = tf.convert_to_tensor(embedding.embeddings)
+        self.embedding = embedding
+        self.head: tf.Tensor | None = None
 
     def look_up(self, ids: tf.Tensor) -> tf.Tensor:
         """[batch, length, d_model] for ids [batch, length]."""
         xla = tf.__internal__.get_enclosing_xla_context() is not None
-        rows, self.head = _both(self.head, tf.cast(ids, tf.int32), xla=xla)
+        matrix = tf.convert_to_tensor(self.embedding.embeddings)
+        rows, self.head = _both(matrix, tf.cast(ids, tf.int32), xla=xla)
         return rows
 
 
