@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xglm_torch import XGLMForCausalLM
+from xglm_torch import XGLMForCausalLM, products
 from xglm_torch.products import fast_products
 
 HAS_BOTH = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
@@ -63,11 +63,13 @@ class TestProducts:
                 result, _ = operations(one, other, bias[: len(other)])
                 torch.testing.assert_close(result, F.linear(one, other, bias[: len(other)]))
 
-    def test_gradients_are_kept(self, factors):
+    @pytest.mark.parametrize("faster", [True, False])
+    def test_gradients_are_kept(self, factors, faster, monkeypatch):
+        monkeypatch.setattr(products, "_trains_faster", lambda: faster)
         states, weight, bias = factors
         weight.requires_grad_()
         result, redirected = operations(states, weight, bias)
-        assert not redirected
+        assert redirected is (HAS_BOTH and faster)
         result.sum().backward()
         assert weight.grad is not None
 

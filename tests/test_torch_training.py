@@ -42,10 +42,10 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 3 * 4 * CONFIG.vocab_size)
 
 
-def trained(model, call=None):
+def trained(model, call=None, labels=LABELS):
     """The loss, and the gradients by name."""
     model.zero_grad()
-    loss = (model if call is None else call)(IDS, labels=LABELS, use_cache=False).loss
+    loss = (model if call is None else call)(IDS, labels=labels, use_cache=False).loss
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -335,6 +335,11 @@ class TestProducts:
         assert not {"aten.addmm.default", "aten.mm.default", "aten.addmm_.default"} & set(names)
         # Six layers in each of three blocks, forth, back twice, and forth again; and what the head needs.
         assert names.count("mkldnn._linear_pointwise.default") >= 18 * (3 if checkpointing is None else 4)
+
+    def test_no_label_counts(self, model):
+        loss, gradients = trained(model, labels=torch.full_like(LABELS, -100))
+        assert loss == 0
+        assert not any(gradient.any() for gradient in gradients.values())
 
     def test_a_head_that_is_called(self, model):
         """Its products are computed again in the backward pass, in the same way."""

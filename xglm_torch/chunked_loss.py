@@ -67,7 +67,7 @@ def chunked_loss(
     # float16 has no room for the gradients of single logits, which are divided by the number of targets: later, then.
     unit = shares.abs().max().clamp(min=1e-30) if factors == torch.float16 and len(kept) else 1
     with torch.autocast(states.device.type, enabled=False):  # The types are chosen here.
-        for places in kept.split(chunk):
+        for places in kept.split(chunk) if len(kept) else ():  # oneDNN has no product of nothing.
             some, logits = states[places].to(factors), memory[: len(places)]
             for block, rows in _blocks(weight, factors):
                 add_product(logits[:, block], some, rows.T, keep=False)
