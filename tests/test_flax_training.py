@@ -24,6 +24,7 @@ import optax
 from flax.training.train_state import TrainState
 
 import xglm_core.loss
+import xglm_flax.loss
 from conformance.gradients import loss_and_gradients
 from tests import flax_processes
 from xglm_core.errors import InputError
@@ -102,6 +103,29 @@ class TestLoss:
         assert compiled.memory_analysis().temp_size_in_bytes < 300e6
         compiled = jax.jit(loss).lower(states, head, labels).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 200e6
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    @pytest.mark.parametrize(("words", "devices"), [(50, 1), (131, 1), (50, 2)])
+    def test_parts_of_the_gradient(self, monkeypatch, axis, words, devices):
+        """Some words at a time, or, where there may be several devices, some columns."""
+        monkeypatch.setattr(xglm_flax.loss, "_WORDS", words)
+        monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 8 * 4 * 131)
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        stream = np.random.RandomState(0)
+        states, head = stream.randn(2, 11, 35).astype("f"), stream.randn(131, 35).astype("f")
+        labels = stream.randint(0, 131, (2, 11))
+
+        def loss(states, head):
+            return causal_lm_loss(states, head, labels, vocabulary_axis=axis).loss
+
+        def plain(states, head):
+            chances = jax.nn.log_softmax(states[:, :-1] @ head.T)
+            return -jnp.take_along_axis(chances, labels[:, 1:, None], axis=2).mean()
+
+        ours = jax.grad(loss, (0, 1))(states, head.T if axis else head)
+        expected = jax.grad(plain, (0, 1))(states, head)
+        assert_same(ours[0], expected[0])
+        assert_same(ours[1].T if axis else ours[1], expected[1])
 
     def test_gradients_of_each_example(self, shallow, differentiated):
         loss_fn = make_loss_fn(shallow)

@@ -16,9 +16,10 @@ from xglm_flax.attention import PRECISION, computed
 
 _PLAIN = LossOptions()
 # XLA computes a term of a sum before it adds it. So logits take half of the room that there is for them, and what a
-# chunk adds to the gradient of the head takes a quarter: some columns of it at a time, but no fewer than 32, which
+# chunk adds to the gradient of the head is computed in parts. One CPU takes some words at a time, which lie together.
+# Where several devices may divide the words, it is some columns, a quarter of the room but no fewer than 32, which
 # would be slow. On accelerators all columns have room, and products of some take three times as long.
-_LOGITS, _TERM, _COLUMNS = 2, 4, 32
+_LOGITS, _TERM, _COLUMNS, _WORDS = 2, 4, 32, 4096
 
 
 class _Static(NamedTuple):
@@ -191,19 +192,24 @@ def _added(static: _Static, gradient: jax.Array, slopes: jax.Array, states: jax.
         letters, terms = f"g{letters}", "gn"
         slopes = slopes.reshape(len(slopes), len(gradient), -1)
         states = states.reshape(len(gradient), -1, d_model)
-    axis = letters.index("d")
-    width = min(d_model, max(_COLUMNS, _room(len(slopes)) // (_TERM if _on_cpu() else 1)))
+    words = _on_cpu() and jax.device_count() == 1 and not static.sharded
+    axis, whole = (letters.index("v"), slopes) if words else (letters.index("d"), states)
+    size = whole.shape[0 if words else -1]
+    width = min(size, _WORDS if words else max(_COLUMNS, _room(len(slopes)) // (_TERM if _on_cpu() else 1)))
 
     def step(index: jax.Array, gradient: jax.Array) -> jax.Array:
-        # The last part is a full one, too, and has some columns of the one before, to which it adds nothing.
-        begin = jnp.minimum(index * width, d_model - width)
-        columns = jax.lax.dynamic_slice_in_dim(states, begin, width, axis=-1)
-        columns = jnp.where(begin + jnp.arange(width) >= index * width, columns, 0)
-        old = jax.lax.dynamic_slice_in_dim(gradient, begin, width, axis)
-        new = old + _product(f"v{terms},{terms}d->{letters}", slopes, columns)
-        return jax.lax.dynamic_update_slice_in_dim(gradient, new, begin, axis)
+        # The last part is a full one, too, and has some of the one before, to which it adds nothing.
+        begin = jnp.minimum(index * width, size - width)
+        part = jax.lax.dynamic_slice_in_dim(whole, begin, width, 0 if words else -1)
+        new = begin + jnp.arange(width) >= index * width
+        part = jnp.where(new[:, None] if words else new, part, 0)
+        factors = (part, states) if words else (slopes, part)
+        sums = jax.lax.dynamic_slice_in_dim(gradient, begin, width, axis) + _product(
+            f"v{terms},{terms}d->{letters}", *factors
+        )
+        return jax.lax.dynamic_update_slice_in_dim(gradient, sums, begin, axis)
 
-    return jax.lax.fori_loop(0, -(-d_model // width), step, gradient)
+    return jax.lax.fori_loop(0, -(-size // width), step, gradient)
 
 
 def _product(formula: str, first: jax.Array, second: jax.Array) -> jax.Array:
