@@ -127,6 +127,21 @@ class TestLoss:
         assert_same(ours[0], expected[0])
         assert_same(ours[1].T if axis else ours[1], expected[1])
 
+    def test_float16(self):
+        """Gradients of single logits that float16 does not have, of a loss that is scaled as one does with float16."""
+        stream = np.random.RandomState(0)
+        states, head = stream.randn(2, 11, 35).astype("float16"), stream.randn(131, 35).astype("float16").astype("f")
+        labels = stream.randint(0, 131, (2, 11))
+
+        def loss(states, head):
+            return causal_lm_loss(states, head, labels, num_items_in_batch=10**6).loss * 2.0**20
+
+        ours = jax.grad(loss, (0, 1))(states, head)
+        expected = jax.grad(loss, (0, 1))(states.astype("f"), head)
+        for one, other in zip(ours, expected, strict=True):
+            # The gradients of the logits, and those of the states, are rounded to 11 bits.
+            np.testing.assert_allclose(one, other, rtol=2**-10, atol=2**-10 * float(jnp.abs(other).max()))
+
     def test_gradients_of_each_example(self, shallow, differentiated):
         loss_fn = make_loss_fn(shallow)
 

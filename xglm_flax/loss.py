@@ -137,13 +137,15 @@ def _in_chunks(
     matrix = head.astype(states.dtype)
     vocabulary, letters = head.shape[axis], ("vd", "dv")[axis]
     of_others = options.label_smoothing / vocabulary
+    # float16 has no room for the gradients of single logits, which are divided by the number of targets: later, then.
+    unit = jnp.abs(data.factors).max().clip(1e-30) if states.dtype == jnp.float16 else 1
 
     def step(index: jax.Array, state: Any) -> Any:
         sums, states_gradient, head_gradient = state
         parts = (jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=1) for array in (states, *data[:2]))
         # Flat, as XLA would transpose what has more than two axes.
         chunk, targets, factors = (array.reshape(-1, *array.shape[2:]) for array in parts)
-        # Differs: the vocabulary comes first, for which none of the three products needs a transposed copy.
+        # The vocabulary comes first, for which none of the three products needs a transposed copy.
         logits = _product(f"{letters},nd->vn", matrix, chunk)
         largest = logits.max(axis=0)
         total = largest + jnp.log(jnp.exp(logits - largest).sum(axis=0))
@@ -157,7 +159,7 @@ def _in_chunks(
             is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) == targets
             slopes = jnp.exp(logits - total) * (1 + 2 * options.z_loss * total)
             slopes = slopes - jnp.where(is_target, 1 - options.label_smoothing + of_others, of_others)
-            slopes = computed((slopes * factors).astype(states.dtype))
+            slopes = computed((slopes * (factors / unit)).astype(states.dtype))
         if of_states:
             new = _product(f"vn,{letters}->nd", slopes, matrix).reshape(len(states), size, -1)
             states_gradient = jax.lax.dynamic_update_slice_in_dim(states_gradient, new, index * size, axis=1)
@@ -174,7 +176,8 @@ def _in_chunks(
     sums, states_gradient, head_gradient = jax.lax.fori_loop(0, data.chunks, step, start)
     if head_gradient is not None and static.sharded:
         head_gradient = head_gradient.sum(axis=0)
-    return tuple(sums), states_gradient, head_gradient
+    gradients = (None if gradient is None else gradient * unit for gradient in (states_gradient, head_gradient))
+    return tuple(sums), *gradients
 
 
 def _added(static: _Static, gradient: jax.Array, slopes: jax.Array, states: jax.Array) -> jax.Array:

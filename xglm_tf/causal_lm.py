@@ -99,7 +99,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
             return_logits: whether to return logits, which the loss does not need; None means yes, but in training with
                 labels only if `logits_to_keep` asks for some.
-            uses: see `table_and_head`; for a step of `fit`, which computes its loss after the call.
+            uses: see `table_and_head`. Differs: for a step of `fit`, where Keras computes the loss after the call.
 
         Returns:
             The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in

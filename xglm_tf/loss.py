@@ -66,6 +66,7 @@ def causal_lm_loss(
         tied=tied,
         smoothing=float(options.label_smoothing),
         z_loss=float(options.z_loss),
+        # Differs: not more on accelerators, as a graph may run on another device than the one where it is made.
         chunk=chunk_positions(matrix.shape[0 if tied else 1]),
         training=training,
         train_head=train_head,

@@ -18,8 +18,8 @@ from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_torch.products import add_product, adds_in_place
 
-# Of the gradient of the head, or of the head in another type, at a time. A GPU would wait for the host between products
-# as small as a CPU's cache likes them.
+# At a time: on a CPU of the gradient of the head, on a GPU of the head in another type. A GPU would wait for the host
+# between products as small as a CPU's cache likes them.
 _CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**22, 2**28
 _CACHED_ROWS = 4  # Rows of logits that stay in the cache of a CPU from one operation to the next.
 
@@ -68,6 +68,7 @@ def chunked_loss(
     unit = shares.abs().max().clamp(min=1e-30) if factors == torch.float16 and len(kept) else 1
     with torch.autocast(states.device.type, enabled=False):  # The types are chosen here.
         for places in kept.split(chunk) if len(kept) else ():  # oneDNN has no product of nothing.
+            # Differs: the positions come first. So the logits of a few stay in a CPU's cache, see `_become_gradients`.
             some, logits = states[places].to(factors), memory[: len(places)]
             for block, rows in _blocks(weight, factors):
                 add_product(logits[:, block], some, rows.T, keep=False)
