@@ -23,6 +23,8 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
+from loss import resident
+from speed import BACKENDS
 
 from xglm_core.checkpoint.formats import FORMATS
 
@@ -36,29 +38,11 @@ def forget(file: Path) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load(backend: str, folder: str) -> Any:
-    """A model, all of whose weights have been read."""
-    if backend == "torch":
-        import torch
-
-        from xglm_torch import XGLMForCausalLM
-
-        model = XGLMForCausalLM.from_pretrained(folder)
-        with torch.no_grad():
-            return model, [float(weight.sum()) for weight in model.parameters()]
-    if backend == "tf":
-        import tensorflow as tf
-
-        from xglm_tf import TFXGLMForCausalLM
-
-        model = TFXGLMForCausalLM.from_pretrained(folder)
-        return model, [float(tf.reduce_sum(weight)) for weight in model.trainable_variables]
-    import jax
-
-    from xglm_flax import FlaxXGLMForCausalLM
-
-    model = FlaxXGLMForCausalLM.from_pretrained(folder)
-    return model, [float(leaf.sum()) for leaf in jax.tree.leaves(model.params)]
+def load(backend: str, folder: Path) -> Any:
+    """What keeps a model, all of whose weights have been read."""
+    read_all = BACKENDS[backend]("load", str(folder), np.zeros((1, 1), np.int64))
+    read_all()
+    return read_all
 
 
 def measure(backend: str, folder: Path) -> None:
@@ -70,24 +54,18 @@ def measure(backend: str, folder: Path) -> None:
         np.fromfile(file, np.uint8)
         print(json.dumps([time.perf_counter() - begin, 0]))
         return
-    load(backend, str(SMALL))
+    load(backend, SMALL)
     Path("/proc/self/clear_refs").write_text("5")  # The largest resident set is counted anew.
-    before, begin = _resident("VmRSS"), time.perf_counter()
-    kept = load(backend, str(folder))
-    print(json.dumps([time.perf_counter() - begin, _resident("VmHWM") - before]))
+    before, begin = resident("VmRSS"), time.perf_counter()
+    kept = load(backend, folder)
+    print(json.dumps([time.perf_counter() - begin, resident("VmHWM") - before]))
     del kept
-
-
-def _resident(what: str) -> float:
-    """The resident set [MB]: VmRSS is that of now, VmHWM the largest so far."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{what}:")]
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def main() -> None:
     """Prints one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backend", choices=("torch", "tf", "flax", "reading"))
+    parser.add_argument("backend", choices=(*BACKENDS, "reading"))
     parser.add_argument("checkpoint", type=Path, help="folder with model.safetensors in one file")
     parser.add_argument("--runs", type=int, default=3, help="processes of each kind, in turn (%(default)s)")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)  # This process is one of these runs.

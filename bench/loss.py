@@ -127,17 +127,17 @@ def main() -> None:
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the largest resident set is counted anew.
-    seconds, before = [], _resident("VmRSS")
+    seconds, before = [], resident("VmRSS")
     for _ in range(arguments.repeat + 1):
         begin = time.perf_counter()
         run()
         seconds.append(round(time.perf_counter() - begin, 3))
-    extra = _resident("VmHWM") - before - gradients
+    extra = resident("VmHWM") - before - gradients
     names = {name: getattr(arguments, name) for name in ("backend", "kind", "rows", "length")}
     print(json.dumps({**names, "first_s": seconds[0], "best_s": min(seconds[1:]), "extra_MB": round(extra)}))
 
 
-def _resident(what: str) -> float:
+def resident(what: str) -> float:
     """The resident set [MB]: VmRSS is that of now, VmHWM the largest so far."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{what}:")]
     return int(line.split()[1]) * 1024 / 1e6

@@ -176,8 +176,10 @@ def _in_chunks(
     sums, states_gradient, head_gradient = jax.lax.fori_loop(0, data.chunks, step, start)
     if head_gradient is not None and static.sharded:
         head_gradient = head_gradient.sum(axis=0)
-    gradients = (None if gradient is None else gradient * unit for gradient in (states_gradient, head_gradient))
-    return tuple(sums), *gradients
+    by_states, by_head = (
+        gradient if gradient is None else gradient * unit for gradient in (states_gradient, head_gradient)
+    )
+    return tuple(sums), by_states, by_head
 
 
 def _added(static: _Static, gradient: jax.Array, slopes: jax.Array, states: jax.Array) -> jax.Array:
