@@ -14,7 +14,7 @@ from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput, chunk_positions
 
 # Of the head's gradient: what of a chunk's part is computed before it is added to the rest.
-_TILE_BYTES = 2**24
+_TILE_BYTES = 2**22
 
 
 def causal_lm_loss(
@@ -250,13 +250,20 @@ def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bo
     """
     vocab_size, width = total.shape
     height = max(1, _TILE_BYTES // (4 * width))
-    total = total if xla else tf.reshape(total, (-1,))
-    for begin in range(0, vocab_size, height):
-        end = min(begin + height, vocab_size)
-        with tf.control_dependencies([total]):  # One tile after the other.
-            tile = tf.matmul(slopes[begin:end], rows)
-        total = _updated(total, begin, tile) if xla else _updated(total, begin * width, tf.reshape(tile, (-1,)))
-    return tf.reshape(total, (vocab_size, width))
+    if xla:
+        for begin in range(0, vocab_size, height):
+            with tf.control_dependencies([total]):  # One tile after the other.
+                tile = tf.matmul(slopes[begin : begin + height], rows)
+            total = _updated(total, begin, tile)
+        return total
+
+    def step(begin: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        tile = tf.matmul(slopes[begin : begin + height], rows)
+        places = tf.range(begin, begin + tf.shape(tile)[0])
+        # This writes to its operand whatever else holds it; nothing does.
+        return begin + height, tf.raw_ops.InplaceAdd(x=total, i=places, v=tile)
+
+    return tf.while_loop(lambda begin, _: begin < vocab_size, step, (0, total), parallel_iterations=1)[1]
 
 
 def rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import XGLMConfig
+from xglm_torch.dropout import attention_with_dropout, attends_with_dropout, dropped
 from xglm_torch.products import is_transformed
 
 
@@ -61,9 +62,11 @@ class XGLMAttention(nn.Module):
         factors = None if head_mask is None else head_mask[self.heads].to(query)[:, None, None]
         weights = None
         dropout = self.dropout if self.training else 0.0
+        if dropout and not output_attentions and attends_with_dropout(query, dropout):
+            context = attention_with_dropout(query, key, value, mask, dropout, is_causal=is_causal)
         # On a CPU there is no fused kernel with dropout, and what PyTorch does instead keeps more for the gradients.
         # Transforms do not see through fused kernels, or one example at a time.
-        if output_attentions or (dropout and query.device.type == "cpu") or is_transformed():
+        elif output_attentions or (dropout and query.device.type == "cpu") or is_transformed():
             if is_causal:
                 mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
             weights = _probabilities(query, key, mask)
@@ -80,11 +83,6 @@ class XGLMAttention(nn.Module):
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """[batch, length, width] -> [batch, heads, length, head_dim]."""
         return states.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
-
-
-def dropped(states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Dropout, as `F.dropout`, which on a CPU keeps four bytes for each number's gradient where this keeps one."""
-    return torch.native_dropout(states, rate, True)[0] if training and rate else states
 
 
 def attention_mask_for(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
-from xglm_torch.attention import XGLMAttention, dropped
+from xglm_torch.attention import XGLMAttention
 from xglm_torch.cache import KeyValue, XGLMCache
+from xglm_torch.dropout import dropped
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,

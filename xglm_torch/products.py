@@ -89,7 +89,7 @@ class _OneDNN(TorchFunctionMode):
         if (
             func is F.linear
             and not kwargs
-            and all(map(_is_plain, args))
+            and all(map(is_plain, args))
             and not (torch.is_autocast_enabled("cpu") or is_transformed())
         ):
             states, weight, bias = (*args, None)[:3]
@@ -118,7 +118,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product `states @ weight.T + bias` of what `_is_plain`."""
+    """The product `states @ weight.T + bias` of what `is_plain`."""
     tensors = states, weight, bias
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return _Linear.apply(*tensors)
@@ -129,7 +129,7 @@ def _product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def _is_plain(tensor: torch.Tensor | None) -> bool:
+def is_plain(tensor: torch.Tensor | None) -> bool:
     """Whether a factor or summand is float32 in the memory of the CPU, and no subclass that means something else."""
     return tensor is None or (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
