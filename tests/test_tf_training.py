@@ -324,7 +324,7 @@ class TestLoss:
 
     @pytest.fixture(autouse=True)
     def small_chunks(self, monkeypatch):
-        monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 7 * 4 * 131)
+        monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 2 * 7 * 4 * 131)  # Of which a chunk takes half.
         monkeypatch.setattr("xglm_tf.loss._TILE_BYTES", 4 * 35 * 50)
 
     @staticmethod

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from xglm_core.config import XGLMConfig
 from xglm_flax.cache import Length
+from xglm_flax.dropout import FlaxXGLMDropout
 from xglm_flax.initialization import kernel_init
 
 # JAX's default lets accelerators round the factors of float32 products to 10 bits (TF32) or 8 (bfloat16).
@@ -41,7 +42,7 @@ class FlaxXGLMAttention(nn.Module):
         self.v_proj = dense(config, width, self.dtype, self.param_dtype)
         self.q_proj = dense(config, width, self.dtype, self.param_dtype)
         self.out_proj = dense(config, config.d_model, self.dtype, self.param_dtype)
-        self.dropout = nn.Dropout(config.attention_dropout)
+        self.dropout = FlaxXGLMDropout(config.attention_dropout)
 
     def keys_and_values(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[batch, length, d_model] -> what there is to attend to, each [batch, heads, length, head_dim]."""
@@ -77,7 +78,7 @@ class FlaxXGLMAttention(nn.Module):
         query = self._split_heads(self.q_proj(hidden_states))
         # The backward pass computes the steps to the probabilities again: they have several arrays of that size.
         weights = jax.checkpoint(_probabilities)(query, key, mask)
-        dropped = self.dropout(weights, deterministic=deterministic)
+        dropped = self.dropout(weights, deterministic)
         context = jnp.einsum("bhqk,bhkd->bhqd", dropped, value, precision=PRECISION)
         if head_mask is not None:
             # The factor of a head's probabilities is one of its result, which is smaller.
@@ -102,9 +103,21 @@ def _probabilities(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> 
     return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
 
 
+class FlaxXGLMDense(nn.Dense):
+    """A projection.
+
+    Differs: the rows lie along one axis. Along two, XLA would transpose a copy of them for the gradient of the kernel.
+    """
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[..., width] -> [..., features]."""
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        return rows.reshape(*inputs.shape[:-1], -1)
+
+
 def dense(config: XGLMConfig, features: int, dtype: Any, param_dtype: Any, *, use_bias: bool = True) -> nn.Dense:
     """A projection to `features`. Differs: Flax takes types, precision and initialisation layer by layer."""
-    return nn.Dense(
+    return FlaxXGLMDense(
         features,
         use_bias=use_bias,
         dtype=dtype,

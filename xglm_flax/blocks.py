@@ -17,6 +17,7 @@ from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_core.errors import InputError
 from xglm_flax.attention import FlaxXGLMAttention, computed, dense
 from xglm_flax.cache import Length, put
+from xglm_flax.dropout import FlaxXGLMDropout
 from xglm_flax.stacking import by_layer, check_layout, check_stackable, stacked_blocks
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -121,8 +122,8 @@ class FlaxXGLMDecoderLayer(nn.Module):
         self.fc1 = dense(config, config.ffn_dim, *types)
         self.fc2 = dense(config, config.d_model, *types)
         self.final_layer_norm = layer_norm(*types)
-        self.dropout = nn.Dropout(config.dropout)
-        self.activation_dropout = nn.Dropout(config.activation_dropout)
+        self.dropout = FlaxXGLMDropout(config.dropout)
+        self.activation_dropout = FlaxXGLMDropout(config.activation_dropout)
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_flax.attention import attention_mask_for
 from xglm_flax.blocks import BlockInputs, FlaxXGLMDecoderLayers, Remat, layer_norm
 from xglm_flax.cache import ByLayer, FlaxXGLMCache, Length, extend_cache
+from xglm_flax.dropout import FlaxXGLMDropout
 from xglm_flax.initialization import embedding_init
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
 from xglm_flax.weights import Params
@@ -71,7 +72,7 @@ class FlaxXGLMModule(nn.Module):
         self.embed_positions = FlaxXGLMSinusoidalPositionalEmbedding(config)
         self.layers = FlaxXGLMDecoderLayers(config, self.dtype, self.param_dtype, self.scan_layers, self.remat)
         self.layer_norm = layer_norm(self.dtype, self.param_dtype)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = FlaxXGLMDropout(config.dropout)
 
     def __call__(
         self,

@@ -13,8 +13,11 @@ from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput, chunk_positions
 
-# Of the head's gradient: what of a chunk's part is computed before it is added to the rest.
-_TILE_BYTES = 2**22
+# TensorFlow keeps about as much beside the logits of a chunk, in buffers of its products and in the compiled graph. So
+# these take half of the room that there is.
+_LOGITS = 2
+# Of the head's gradient: what of a chunk's part is computed before it is added to the rest. XLA compiles each of them.
+_TILE_BYTES, _XLA_TILE_BYTES = 2**22, 2**24
 
 
 def causal_lm_loss(
@@ -67,7 +70,7 @@ def causal_lm_loss(
         smoothing=float(options.label_smoothing),
         z_loss=float(options.z_loss),
         # Differs: not more on accelerators, as a graph may run on another device than the one where it is made.
-        chunk=chunk_positions(matrix.shape[0 if tied else 1]),
+        chunk=max(1, chunk_positions(matrix.shape[0 if tied else 1]) // _LOGITS),
         training=training,
         train_head=train_head,
         xla=tf.__internal__.get_enclosing_xla_context() is not None,
@@ -185,11 +188,14 @@ def _in_chunks(
         counts = index * size + tf.range(size) < counting
         factor = tf.where(counts, tf.gather(factors, place), 0.0)
         # A state that does not count may be anything.
-        rows = tf.where(counts[:, None], tf.cast(tf.gather(states, place), tf.float32), 0.0)
+        rows = tf.cast(tf.gather(states, place), tf.float32)
+        columns = tf.where(counts, tf.transpose(rows), 0.0)
+        rows = tf.where(counts[:, None], rows, 0.0)
         target = tf.gather(targets, place)
 
-        # The vocabulary comes first, for which the products are faster, and parts of it lie together in memory.
-        logits = tf.matmul(matrix, rows, transpose_a=not tied, transpose_b=True)
+        # The vocabulary comes first, for which the products are faster, and parts of it lie together in memory. So
+        # they are of columns, which TensorFlow would make rows again were they transposed in the next operation.
+        logits = tf.matmul(matrix, columns, transpose_a=not tied)
         largest, of_target = tf.reduce_max(logits, axis=0), tf.gather_nd(logits, tf.stack([target, tf.range(size)], 1))
         mean = tf.reduce_mean(logits, axis=0) if smoothing else tf.zeros_like(largest)
         # When nothing else needs the logits, their memory becomes that of the exponentials, and so on.
@@ -249,7 +255,7 @@ def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bo
         xla: which of two forms to use: each is slow where the other is fast.
     """
     vocab_size, width = total.shape
-    height = max(1, _TILE_BYTES // (4 * width))
+    height = max(1, (_XLA_TILE_BYTES if xla else _TILE_BYTES) // (4 * width))
     if xla:
         for begin in range(0, vocab_size, height):
             with tf.control_dependencies([total]):  # One tile after the other.
@@ -260,10 +266,12 @@ def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bo
     def step(begin: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         tile = tf.matmul(slopes[begin : begin + height], rows)
         places = tf.range(begin, begin + tf.shape(tile)[0])
-        # This writes to its operand whatever else holds it; nothing does.
+        # This writes to its operand whatever else holds it. Nothing does, and it needs no copy of the old numbers.
         return begin + height, tf.raw_ops.InplaceAdd(x=total, i=places, v=tile)
 
-    return tf.while_loop(lambda begin, _: begin < vocab_size, step, (0, total), parallel_iterations=1)[1]
+    return tf.while_loop(lambda begin, _: begin < vocab_size, step, (0, total), parallel_iterations=2)[
+        1
+    ]  # One is added while the next is computed.
 
 
 def rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:

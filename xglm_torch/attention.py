@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import XGLMConfig
-from xglm_torch.dropout import attention_with_dropout, attends_with_dropout, dropped
+from xglm_torch.dropout import attends_with_dropout, attention_with_dropout, dropped
 from xglm_torch.products import is_transformed
 
 

@@ -15,9 +15,10 @@ from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
-from xglm_torch.attention import attention_mask_for, dropped
+from xglm_torch.attention import attention_mask_for
 from xglm_torch.blocks import XGLMDecoderLayer
 from xglm_torch.cache import XGLMCache, as_cache, extend_cache
+from xglm_torch.dropout import dropped
 from xglm_torch.inputs import check_arguments, check_position_ids, has_values
 from xglm_torch.pretrained import XGLMPreTrainedModel
 from xglm_torch.products import with_fast_gradients

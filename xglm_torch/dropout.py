@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from xglm_core.dropout import BITS, drop_level
 from xglm_torch.products import is_plain, is_transformed
 
 _QUERIES = 128  # Of causal attention at a time: fewer compute less that is masked, more have larger products.
-_LEVELS = 2**16  # Of a drop probability: four bits of a mask are drawn with one number.
 
 
 def dropped(states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
@@ -21,7 +21,7 @@ def dropped(states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
 
     Args:
         states: of any shape and type.
-        rate: drop probability in [0, 1]; on a CPU rounded to a multiple of 2**-16, and so is the factor of what stays.
+        rate: drop probability in [0, 1]; for a CPU see `drop_level`.
         training: whether to drop at all.
     """
     if not training or not rate:
@@ -125,7 +125,7 @@ def _draws(states: torch.Tensor, rate: float) -> bool:
 
 def _mask(like: torch.Tensor, rate: float) -> tuple[torch.Tensor, float]:
     """Which numbers stay, bool in the shape of `like`, and what to multiply them by."""
-    level = min(round(rate * _LEVELS), _LEVELS - 1)
+    level, factor = drop_level(rate)
     words = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int16)[: like.numel()] >= level - _LEVELS // 2
-    return kept.view(like.shape), _LEVELS / (_LEVELS - level)
+    kept = words.view(torch.int16)[: like.numel()] >= level - 2 ** (BITS - 1)
+    return kept.view(like.shape), factor
