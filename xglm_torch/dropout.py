@@ -1,4 +1,4 @@
-"""Dropout on a CPU, where PyTorch draws a number for each mask bit and has no fused attention that drops probabilities.
+"""Dropout on a CPU, where PyTorch draws a number for each bit of a mask, and has no fused attention with dropout.
 
 Elsewhere, and wherever the single operations must be seen (compiling, function transforms), PyTorch's own is used.
 """
