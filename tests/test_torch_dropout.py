@@ -40,6 +40,11 @@ class TestDropped:
             # The mean of 40,000 products of two fair coins has a standard deviation of 0.0022.
             assert abs((kept[distance:] * kept[:-distance]).mean() - 0.25) < 0.015
 
+    def test_default_device_is_not_asked(self):
+        states = torch.randn(17)
+        with torch.device("meta"):
+            assert dropped(states, RATE, training=True).device.type == "cpu"
+
     def test_ends(self):
         states = torch.randn(17)
         assert dropped(states, 0.0, training=True) is states
@@ -120,6 +125,21 @@ class TestAttention:
         for array, double in zip(arrays, doubles, strict=True):
             torch.testing.assert_close(array.grad.double(), double.grad, rtol=1e-3, atol=1e-3)
 
+    def test_second_derivatives_beside_what_is_frozen(self, factors):
+        query, key, value = inputs(300, 300)
+        query.requires_grad_(False)
+        context = attention_with_dropout(query, key, value, None, RATE)
+        gradients = torch.autograd.grad(context.square().sum(), (key, value), create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
+        assert query.grad is None
+        assert key.grad.any()
+        assert value.grad.any()
+
+    def test_default_device_is_not_asked(self, factors):
+        arrays = inputs(300, 300)
+        with torch.device("meta"):
+            assert attention_with_dropout(*arrays, None, RATE, is_causal=True).device.type == "cpu"
+
     def test_where_it_is_used(self):
         states = torch.randn(2, 3, 5, 7)
         assert attends_with_dropout(states, RATE)
@@ -130,7 +150,7 @@ class TestAttention:
 
     def test_model_trains_through_it(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(dropout._Attention, "apply", lambda *_: calls.append(1) or _[0] * 0 + _[2].mean())
+        monkeypatch.setattr(dropout._Attention, "apply", lambda query, *_: calls.append(query.shape) or query)
         model = XGLMForCausalLM(changed(CONFIG, attention_dropout=RATE)).train()
         model(torch.from_numpy(IDS), labels=torch.from_numpy(IDS))
         assert len(calls) == model.config.num_layers

@@ -112,7 +112,7 @@ class FlaxXGLMDense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., width] -> [..., features]."""
         rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
-        return rows.reshape(*inputs.shape[:-1], -1)
+        return rows.reshape(*inputs.shape[:-1], self.features)
 
 
 def dense(config: XGLMConfig, features: int, dtype: Any, param_dtype: Any, *, use_bias: bool = True) -> nn.Dense:

@@ -269,9 +269,9 @@ def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bo
         # This writes to its operand whatever else holds it. Nothing does, and it needs no copy of the old numbers.
         return begin + height, tf.raw_ops.InplaceAdd(x=total, i=places, v=tile)
 
-    return tf.while_loop(lambda begin, _: begin < vocab_size, step, (0, total), parallel_iterations=2)[
-        1
-    ]  # One is added while the next is computed.
+    # One is added while the next is computed.
+    _, total = tf.while_loop(lambda begin, _: begin < vocab_size, step, (0, total), parallel_iterations=2)
+    return total
 
 
 def rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:

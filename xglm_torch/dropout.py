@@ -65,7 +65,7 @@ def attention_with_dropout(
     contexts, end = [], 0
     for some in query.split(_QUERIES, dim=2):  # With the keys that they see.
         begin, end = end, end + some.shape[2]
-        mask = torch.ones(1, 1, end - begin, end, dtype=torch.bool).tril(begin)
+        mask = torch.ones(1, 1, end - begin, end, dtype=torch.bool, device=query.device).tril(begin)
         contexts.append(_attention(some, key[:, :, :end], value[:, :, :end], mask, rate).transpose(1, 2))
     return torch.cat(contexts, dim=1).transpose(1, 2)  # In the layout in which the next projection reads it.
 
@@ -103,7 +103,9 @@ class _Attention(torch.autograd.Function):
             scores = torch.bmm(query, key.mT) * scale
             _fill(scores, mask, torch.finfo(scores.dtype).min)
             context = torch.bmm(scores.softmax(dim=-1) * (kept * ctx.factor), value)
-            return *torch.autograd.grad(context, (query, key, value), by_context, create_graph=True), None, None
+            wanted = [tensor for tensor in (query, key, value) if tensor.requires_grad]
+            found = iter(torch.autograd.grad(context, wanted, by_context, create_graph=True))
+            return *(next(found) if is_wanted else None for is_wanted in ctx.needs_input_grad[:3]), None, None
         # The gradient of the softmax is w (g - sum(w g)); the sum is that of a product of narrower arrays.
         sums = (by_context * context).sum(dim=-1, keepdim=True)
         by_context = by_context * ctx.factor
@@ -120,12 +122,14 @@ def _fill(scores: torch.Tensor, mask: torch.Tensor | None, value: float) -> None
 
 
 def _draws(states: torch.Tensor, rate: float) -> bool:
-    return states.device.type == "cpu" and rate < 1 and not (torch.compiler.is_compiling() or is_transformed())
+    """Whether masks are drawn here: not for what means something else, such as a DTensor."""
+    plain = type(states) is torch.Tensor and states.device.type == "cpu"
+    return plain and rate < 1 and not (torch.compiler.is_compiling() or is_transformed())
 
 
 def _mask(like: torch.Tensor, rate: float) -> tuple[torch.Tensor, float]:
     """Which numbers stay, bool in the shape of `like`, and what to multiply them by."""
     level, factor = drop_level(rate)
-    words = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
     kept = words.view(torch.int16)[: like.numel()] >= level - 2 ** (BITS - 1)
     return kept.view(like.shape), factor
