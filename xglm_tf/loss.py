@@ -16,7 +16,8 @@ from xglm_core.loss import LossOptions, LossOutput, chunk_positions
 # TensorFlow keeps about as much beside the logits of a chunk, in buffers of its products and in the compiled graph. So
 # these take half of the room that there is.
 _LOGITS = 2
-# Of the head's gradient: what of a chunk's part is computed before it is added to the rest. XLA compiles each of them.
+# Of the head's gradient: what of a chunk's part is computed before it is added to the rest, where products cannot add.
+# XLA compiles each of them.
 _TILE_BYTES, _XLA_TILE_BYTES = 2**22, 2**24
 
 
@@ -74,6 +75,7 @@ def causal_lm_loss(
         training=training,
         train_head=train_head,
         xla=tf.__internal__.get_enclosing_xla_context() is not None,
+        products_add=products_add(),
     )
     return LossOutput(loss, tf.stop_gradient(surprisal), tf.stop_gradient(correct), tf.stop_gradient(count))
 
@@ -147,6 +149,7 @@ def _in_chunks(
     z_loss: float,
     chunk: int,
     xla: bool,
+    products_add: bool,
     gradients: bool,
     head_gradient: bool,
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
@@ -163,6 +166,7 @@ def _in_chunks(
         smoothing, z_loss: see `LossOptions`.
         chunk: positions at a time, at most.
         xla: whether XLA will compile this.
+        products_add: see that function.
         gradients, head_gradient: whether to compute the gradient of the states, and that of the matrix.
 
     Returns:
@@ -225,7 +229,15 @@ def _in_chunks(
         of_states = tf.tensor_scatter_nd_update(of_states, [[index]], of_rows[None])
         if not head_gradient:
             return *results, of_states
-        of_matrix = _product_added(of_head[0], slopes, rows, xla) if of_head else tf.matmul(slopes, rows)
+        if not of_head:
+            of_matrix = tf.matmul(slopes, rows)
+        elif products_add and not xla and not tf.executing_eagerly():
+            # One operation, which adds to the memory of its last operand. It asks for a bias, and for one that is not
+            # known to be 0: that would be left out, and the rest be two operations.
+            bias = tf.fill((width,), tf.cast(tf.minimum(index, 0), tf.float32))
+            of_matrix = tf.nn.bias_add(tf.matmul(slopes, rows), bias) + of_head[0]
+        else:
+            of_matrix = _product_added(of_head[0], slopes, rows, xla)
         return *results, of_states, rows_added(of_matrix, target, own * rows, xla)
 
     nothing = tf.constant(0.0)
@@ -272,6 +284,16 @@ def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bo
     # One is added while the next is computed.
     _, total = tf.while_loop(lambda begin, _: begin < vocab_size, step, (0, total), parallel_iterations=2)
     return total
+
+
+@functools.cache
+def products_add() -> bool:
+    """Whether a graph's product with a bias and a sum is one operation: on CPUs, where oneDNN computes products."""
+    try:
+        from tensorflow.python.util._pywrap_util_port import IsMklEnabled
+    except ImportError:  # The module is not a public one.
+        return False
+    return IsMklEnabled() and not tf.config.list_logical_devices("GPU") and not tf.config.list_logical_devices("TPU")
 
 
 def rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:
