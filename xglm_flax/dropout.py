@@ -1,4 +1,4 @@
-"""Dropout. Differs: TensorFlow draws fast enough for Keras' own layer."""
+"""Dropout."""
 
 from __future__ import annotations
 

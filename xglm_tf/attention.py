@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from xglm_core.config import XGLMConfig
+from xglm_tf.dropout import TFXGLMDropout
 
 # Low enough that exp() of it is 0 beside any score; finite, so that a row in which it is everywhere stays finite.
 _MASKED = -1e30
@@ -32,7 +33,7 @@ class TFXGLMAttention(keras.layers.Layer):
         self.v_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="v_proj")
         self.q_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="q_proj")
         self.out_proj = keras.layers.Dense(config.d_model, dtype=self.dtype_policy, name="out_proj")
-        self.dropout = keras.layers.Dropout(config.attention_dropout, dtype=self.dtype_policy)
+        self.dropout = TFXGLMDropout(config.attention_dropout, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables."""
