@@ -17,7 +17,7 @@ if "tf" not in backends_under_test():
 
 import keras
 import tensorflow as tf
-from tensorflow.python.eager import context
+from tensorflow.python.eager import context  # Optimized graphs are shown nowhere else.
 
 import xglm_core.loss
 from conformance import training
@@ -377,9 +377,11 @@ class TestLoss:
         """To the head's gradient, by the rewriting of the graph that the loss counts on."""
         program = tf.function(lambda *given: self.gradients(*given, True))
         context.enable_run_metadata()
-        program(tf.constant(self.STATES), tf.constant(self.MATRIX))
-        graphs = context.export_run_metadata().function_graphs
-        context.disable_run_metadata()
+        try:
+            program(tf.constant(self.STATES), tf.constant(self.MATRIX))
+            graphs = context.export_run_metadata().function_graphs
+        finally:
+            context.disable_run_metadata()
         fused = {node.op for graph in graphs for node in graph.post_optimization_graph.node}
         assert "_FusedMatMul" in fused
         assert "InplaceAdd" not in fused

@@ -75,7 +75,7 @@ def causal_lm_loss(
         training=training,
         train_head=train_head,
         xla=tf.__internal__.get_enclosing_xla_context() is not None,
-        products_add=products_add(),
+        fused=products_add(),
     )
     return LossOutput(loss, tf.stop_gradient(surprisal), tf.stop_gradient(correct), tf.stop_gradient(count))
 
@@ -149,7 +149,7 @@ def _in_chunks(
     z_loss: float,
     chunk: int,
     xla: bool,
-    products_add: bool,
+    fused: bool,
     gradients: bool,
     head_gradient: bool,
 ) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
@@ -166,7 +166,7 @@ def _in_chunks(
         smoothing, z_loss: see `LossOptions`.
         chunk: positions at a time, at most.
         xla: whether XLA will compile this.
-        products_add: see that function.
+        fused: see `products_add`.
         gradients, head_gradient: whether to compute the gradient of the states, and that of the matrix.
 
     Returns:
@@ -231,13 +231,8 @@ def _in_chunks(
             return *results, of_states
         if not of_head:
             of_matrix = tf.matmul(slopes, rows)
-        elif products_add and not xla and not tf.executing_eagerly():
-            # One operation, which adds to the memory of its last operand. It asks for a bias, and for one that is not
-            # known to be 0: that would be left out, and the rest be two operations.
-            bias = tf.fill((width,), tf.cast(tf.minimum(index, 0), tf.float32))
-            of_matrix = tf.nn.bias_add(tf.matmul(slopes, rows), bias) + of_head[0]
         else:
-            of_matrix = _product_added(of_head[0], slopes, rows, xla)
+            of_matrix = _product_added(of_head[0], slopes, rows, index, xla, fused)
         return *results, of_states, rows_added(of_matrix, target, own * rows, xla)
 
     nothing = tf.constant(0.0)
@@ -257,16 +252,24 @@ def _in_chunks(
     return (loss, surprisal, correct), tuple(computed)
 
 
-def _product_added(total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:
-    """Total + slopes^T rows, in place, and without a whole product in memory.
+def _product_added(
+    total: tf.Tensor, slopes: tf.Tensor, rows: tf.Tensor, index: tf.Tensor, xla: bool, fused: bool
+) -> tf.Tensor:
+    """Total + slopes rows, in place, and without a whole product in memory.
 
     Args:
         total: [vocab_size, d_model].
         slopes: [vocab_size, positions].
         rows: [positions, d_model].
-        xla: which of two forms to use: each is slow where the other is fast.
+        index: the number of the chunk.
+        xla, fused: which of three forms to use: see `_in_chunks`. Each is slow where another is fast.
     """
     vocab_size, width = total.shape
+    if fused and not xla and not tf.executing_eagerly():
+        # One operation, which adds to the memory of its last operand. It asks for a bias, and for one that is not
+        # known to be 0: that would be left out, and the rest be two operations.
+        bias = tf.fill((width,), tf.cast(tf.minimum(index, 0), tf.float32))
+        return tf.nn.bias_add(tf.matmul(slopes, rows), bias) + total
     height = max(1, (_XLA_TILE_BYTES if xla else _TILE_BYTES) // (4 * width))
     if xla:
         for begin in range(0, vocab_size, height):
