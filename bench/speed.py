@@ -12,6 +12,7 @@ both in turn on a quiet machine, and compare ratios.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -98,21 +99,33 @@ def flax_task(task: str, checkpoint: str, ids: np.ndarray) -> Callable[[], Any]:
 
     from xglm_flax import FlaxXGLMForCausalLM, make_loss_fn, stack_layers
 
-    # As one trains where memory is short: scanned blocks, computed again in the backward pass.
-    training = {"scan_layers": True, "remat": "full"} if task == "train" else {}
+    # As one trains where memory is short: scanned blocks, computed again in the backward pass but for a product, and
+    # gradients that take the memory of those of the last step.
+    keep = jax.checkpoint_policies.save_only_these_names("k_proj", "v_proj", "out_proj")
+    training = {"scan_layers": True, "remat": keep} if task == "train" else {}
     model = FlaxXGLMForCausalLM.from_pretrained(checkpoint, **training)
     if task == "train":
         model.params = stack_layers(model.params)
     tokens = jnp.asarray(ids, jnp.int32)
     last = jax.jit(lambda params, tokens: model(tokens, params=params, logits_to_keep=1).logits[:, -1].argmax(-1))
 
-    gradients = jax.jit(jax.value_and_grad(make_loss_fn(model)))
+    differentiated = jax.value_and_grad(make_loss_fn(model))
     batch, key = {"input_ids": tokens, "labels": tokens}, jax.random.key(0)
+    gradients = [jax.tree.map(jnp.zeros_like, model.params)] if task == "train" else []
+
+    @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+    def step(before: Any, *arguments: Any) -> Any:
+        return differentiated(*arguments)
+
+    def train() -> None:
+        _, new = step(gradients.pop(), model.params, batch, key)
+        gradients.append(jax.block_until_ready(new))
+
     tasks = {
         "load": lambda: sum(float(leaf.sum()) for leaf in jax.tree.leaves(model.params)),
         "prefill": lambda: jax.block_until_ready(last(model.params, tokens)),
         "score": lambda: jax.block_until_ready(model.score(tokens)),
-        "train": lambda: jax.block_until_ready(gradients(model.params, batch, key)),
+        "train": train,
     }
     return tasks.get(task, lambda: jax.block_until_ready(model.generate(tokens, **GREEDY)))
 

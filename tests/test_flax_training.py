@@ -38,8 +38,6 @@ SHALLOW = changed(NO_CHANCE, num_layers=1)
 ROWS = np.tile(IDS, (2, 1)).astype(np.int32)
 MASK = np.tile(LEFT, (2, 1))
 BATCH = {"input_ids": ROWS, "attention_mask": MASK, "labels": labels_for(ROWS, MASK)}
-
-
 OF_A_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator has more room for logits")
 
 
@@ -228,7 +226,9 @@ class TestRemat:
         params = FlaxXGLMForCausalLM(config).params
         params = stack_layers(params) if scan_layers else params
         products, sizes, expected = [], [], None
-        for remat in ("none", "dots", jax.checkpoint_policies.nothing_saveable)[:: 1 if scan_layers else 2]:
+        named = jax.checkpoint_policies.save_only_these_names("fc1")
+        policies = ("none", "dots", named, jax.checkpoint_policies.nothing_saveable)
+        for remat in policies[:: 1 if scan_layers else 3]:
             model = FlaxXGLMForCausalLM(config, scan_layers=scan_layers, remat=remat, _do_init=False)
             batch = {"input_ids": ids, "labels": ids}
             function = jax.jit(jax.value_and_grad(make_loss_fn(model))).lower(params, batch, key)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from xglm_core.config import XGLMConfig
 from xglm_flax.cache import Length
@@ -107,11 +108,12 @@ class FlaxXGLMDense(nn.Dense):
     """A projection.
 
     Differs: the rows lie along one axis. Along two, XLA would transpose a copy of them for the gradient of the kernel.
+    The result has the projection's name, "fc1" say, for policies of `jax.checkpoint_policies`.
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[..., width] -> [..., features]."""
-        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        rows = checkpoint_name(super().__call__(inputs.reshape(-1, inputs.shape[-1])), self.name)
         return rows.reshape(*inputs.shape[:-1], self.features)
 
 

@@ -40,7 +40,8 @@ def remat_policy(remat: Remat) -> Callable[..., Any] | None:
 
     Args:
         remat: "none": everything. "dots": the results of the projections and the feed-forward part, but not those of
-            attention. "full": the block's input. Or a policy of `jax.checkpoint_policies`.
+            attention. "full": the block's input. Or a policy of `jax.checkpoint_policies`, for which the projections'
+            results have names: those of their layers, "q_proj" or "fc1".
 
     Raises:
         InputError: it is something else.

@@ -19,7 +19,7 @@ _PLAIN = LossOptions()
 # chunk adds to the gradient of the head is computed in parts. One CPU takes some words at a time, which lie together.
 # Where several devices may divide the words, it is some columns, a quarter of the room but no fewer than 32, which
 # would be slow. On accelerators all columns have room, and products of some take three times as long.
-_LOGITS, _TERM, _COLUMNS, _WORDS = 2, 4, 32, 4096
+_LOGITS, _TERM, _COLUMNS, _WORDS = 2, 4, 32, 1024
 
 
 class _Static(NamedTuple):
