@@ -234,10 +234,11 @@ class TestInput:
 
 # A conversion that stops for good at the moment `WHEN`: it says so, and waits to be killed.
 _STOPPING = """
-import os, sys, time
+import os, signal, sys, time
 from xglm_core import convert_checkpoint, files
 from xglm_core.checkpoint import filling, writing
 source, destination, to, when = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Shells have it ignored by what runs in the background.
 def stop(*arguments):
     print("now", flush=True)
     time.sleep(60)
