@@ -99,8 +99,8 @@ def flax_task(task: str, checkpoint: str, ids: np.ndarray) -> Callable[[], Any]:
 
     from xglm_flax import FlaxXGLMForCausalLM, make_loss_fn, stack_layers
 
-    # As one trains where memory is short: scanned blocks, computed again in the backward pass but for a product, and
-    # gradients that take the memory of those of the last step.
+    # As one trains where memory is short: scanned blocks, computed again in the backward pass but for three products,
+    # and gradients that take the memory of those of the last step.
     keep = jax.checkpoint_policies.save_only_these_names("k_proj", "v_proj", "out_proj")
     training = {"scan_layers": True, "remat": keep} if task == "train" else {}
     model = FlaxXGLMForCausalLM.from_pretrained(checkpoint, **training)
