@@ -111,15 +111,15 @@ def flax_task(task: str, checkpoint: str, ids: np.ndarray) -> Callable[[], Any]:
 
     differentiated = jax.value_and_grad(make_loss_fn(model))
     batch, key = {"input_ids": tokens, "labels": tokens}, jax.random.key(0)
-    gradients = [jax.tree.map(jnp.zeros_like, model.params)] if task == "train" else []
+    gradients: list[Any] = []
 
     @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
     def step(before: Any, *arguments: Any) -> Any:
         return differentiated(*arguments)
 
     def train() -> None:
-        _, new = step(gradients.pop(), model.params, batch, key)
-        gradients.append(jax.block_until_ready(new))
+        before = gradients.pop() if gradients else jax.tree.map(jnp.zeros_like, model.params)
+        gradients.append(jax.block_until_ready(step(before, model.params, batch, key)[1]))
 
     tasks = {
         "load": lambda: sum(float(leaf.sum()) for leaf in jax.tree.leaves(model.params)),
