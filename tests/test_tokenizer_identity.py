@@ -1,5 +1,6 @@
 """The fast tokenizer gives the slow one's ids, tokens, texts and offsets, and both give SentencePiece's ids."""
 
+import math
 import os
 import random
 import re
@@ -231,7 +232,12 @@ def test_time_grows_linearly(vocabularies, unit):
         return time.process_time() - begin
 
     for tokenizer in vocabularies["bundled"][:2]:
-        short, long = (min(seconds(tokenizer, part) for _ in range(3)) for part in (text[: len(text) // 8], text))
+        short = long = math.inf
+        for tries in range(1, 21):  # In turn, the best of each decides: other work only adds to a time, for a while.
+            short = min(short, seconds(tokenizer, text[: len(text) // 8]))
+            long = min(long, seconds(tokenizer, text))
+            if tries >= 3 and long < 16 * short:
+                break
         assert long < 16 * max(short, 1e-4)  # Below a tenth of a millisecond the clock decides.
 
 
