@@ -229,7 +229,7 @@ def test_time_grows_linearly(vocabularies, unit):
         begin = time.process_time()
         tokenizer(text, newline="eos", return_offsets_mapping=True)
         tokenizer.encode(text)
-        return time.process_time() - begin
+        return max(time.process_time() - begin, 1e-4)  # Below a tenth of a millisecond the clock decides.
 
     for tokenizer in vocabularies["bundled"][:2]:
         short = long = math.inf
@@ -238,7 +238,7 @@ def test_time_grows_linearly(vocabularies, unit):
             long = min(long, seconds(tokenizer, text))
             if tries >= 3 and long < 16 * short:
                 break
-        assert long < 16 * max(short, 1e-4)  # Below a tenth of a millisecond the clock decides.
+        assert long < 16 * short
 
 
 def test_crossed_files(vocabularies, tmp_path):
