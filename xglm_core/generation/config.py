@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,6 +19,58 @@ from xglm_core.hub import HubOptions, find_source
 _DEFAULT_NEW_TOKENS = 20
 _PUBLISHED_VOCABULARY = 256_008
 _MADEUP_WORDS = 7  # The last ids of that vocabulary, which no text contains.
+
+_AS_FUNCTION = "write it as a function for logits_processor"
+_FEW_BEAMS = "take num_beams with num_return_sequences, or do_sample=True"
+_AFTERWARDS = "call the model with the sequences that come out, and with this option"
+
+# Options of transformers that would change the result and are not here: the value, beside None and False, at which they
+# have no effect, and what to do instead.
+NOT_OFFERED: dict[str, tuple[Any, str]] = {
+    "assistant_model": (None, "the text is the same without it"),
+    "constraints": (None, "take prefix_allowed_tokens_fn"),
+    "custom_generate": (None, "write the loop with the model's own calls"),
+    "diversity_penalty": (0, _FEW_BEAMS),
+    "dola_layers": (None, _AS_FUNCTION),
+    "encoder_no_repeat_ngram_size": (0, "take no_repeat_ngram_size, which counts the prompt, too"),
+    "encoder_repetition_penalty": (1, _AS_FUNCTION),
+    "epsilon_cutoff": (0, "take min_p or typical_p"),
+    "eta_cutoff": (0, "take min_p or typical_p"),
+    "exponential_decay_length_penalty": (None, _AS_FUNCTION),
+    "force_words_ids": (None, "take prefix_allowed_tokens_fn, or sequence_bias for the words"),
+    "guidance_scale": (1, _AS_FUNCTION),
+    "negative_prompt_attention_mask": (None, _AS_FUNCTION),
+    "negative_prompt_ids": (None, _AS_FUNCTION),
+    "num_beam_groups": (1, _FEW_BEAMS),
+    "output_attentions": (None, _AFTERWARDS),
+    "output_hidden_states": (None, _AFTERWARDS),
+    "penalty_alpha": (0, "take do_sample=True or num_beams"),
+    "position_ids": (None, "positions follow attention_mask"),
+    "prompt_lookup_num_tokens": (None, "the text is the same without it"),
+    "remove_invalid_values": (None, "logits that are no numbers are an error; mend them by a logits_processor"),
+    "token_healing": (None, "leave the last token away from the prompt, and allow what begins with it"),
+    "top_h": (None, "take top_p or min_p"),
+    "watermarking_config": (None, _AS_FUNCTION),
+}
+
+# Options of transformers that say how to compute, not what; and those of what is not there.
+_HOW = """
+    assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bos_token_id
+    cache_config cache_implementation compile_config continuous_batching_config decoder_start_token_id disable_compile
+    is_assistant low_memory max_cache_len max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule
+    prefill_chunk_size return_legacy_cache speculation_type synced_gpus target_lookbehind use_model_defaults use_mtp
+"""
+WITHOUT_EFFECT = frozenset(_HOW.split())
+
+
+def not_offered(options: Mapping[str, Any]) -> dict[str, str]:
+    """Those of some options that would have an effect in transformers and are not here, and what to do instead."""
+
+    def acts(name: str, value: Any) -> bool:
+        off = value is None or value is False or (isinstance(value, numbers.Number) and value == NOT_OFFERED[name][0])
+        return not off
+
+    return {name: NOT_OFFERED[name][1] for name, value in options.items() if name in NOT_OFFERED and acts(name, value)}
 
 
 @dataclass
@@ -138,6 +191,9 @@ class GenerationConfig:
             InputError: an option is unknown, has an impossible value, or contradicts another one.
         """
         known = {item.name for item in dataclasses.fields(self)} - {"other"}
+        for name, instead in not_offered(options).items():
+            raise InputError(f"{name} is not offered here; {instead}")
+        options = {k: v for k, v in options.items() if k not in NOT_OFFERED and k not in WITHOUT_EFFECT}
         for name in options:
             if name not in known:
                 raise InputError(f"{name} is no option of generate; expected some of {', '.join(sorted(known))}")
