@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
-from xglm_core.generation.engine import Processor
+from xglm_core.generation.engine import Processor, check_not_overridden
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
 from xglm_core.loss import LossOptions, LossOutput, wants_logits
@@ -430,6 +430,8 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         **options: Any,
     ) -> tuple[FlaxEngine, Request]:
         """What to run, and on what, with everything checked."""
+        loop = "prepare_inputs_for_generation", "update_inputs_for_generation"
+        check_not_overridden(self, FlaxXGLMForCausalLM, *loop)
         params = self._params_or_own(params)
         past = as_cache(past_key_values, self.config, self.dtype)
         generation = (generation_config or self.generation_config).updated(options)

@@ -14,7 +14,7 @@ import tensorflow as tf
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
-from xglm_core.generation.engine import Processor
+from xglm_core.generation.engine import Processor, check_not_overridden
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
 from xglm_core.loss import LossOutput, wants_logits
@@ -378,6 +378,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         **options: Any,
     ) -> tuple[TFEngine, Request]:
         """What to run, and on what, with everything checked."""
+        check_not_overridden(self, TFXGLMForCausalLM, "prepare_inputs_for_generation")
         past = as_cache(past_key_values, self.config)
         generation = (generation_config or self.generation_config).updated(options)
         length, rows = (0, None) if past is None else (int(past.length), past.batch)

@@ -87,6 +87,14 @@ class XGLMCache:
         """Stores the next layer's keys and values of the encoder's positions."""
         self.encoder = (*self.encoder, (key.detach(), value.detach()))
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions held, by the name that transformers has for it."""
+        return self.length
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: storage grows without limit."""
+        return -1
+
     def __len__(self) -> int:
         return len(self._storage.keys)
 
@@ -108,17 +116,45 @@ def empty_cache(config: XGLMConfig, batch: int, capacity: int, like: torch.Tenso
 def as_cache(past_key_values: Any, config: XGLMConfig) -> XGLMCache | None:
     """A cache from what a caller may pass: a cache, None, or a tuple of per-layer (key, value), which is not copied.
 
+    A cache of transformers is read as such a tuple; an empty one is as good as None.
+
     Raises:
         InputError: it is something else, or its shapes do not fit.
     """
     if past_key_values is None or isinstance(past_key_values, XGLMCache):
         return past_key_values
+    if is_foreign(past_key_values):
+        past_key_values = _pairs(past_key_values)
+        if not past_key_values:
+            return None
     check_past_key_values(config, past_key_values)
     keys, values = [layer[0] for layer in past_key_values], [layer[1] for layer in past_key_values]
     length = keys[0].shape[2]
     encoder = tuple((layer[2], layer[3]) for layer in past_key_values if len(layer) == 4)
     # Full, so that nothing is ever written into what is the caller's.
     return XGLMCache(_Storage(keys, values, filled=length), past=length, length=length, mask=None, encoder=encoder)
+
+
+def is_foreign(past_key_values: Any) -> bool:
+    """Whether it is a cache of transformers; which is known by its methods, as that package is not imported."""
+    has_layers = hasattr(past_key_values, "layers") or hasattr(past_key_values, "to_legacy_cache")
+    return has_layers and hasattr(past_key_values, "get_seq_length") and hasattr(past_key_values, "update")
+
+
+def _pairs(foreign: Any) -> tuple[KeyValue, ...]:
+    """Key and value of each layer of a cache of transformers, as far as it is filled; nothing if it is empty."""
+    length = int(foreign.get_seq_length())
+    if hasattr(foreign, "layers"):
+        layers = [(layer.keys, layer.values) for layer in foreign.layers]
+    else:  # Before transformers 4.54.
+        layers = foreign.to_legacy_cache()
+    return tuple((key[:, :, :length], value[:, :, :length]) for key, value in layers) if length else ()
+
+
+def update_foreign(foreign: Any, cache: XGLMCache, past: int) -> None:
+    """Gives a cache of transformers the positions from `past` on, as there each call does."""
+    for index, (key, value, *_) in enumerate(cache):
+        foreign.update(key[:, :, past:], value[:, :, past:], index)
 
 
 def extend_cache(

@@ -12,7 +12,7 @@ from torch import nn
 
 from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
-from xglm_core.generation.engine import Processor
+from xglm_core.generation.engine import Processor, is_overridden
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
 from xglm_core.loss import LossOptions, wants_logits
@@ -24,6 +24,7 @@ from xglm_torch.decoder import XGLMModel
 from xglm_torch.generation import TorchEngine
 from xglm_torch.inputs import as_numpy, check_head_arguments, check_ids, check_trainable
 from xglm_torch.loss import causal_lm_loss
+from xglm_torch.preparing import Preparation
 from xglm_torch.pretrained import XGLMPreTrainedModel
 from xglm_torch.products import with_fast_gradients
 from xglm_torch.scoring import TorchScorer
@@ -150,9 +151,12 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
     ) -> dict[str, Any]:
         """The arguments of the next call of a decoding loop: the tokens that the cache does not hold yet.
 
+        A method that replaces this one, of a subclass or of the model, is what `generate` asks.
+
         Args:
             input_ids: all tokens so far [rows, length].
-            past_key_values: the cache of the earlier ones, or None.
+            past_key_values: the cache of the earlier ones, or None. If it holds more than those, such as a prefix that
+                has no ids, the last token alone is taken for new.
             attention_mask: 1 for tokens, 0 for padding [rows, length], or None.
             inputs_embeds: the prompt's embeddings, which take the place of ids in the first call.
             options: passed on.
@@ -161,8 +165,9 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         if past is None and inputs_embeds is not None:
             tokens = {"inputs_embeds": inputs_embeds}
         else:
-            tokens = {"input_ids": input_ids if past is None else input_ids[:, past.length :]}
-        return {**options, **tokens, "past_key_values": past, "attention_mask": attention_mask}
+            read = 0 if past is None else min(past.length, input_ids.shape[1] - 1)
+            tokens = {"input_ids": input_ids[:, read:]}
+        return {**options, **tokens, "past_key_values": past_key_values, "attention_mask": attention_mask}
 
     def get_output_embeddings(self) -> nn.Linear:
         """The head."""
@@ -236,7 +241,8 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             logits_processor: functions of ids [rows, length] and logits [rows, vocab_size] that return other logits.
             streamer: is told the prompt and each new token, as numpy arrays.
             tokenizer: for `stop_strings`.
-            options: options of `GenerationConfig` that take precedence.
+            options: options of `GenerationConfig` that take precedence; and what a `prepare_inputs_for_generation` of
+                one's own names.
 
         Returns:
             int64 [rows, length + new]: `input_ids` as given, then the new tokens; rows that ended are filled with
@@ -294,14 +300,20 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
     ) -> tuple[TorchEngine, Request]:
         """What to run, and on what, with everything checked."""
         past = as_cache(past_key_values, self.config)
-        generation = (generation_config or self.generation_config).updated(options)
         ids, mask, embeds, past_mask = (
             None if given is None else as_numpy(given)
             for given in (input_ids, attention_mask, inputs_embeds, None if past is None else past.mask)
         )
         length, rows = (0, None) if past is None else (past.length, past.batch)
         prompts = Prompts.of(self.config, ids, mask, embeds, length, rows, past_mask)
-        return TorchEngine(self, past), Request(self.config, generation, prompts, logits_processor, tokenizer)
+        preparation = None
+        if is_overridden(self, XGLMForCausalLM):
+            cached = torch.from_numpy(prompts.columns[:, :length]).to(self.get_input_embeddings().weight.device)
+            preparation = Preparation(self, cached, options)
+        generation = (generation_config or self.generation_config).updated(options)
+        return TorchEngine(self, past, preparation), Request(
+            self.config, generation, prompts, logits_processor, tokenizer
+        )
 
 
 def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

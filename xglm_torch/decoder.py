@@ -17,7 +17,7 @@ from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_torch.attention import attention_mask_for
 from xglm_torch.blocks import XGLMDecoderLayer
-from xglm_torch.cache import XGLMCache, as_cache, extend_cache
+from xglm_torch.cache import XGLMCache, as_cache, extend_cache, is_foreign, update_foreign
 from xglm_torch.dropout import dropped
 from xglm_torch.inputs import check_arguments, check_position_ids, has_values
 from xglm_torch.pretrained import XGLMPreTrainedModel
@@ -121,7 +121,8 @@ class XGLMModel(XGLMPreTrainedModel):
             head_mask: factors of the attention probabilities [num_layers, attention_heads]: 0 switches a head off.
             cross_attn_head_mask: the same for cross-attention.
             past_key_values: the cache of an earlier call, or a tuple with (key, value) of each layer, each [batch,
-                heads, past, head_dim], and then, if any, those of the encoder; it stays valid and unchanged.
+                heads, past, head_dim], and then, if any, those of the encoder; it stays valid and unchanged. Or a cache
+                of transformers, which gets the new positions, as it does there.
             inputs_embeds: embeddings instead of `input_ids` [batch, length, d_model], as `get_input_embeddings()` gives
                 them: scaled, without positions.
             use_cache: whether to return a cache; None follows the configuration.
@@ -147,7 +148,8 @@ class XGLMModel(XGLMPreTrainedModel):
         use_cache = (config.use_cache and not uncached) if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        past_key_values = as_cache(past_key_values, config)
+        given = past_key_values
+        past_key_values = as_cache(given, config)
         past = 0 if past_key_values is None else past_key_values.length
         check_arguments(
             config,
@@ -200,6 +202,8 @@ class XGLMModel(XGLMPreTrainedModel):
                 all_attentions.append(attentions)
             if cross_attentions is not None:
                 all_cross_attentions.append(cross_attentions)
+        if cache is not None and is_foreign(given):
+            update_foreign(given, cache, past)
         hidden_states = self.layer_norm(hidden_states)
         outputs = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,

@@ -12,6 +12,7 @@ from xglm_core.generation.engine import Processor
 from xglm_core.generation.rules import Rules
 from xglm_torch import selection
 from xglm_torch.cache import XGLMCache, empty_cache, reordered
+from xglm_torch.preparing import Preparation
 from xglm_torch.products import fast_products
 
 if TYPE_CHECKING:
@@ -26,14 +27,18 @@ class TorchEngine:
     Args:
         model: what continues the texts.
         past: a cache to go on from, which stays as it is; None to begin.
+        preparation: what decides how the model is called; None for the model's own way.
     """
 
     bucket = 1
     logits: torch.Tensor
 
-    def __init__(self, model: XGLMForCausalLM, past: XGLMCache | None = None) -> None:
+    def __init__(
+        self, model: XGLMForCausalLM, past: XGLMCache | None = None, preparation: Preparation | None = None
+    ) -> None:
         self._model = model
         self._cache = past
+        self._preparation = preparation
         self._seen: torch.Tensor | None = None
 
     @property
@@ -44,7 +49,7 @@ class TorchEngine:
     def prefill(self, tokens: np.ndarray, attention_mask: np.ndarray, capacity: int, seen: np.ndarray | None) -> None:
         """See `Engine.prefill`."""
         weight = self._model.model.embed_tokens.weight
-        if self._cache is None:
+        if self._cache is None and self._preparation is None:  # Soft prompts begin where there is no cache.
             self._cache = empty_cache(self._model.config, len(tokens), capacity, like=weight)
         given = torch.from_numpy(tokens).to(self._device)
         mask = torch.from_numpy(attention_mask).to(self._device)
@@ -63,6 +68,8 @@ class TorchEngine:
         assert self._cache is not None  # After `prefill`.
         self._cache = reordered(self._cache, self._model.config, places)
         self.logits = self.logits[places]
+        if self._preparation is not None:
+            self._preparation.reorder(places)
         self._seen = None if self._seen is None else self._seen[places]
 
     @torch.inference_mode()
@@ -118,14 +125,10 @@ class TorchEngine:
     def _read(self, attention_mask: torch.Tensor | None, **tokens: torch.Tensor) -> None:
         """Runs the model; afterwards `logits` are those of the last token of each row."""
         with fast_products():
-            outputs = self._model(
-                attention_mask=attention_mask,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-                return_dict=True,
-                **tokens,
-            )
+            arguments: dict[str, Any] = {"attention_mask": attention_mask, "past_key_values": self._cache, **tokens}
+            if self._preparation is not None:
+                arguments = self._preparation.arguments(self._cache, attention_mask, **tokens)
+            outputs = self._model(**(arguments | {"use_cache": True, "logits_to_keep": 1, "return_dict": True}))
         self._cache = outputs.past_key_values
         self.logits = outputs.logits[:, 0]
 

@@ -105,6 +105,21 @@ class Engine(Protocol):
         """
 
 
+def is_overridden(model: object, base: type, name: str = "prepare_inputs_for_generation") -> bool:
+    """Whether a model's method is not that of `base`: a subclass has its own, or it was replaced in the object."""
+    return getattr(getattr(model, name), "__func__", None) is not getattr(base, name)
+
+
+def check_not_overridden(model: object, base: type, *names: str) -> None:
+    """Raises `InputError` if a method is not that of `base`, where compiled generation never asks it."""
+    for name in names:
+        if is_overridden(model, base, name):
+            raise InputError(
+                f"{name} of this {type(model).__name__} is not that of {base.__name__}, and compiled generation never "
+                "calls it; write the loop with calls of the model, or generate in PyTorch, which asks the method"
+            )
+
+
 def no_token(code: int, row: int, step: int) -> InputError:
     """The error for what an engine gives in place of a row's next token."""
     if code == NOT_A_NUMBER:
