@@ -44,7 +44,8 @@ def loss_and_gradients(
         config: the architecture; its activation is one of the named ones, and no heads are pruned.
         read: gives a weight by canonical name, in canonical shape.
         input_ids: [batch, length]; not read if there are `inputs_embeds`.
-        labels: ids, or -100 where nothing is to be predicted [batch, length]; position t predicts that of t + 1.
+        labels: ids, or -100 where nothing is to be predicted [batch, length]; position t predicts that of t + 1, unless
+            it is padding.
         attention_mask: nonzero for tokens, 0 for padding [batch, length]; None means no padding.
         position_ids: [batch, length]; None counts the tokens of each row from 0.
         inputs_embeds: what stands for the scaled embeddings of the tokens [batch, length, d_model].
@@ -100,6 +101,7 @@ def loss_and_gradients(
         state, reverse = step(state)
         reverses.append(reverse)
     weights = np.ones(labels.shape) if weights is None else weights
+    labels = np.where(np.roll(mask, 1, axis=1), labels, -100)  # The first label is nobody's.
     loss, gradient = _cross_entropy(state, labels, weights, num_items_in_batch, label_smoothing, z_loss)
     for reverse in reversed(reverses):
         gradient = reverse(gradient)

@@ -9,7 +9,7 @@ import numpy as np
 from conformance.gradients import loss_and_gradients
 from conformance.random_weights import random_weights
 from xglm_core.config import XGLMConfig
-from xglm_core.loss import labels_for
+from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.weight_names import weight_specs
 
 STEPS = 20
@@ -37,8 +37,8 @@ def batches() -> list[dict[str, np.ndarray]]:
         ids = stream.randint(4, CONFIG.vocab_size, (3, 13))
         right = np.arange(13) < stream.randint(5, 14, (3, 1))
         mask = (right if step % 2 else right[:, ::-1]).astype(np.int64)
-        ids = np.where(mask, ids, 1)  # XGLM's padding.
-        result.append({"input_ids": ids, "attention_mask": mask, "labels": labels_for(ids, mask)})
+        ids, labels = np.where(mask, ids, 1), np.where(mask, ids, IGNORED_LABEL)  # 1 is XGLM's padding.
+        result.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return result
 
 

@@ -44,7 +44,7 @@ def main() -> None:
         if step < start:
             continue
         inputs = {name: torch.from_numpy(array[rank::ranks]).to(device) for name, array in batch.items()}
-        items = items_per_process(inputs["labels"])
+        items = items_per_process(inputs["labels"], attention_mask=inputs["attention_mask"])
         loss = model(**inputs, use_cache=False, num_items_in_batch=items).loss
         loss.backward()
         optimizer.step()

@@ -42,7 +42,7 @@ def main() -> None:
     curve = Curve(f"PyTorch, a mesh of {shape[0]} x {shape[1]}", options.steps)
     for batch in batches(tokenizer, options.steps):
         inputs = {name: torch.from_numpy(array[group::groups]).to(device) for name, array in batch.items()}
-        items = items_per_process(inputs["labels"], mesh.get_group("data"))
+        items = items_per_process(inputs["labels"], mesh.get_group("data"), attention_mask=inputs["attention_mask"])
         loss = model(**inputs, use_cache=False, num_items_in_batch=items).loss
         loss.backward()
         optimizer.step()

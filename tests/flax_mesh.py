@@ -31,7 +31,9 @@ SIZES = {
     "attention_dropout": 0.0,
 }
 LABELS = np.where(np.arange(11) < np.arange(8)[:, None], -100, np.tile(IDS, (4, 1)))
-BATCH = {"input_ids": np.tile(IDS, (4, 1)), "labels": LABELS}
+# Padding on the left of each row, and a gap: groups of devices differ in what counts.
+MASK = np.where((np.arange(11) <= np.arange(8)[:, None]) | (np.arange(11) == 9), 0, 1)
+BATCH = {"input_ids": np.tile(IDS, (4, 1)), "attention_mask": MASK, "labels": LABELS}
 
 
 def same(ours, expected):

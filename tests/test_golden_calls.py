@@ -25,7 +25,7 @@ def compute(case, **changes):
     output = oracle.forward(case.config, read, **arguments, attentions=True)
     loss, gradients = None, {}
     if labels is not None:
-        loss = oracle.loss(output.logits, labels)
+        loss = oracle.loss(output.logits, labels, attention_mask=arguments["attention_mask"])
         _, gradients = loss_and_gradients(case.config, read, labels=labels, **{"input_ids": None, **arguments})
     states = (output.hidden_states, output.attentions, output.cross_attentions)
     return call_numbers(case, output.logits, *states, loss, gradients), sorted(gradients)

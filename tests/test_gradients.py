@@ -27,7 +27,7 @@ HOLES = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0, 0]])
 CASES = {
     **{name: ({"activation_function": name}, {}) for name in ("gelu", "relu", "silu", "gelu_new")},
     "unscaled": ({"scale_embedding": False, "d_model": 12}, {}),
-    # The first two positions of the first row see no key at all, and count nevertheless.
+    # The first two positions of the first row, and those of a gap, see no key of their own and predict nothing.
     "padding": ({}, {"attention_mask": HOLES, "labels": IDS}),
     "positions": ({}, {"position_ids": np.array([[4, 0, 1, 1, 2, 9, 3], [0, 1, 2, 3, 4, 5, 6]])}),
     "ignored": ({}, {"labels": LABELS}),
@@ -72,7 +72,8 @@ def loss_of_oracle(config, leaves, arguments):
     arguments = {name: leaves.get(name, value) for name, value in arguments.items()}
     names = ("labels", "num_items_in_batch", "weights", "label_smoothing", "z_loss")
     options = {name: arguments.pop(name) for name in names if name in arguments}
-    return oracle.loss(oracle.forward(config, leaves.__getitem__, **arguments).logits, **options)
+    logits = oracle.forward(config, leaves.__getitem__, **arguments).logits
+    return oracle.loss(logits, attention_mask=arguments.get("attention_mask"), **options)
 
 
 def directions(gradient, stream):

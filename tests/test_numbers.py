@@ -37,7 +37,6 @@ def arguments_of(case):
     labels = np.where(np.random.RandomState(case.seed).random_sample(case.input_ids.shape) < 0.2, -100, case.input_ids)
     if case.attention_mask is not None:
         labels[case.attention_mask == 0] = -100
-        labels[:, 1:][case.attention_mask[:, :-1] == 0] = -100  # Nothing follows from padding.
     return {**arguments, "labels": labels}
 
 

@@ -274,6 +274,10 @@ class TestLoss:
     def test_ignored_labels_do_not_count(self):
         assert oracle.loss(self.logits, np.array([[1, 1, -100]])) == pytest.approx(math.log(4), rel=1e-15)
 
+    def test_padding_predicts_nothing(self):
+        mask = np.array([[0, 1, 1]])
+        assert oracle.loss(self.logits, np.array([[0, 1, 0]]), attention_mask=mask) == pytest.approx(math.log(2))
+
     def test_the_number_of_items_may_be_given(self):
         assert oracle.loss(self.logits, np.array([[0, 1, 0]]), 10) == pytest.approx(math.log(8) / 10, rel=1e-15)
 

@@ -16,7 +16,7 @@ if not torch.distributed.is_available():
     pytest.skip("this PyTorch is built without torch.distributed", allow_module_level=True)
 
 from conformance.random_weights import write_checkpoint
-from tests.torch_processes import EVEN, IDS, LABELS, LAST_SAVED, STEPS, load
+from tests.torch_processes import EVEN, IDS, LABELS, LAST_SAVED, MASK, STEPS, load
 from xglm_torch import XGLMForCausalLM
 from xglm_torch.parallel import load_state
 
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 def expected(folder):
     """The model in one process, after its backward pass, and its loss."""
     model = load(folder)
-    loss = model(IDS, labels=LABELS, use_cache=False).loss
+    loss = model(IDS, MASK, labels=LABELS, use_cache=False).loss
     loss.backward()
     return model, loss.item()
 

@@ -19,6 +19,7 @@ from xglm_torch.parallel import items_per_process, load_state, save_state, shard
 EVEN = changed(CONFIG, vocab_size=134, d_model=36, ffn_dim=58, attention_heads=4, dropout=0.0, attention_dropout=0.0)
 IDS = torch.from_numpy(models.IDS)
 LABELS = torch.where(torch.arange(11) < torch.tensor([[2], [7]]), -100, IDS)  # Rows that differ in what counts.
+MASK = torch.tensor([[0, 0] + [1] * 3 + [0] + [1] * 5, [1] * 11])  # Each before a label.
 OPTIONS = LossOptions(label_smoothing=0.1, z_loss=0.01)
 STEPS, LAST_SAVED = 5, 3
 
@@ -35,14 +36,14 @@ def whole(tensor):
 
 def results(folder, name, model, rows, replicated):
     """The loss and gradients, the tie, and the exported checkpoint."""
-    loss = model(IDS[rows], labels=LABELS[rows], use_cache=False, num_items_in_batch=replicated).loss
+    loss = model(IDS[rows], MASK[rows], labels=LABELS[rows], use_cache=False, num_items_in_batch=replicated).loss
     loss.backward()
     dist.all_reduce(loss.detach())
     gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     logits = model(IDS).logits.detach()
     with torch.no_grad():
-        loss_in_evaluation = model.eval()(IDS, labels=LABELS, use_cache=False, return_logits=False).loss
+        loss_in_evaluation = model.eval()(IDS, MASK, labels=LABELS, use_cache=False, return_logits=False).loss
     model.save_pretrained(folder / name)
     if dist.get_rank() == 0:
         found = {"loss": loss.item() / 2, "evaluated": loss_in_evaluation.item()}
@@ -54,7 +55,7 @@ def check(folder, rank):
     mine = slice(rank, rank + 1)
     model = load(folder)
     shard_parameters(model)
-    results(folder, "fsdp", model, mine, items_per_process(LABELS[mine]))
+    results(folder, "fsdp", model, mine, items_per_process(LABELS[mine], attention_mask=MASK[mine]))
     model = load(folder)
     split_layers(model, init_device_mesh("cpu", (2,)))
     results(folder, "tensor", model, slice(None), None)
@@ -69,7 +70,7 @@ def check(folder, rank):
     results(folder, "mesh", model, slice(None), None)
     model = load(folder)
     shard_parameters(model, dtype=torch.bfloat16)
-    results(folder, "bfloat16", model, mine, items_per_process(LABELS[mine]))
+    results(folder, "bfloat16", model, mine, items_per_process(LABELS[mine], attention_mask=MASK[mine]))
     try:
         split_layers(XGLMForCausalLM(CONFIG), init_device_mesh("cpu", (2,)))
     except InputError as error:

@@ -85,10 +85,37 @@ def labels_for(input_ids: np.ndarray, attention_mask: np.ndarray | None = None) 
     """
     labels = np.array(input_ids, np.int64)
     if attention_mask is not None:
-        padding = np.asarray(attention_mask) == 0
-        labels[padding] = IGNORED_LABEL
-        labels[:, 1:][padding[:, :-1]] = IGNORED_LABEL
-    return labels
+        labels[np.asarray(attention_mask) == 0] = IGNORED_LABEL
+    return counted_labels(labels, attention_mask)
+
+
+def counted_labels(labels: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+    """The labels, with -100 also where padding would have to predict them: right after a gap or padding on the left.
+
+    Each backend does the same to the labels of a call.
+
+    Args:
+        labels: integers [batch, length], -100 where they do not count.
+        attention_mask: 1 for tokens, 0 for padding [batch, length]; of a longer one, which goes back to what a cache
+            holds, the last columns. None means no padding.
+
+    Returns:
+        int64 [batch, length]; the first label, which nothing predicts in any case, stays.
+    """
+    labels = np.array(labels, np.int64)
+    if attention_mask is None:
+        return labels
+    padding = np.asarray(attention_mask)[:, -labels.shape[1] :] == 0
+    return np.where(np.pad(padding[:, :-1], ((0, 0), (1, 0))), IGNORED_LABEL, labels)
+
+
+def items_in_batch(labels: np.ndarray, attention_mask: np.ndarray | None = None) -> int:
+    """How many labels count: what `num_items_in_batch` is to be if these rows are given in several calls.
+
+    Args:
+        labels, attention_mask: see `counted_labels`.
+    """
+    return int((counted_labels(labels, attention_mask)[:, 1:] != IGNORED_LABEL).sum())
 
 
 def wants_logits(return_logits: bool | None, *, has_labels: bool, training: bool, logits_to_keep: Any) -> bool:

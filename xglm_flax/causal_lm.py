@@ -26,7 +26,7 @@ from xglm_flax.cache import FlaxXGLMCache, as_cache
 from xglm_flax.decoder import FlaxXGLMModule
 from xglm_flax.generation import FlaxEngine, compile_engine
 from xglm_flax.inputs import check_head_arguments
-from xglm_flax.loss import causal_lm_loss
+from xglm_flax.loss import causal_lm_loss, counted_labels
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
 from xglm_flax.scoring import FlaxScorer, compile_scorer
 from xglm_flax.weights import Params, get_parameter
@@ -99,6 +99,8 @@ class FlaxXGLMForCausalLMModule(nn.Module):
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
+            past = 0 if past_key_values is None else past_key_values.length
+            labels = counted_labels(labels, attention_mask, past)
             loss = self._loss(hidden_states, labels, num_items_in_batch, options=loss_options).loss
         if wants_logits(
             return_logits, has_labels=labels is not None, training=not deterministic, logits_to_keep=logits_to_keep
@@ -126,6 +128,7 @@ class FlaxXGLMForCausalLMModule(nn.Module):
     ) -> LossOutput:
         """The loss alone, of a call with these arguments; see `causal_lm_loss`."""
         outputs: Any = self.model(**arguments, use_cache=False, return_dict=True)
+        labels = counted_labels(labels, arguments.get("attention_mask"))
         return self._loss(
             outputs.last_hidden_state, labels, num_items_in_batch, options=options, weights=weights, shards=shards
         )
@@ -210,8 +213,8 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             input_ids, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, output_attentions,
                 output_hidden_states, return_dict, train, params, past_key_values, dropout_rng, head_mask,
                 cross_attn_head_mask, inputs_embeds, use_cache: see `FlaxXGLMModel.__call__`.
-            labels: the tokens to predict, integers [batch, length], not shifted; -100 does not count.
-                `labels=input_ids` trains on all of them.
+            labels: the tokens to predict, integers [batch, length], not shifted; -100 does not count, nor what padding
+                would have to predict. `labels=input_ids` trains on all tokens of rows without padding.
             logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
                 all of them. With labels, the loss is that of all positions.
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.

@@ -13,6 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput, chunk_positions
 from xglm_flax.attention import PRECISION, computed
+from xglm_flax.cache import Length
 
 _PLAIN = LossOptions()
 # XLA computes a term of a sum before it adds it. So logits take half of the room that there is for them, and what a
@@ -78,6 +79,7 @@ def causal_lm_loss(
     factors = counts.astype(jnp.float32)
     if weights is not None:
         factors = jnp.where(counts, jnp.pad(jax.lax.stop_gradient(weights)[:, 1:].astype(jnp.float32), after), 0)
+    targets = jnp.where(counts, targets, 0)  # In a vocabulary of 99 words, -100 would be no place of any.
     count = factors.sum()
     total = count if num_items_in_batch is None else jnp.asarray(num_items_in_batch, jnp.float32)
     scale = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
@@ -97,6 +99,17 @@ def causal_lm_loss(
     data = _Data(_taken(targets, places), factors * scale, chunks)
     loss, surprisal, correct = _sums(static, _taken(states, places), head, data)
     return LossOutput(loss, surprisal * total, correct * total, count)
+
+
+def counted_labels(labels: jax.Array, attention_mask: jax.Array | None, past: Length = 0) -> jax.Array:
+    """See `xglm_core.loss.counted_labels`.
+
+    Differs: behind the new positions, which begin at `past`, the mask may go on to all that a cache has room for.
+    """
+    if attention_mask is None:
+        return labels
+    padding = jax.lax.dynamic_slice_in_dim(attention_mask, past, labels.shape[1], axis=1) == 0
+    return jnp.where(jnp.pad(padding[:, :-1], ((0, 0), (1, 0))), IGNORED_LABEL, labels)
 
 
 def _room(vocab_size: int) -> int:

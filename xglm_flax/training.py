@@ -17,6 +17,7 @@ from xglm_core.loss import LossOutput, check_trainable_type
 from xglm_flax.cache import is_traced
 from xglm_flax.causal_lm import FlaxXGLMForCausalLM
 from xglm_flax.inputs import check_dropout
+from xglm_flax.loss import counted_labels
 from xglm_flax.parallel import data_shards, place_batch, place_params, specs_like
 from xglm_flax.weights import Params
 
@@ -249,7 +250,7 @@ def _gradients(
     if parts == 1:
         (_, output), gradients = compute(params, batch, key)
         return output, gradients
-    counts = batch["labels"][:, 1:] != IGNORED_LABEL
+    counts = counted_labels(batch["labels"], batch.get("attention_mask"))[:, 1:] != IGNORED_LABEL
     weights = batch["weights"][:, 1:] if "weights" in batch else jnp.ones(())
     items = jnp.where(counts, weights, 0).sum()
     # Part i has the rows i, i + parts, ...: some of each device's.

@@ -24,7 +24,7 @@ from xglm_tf.cache import as_cache
 from xglm_tf.decoder import TFXGLMMainLayer
 from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine
 from xglm_tf.inputs import check_head_arguments
-from xglm_tf.loss import causal_lm_loss
+from xglm_tf.loss import causal_lm_loss, counted_labels
 from xglm_tf.pretrained import embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
 from xglm_tf.training import TFXGLMTrainable
@@ -92,8 +92,8 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             input_ids, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, head_mask,
                 cross_attn_head_mask, past_key_values, inputs_embeds, use_cache, output_attentions,
                 output_hidden_states, return_dict, training: see `TFXGLMModel.call`.
-            labels: the tokens to predict, integers [batch, length], not shifted; -100 does not count.
-                `labels=input_ids` trains on all of them.
+            labels: the tokens to predict, integers [batch, length], not shifted; -100 does not count, nor what padding
+                would have to predict. `labels=input_ids` trains on all tokens of rows without padding.
             logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
                 all of them. With labels, the loss is that of all positions.
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
@@ -132,6 +132,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         loss = logits = None
         if labels is not None:
             head = None if uses is None else uses.head
+            labels = counted_labels(tf.convert_to_tensor(labels), attention_mask)
             loss = self.loss_of(hidden_states, labels, num_items_in_batch, training=training, head=head).loss
         if wants_logits(return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep):
             logits = self._logits(_kept(hidden_states, logits_to_keep))

@@ -80,6 +80,14 @@ def causal_lm_loss(
     return LossOutput(loss, tf.stop_gradient(surprisal), tf.stop_gradient(correct), tf.stop_gradient(count))
 
 
+def counted_labels(labels: tf.Tensor, attention_mask: tf.Tensor | None) -> tf.Tensor:
+    """See `xglm_core.loss.counted_labels`."""
+    if attention_mask is None:
+        return labels
+    padding = tf.convert_to_tensor(attention_mask)[:, -keras.ops.shape(labels)[1] :] == 0
+    return tf.where(tf.pad(padding[:, :-1], ((0, 0), (1, 0))), tf.cast(IGNORED_LABEL, labels.dtype), labels)
+
+
 def targets_and_weights(labels: tf.Tensor, weights: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
     """What each position predicts, int32, and how much that counts, float32, each [batch, length]; 0 where it does not.
 

@@ -14,7 +14,7 @@ from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions, LossOutput, check_trainable_type
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_tf.inputs import check_head_arguments
-from xglm_tf.loss import targets_and_weights
+from xglm_tf.loss import counted_labels, targets_and_weights
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
 from xglm_tf.tying import table_and_head
 
@@ -151,6 +151,7 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         tokens = x.get("input_ids", x.get("inputs_embeds"))
         y = tf.convert_to_tensor(y)  # Keras hands over numpy arrays if it runs eagerly.
         check_head_arguments(self.config, tokens, y, 0)
+        y = counted_labels(y, x.get("attention_mask"))
         weights = None if sample_weight is None else _weights_of_labels(tf.convert_to_tensor(sample_weight), y)
         replica = tf.distribute.get_replica_context()
         replicas = 1 if replica is None else replica.num_replicas_in_sync

@@ -23,7 +23,7 @@ from xglm_torch.cache import as_cache
 from xglm_torch.decoder import XGLMModel
 from xglm_torch.generation import TorchEngine
 from xglm_torch.inputs import as_numpy, check_head_arguments, check_ids, check_trainable
-from xglm_torch.loss import causal_lm_loss
+from xglm_torch.loss import causal_lm_loss, counted_labels
 from xglm_torch.preparing import Preparation
 from xglm_torch.pretrained import XGLMPreTrainedModel
 from xglm_torch.products import with_fast_gradients
@@ -80,8 +80,8 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             input_ids, attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask, head_mask,
                 cross_attn_head_mask, past_key_values, inputs_embeds, use_cache, output_attentions,
                 output_hidden_states, return_dict: see `XGLMModel.forward`.
-            labels: the tokens to predict, integers [batch, length], not shifted; -100 does not count.
-                `labels=input_ids` trains on all of them.
+            labels: the tokens to predict, integers [batch, length], not shifted; -100 does not count, nor what padding
+                would have to predict. `labels=input_ids` trains on all tokens of rows without padding.
             logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
                 all of them. With labels, the loss is that of all positions.
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
@@ -126,6 +126,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
+            labels = counted_labels(labels, attention_mask)
             loss = causal_lm_loss(hidden_states, head, labels, num_items_in_batch, options=self.loss_options).loss
         if wants_logits(
             return_logits, has_labels=labels is not None, training=self.training, logits_to_keep=logits_to_keep

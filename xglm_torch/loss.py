@@ -72,6 +72,14 @@ def causal_lm_loss(
     return LossOutput(loss, (counted * surprisals).sum(), (counted * correct).sum(), count)
 
 
+def counted_labels(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """See `xglm_core.loss.counted_labels`."""
+    if attention_mask is None:
+        return labels
+    padding = attention_mask[:, -labels.shape[1] :].to(labels.device) == 0
+    return labels.masked_fill(F.pad(padding[:, :-1], (1, 0)), IGNORED_LABEL)
+
+
 def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the head is a product with its weight and nothing else, neither adapted nor moved in by a hook."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)

@@ -25,6 +25,7 @@ from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.parallel import check_tensor_parallel, split_dimension
 from xglm_core.weight_names import weight_specs
 from xglm_torch.attention import XGLMAttention
+from xglm_torch.loss import counted_labels
 from xglm_torch.pretrained import XGLMPreTrainedModel
 
 _STEP = "step-"
@@ -87,17 +88,20 @@ def split_layers(model: XGLMPreTrainedModel, mesh: DeviceMesh) -> None:
             module.heads = own
 
 
-def items_per_process(labels: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+def items_per_process(
+    labels: torch.Tensor, group: dist.ProcessGroup | None = None, *, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """What `num_items_in_batch` must be so that averaged gradients are those of the mean over all processes' labels.
 
     Args:
         labels: of this process, integers [batch, length], -100 where they do not count.
         group: the processes that have other rows; None means all.
+        attention_mask: 1 for tokens, 0 for padding [batch, length], which predicts no label; None means no padding.
 
     Returns:
         float32 scalar: the number of labels that count, in the mean over the processes.
     """
-    count = (labels[:, 1:] != IGNORED_LABEL).sum().float()
+    count = (counted_labels(labels, attention_mask)[:, 1:] != IGNORED_LABEL).sum().float()
     dist.all_reduce(count, group=group)
     return count / dist.get_world_size(group)
 

@@ -122,6 +122,7 @@ def loss(
     labels: np.ndarray,
     num_items_in_batch: int | None = None,
     *,
+    attention_mask: np.ndarray | None = None,
     weights: np.ndarray | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -133,6 +134,8 @@ def loss(
         labels: ids, or -100 where nothing is to be predicted [batch, length]. Position t predicts the label of
             position t + 1: the first label is predicted by none, and the last position predicts none.
         num_items_in_batch: what to divide the sum by; None means the sum of the weights of the predicted labels.
+        attention_mask: nonzero for tokens, 0 for padding, which predicts nothing [batch, length]; None means no
+            padding.
         weights: of each label [batch, length]; None means 1.
         label_smoothing: the part of each target that is spread over the whole vocabulary.
         z_loss: factor of the squared log of the sum of exponentials, which is added.
@@ -141,7 +144,7 @@ def loss(
         The mean, or 0 if nothing is predicted.
     """
     targets = labels[:, 1:]
-    counted = targets != -100
+    counted = (targets != -100) & (_or_ones(attention_mask, labels.shape)[:, :-1] != 0)
     weights = _or_ones(weights, labels.shape)[:, 1:][counted]
     scores = logits[:, :-1][counted].astype(np.float64)
     highest = scores.max(axis=-1, keepdims=True)
