@@ -132,7 +132,23 @@ class TestText:
         assert result.tolist() == [[5, 130, *continuation([5, 130], 20)]]
 
     def test_padding_id_among_the_tokens_counts_as_a_token(self):
-        assert run([[PAD, 5, PAD]], max_new_tokens=3).tolist() == [[PAD, 5, PAD, *continuation([PAD, 5, PAD], 3)]]
+        for text, mask in (([PAD, 5, PAD], [[1, 1, 1]]), ([5, PAD, PAD, 6], None), ([PAD], [[1]])):
+            assert run([text], mask, max_new_tokens=3).tolist() == [[*text, *continuation(text, 3)]]
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_id_at_an_end_of_a_row_without_mask(self, side):
+        ids, _ = padded([*TEXTS, [5, PAD, 6]], side, 8)
+        result = run(ids, max_new_tokens=5)
+        assert result[:, 8:].tolist() == [continuation(text, 5) for text in [*TEXTS, [5, PAD, 6]]]
+        assert run([[PAD, 5, PAD]], max_new_tokens=5)[0, 3:].tolist() == continuation([5], 5)
+
+    @pytest.mark.parametrize("options", [{"eos_token_id": PAD}, {"eos_token_id": (3, PAD)}, {"pad_token_id": None}])
+    def test_padding_id_that_may_be_text_without_mask(self, options):
+        """It ends texts as well, or there is none."""
+        for more in ({}, {"stop_at_eos": False}):
+            if {*options, *more} != {"eos_token_id", "stop_at_eos"}:
+                expected = continuation([PAD, 5], 3, eos=(PAD,))
+                assert run([[PAD, 5]], max_new_tokens=3, **options, **more)[0, 2:].tolist() == expected
 
     def test_inputs_are_not_modified(self):
         ids, mask = padded(TEXTS, "right", 9)

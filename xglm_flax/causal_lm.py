@@ -366,7 +366,8 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
 
         Args:
             input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them.
-            attention_mask: 1 for tokens, 0 for padding [rows, length]; None means no padding.
+            attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
+                it begins or ends a row, unless it ends texts as well.
             generation_config: the options; None takes `self.generation_config`.
             params: the parameters; None means the model's.
             inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.

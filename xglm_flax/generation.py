@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xglm_core.generation.engine import BLOCK, Processor
+from xglm_core.generation.engine import BLOCK, Processor, check_processed
 from xglm_core.generation.prompts import rounded_up
 from xglm_core.generation.rules import Rules
 from xglm_flax import selection
@@ -144,9 +144,11 @@ class FlaxEngine:
 
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids = jnp.asarray(texts.astype(np.int32))
-        for processor in processors:
-            self.logits = processor(ids, self.logits)
+        ids, logits = jnp.asarray(texts.astype(np.int32)), self.logits
+        for place, processor in enumerate(processors):
+            logits = processor(ids, logits)
+            check_processed(logits, self.logits.shape, place)
+        self.logits = logits
 
 
 def _prefill(

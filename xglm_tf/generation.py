@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
 
-from xglm_core.generation.engine import BLOCK, Processor
+from xglm_core.generation.engine import BLOCK, Processor, check_processed
 from xglm_core.generation.prompts import rounded_up
 from xglm_core.generation.rules import Rules
 from xglm_tf import selection
@@ -126,9 +126,11 @@ class TFEngine:
 
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids: Any = tf.constant(texts)
-        for processor in processors:
-            self.logits = processor(ids, self.logits)
+        ids, logits = tf.constant(texts), self.logits
+        for place, processor in enumerate(processors):
+            logits = processor(ids, logits)
+            check_processed(logits, tuple(self.logits.shape), place)
+        self.logits = logits
 
     def _tensor(self, array: np.ndarray) -> tf.Tensor:
         """Integers."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from xglm_core.generation.engine import Processor
+from xglm_core.generation.engine import Processor, check_processed
 from xglm_core.generation.rules import Rules
 from xglm_torch import selection
 from xglm_torch.cache import XGLMCache, empty_cache, reordered
@@ -110,9 +110,11 @@ class TorchEngine:
     @torch.inference_mode()
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids: Any = self._tensor(texts)
-        for processor in processors:
-            self.logits = processor(ids, self.logits)
+        ids, logits = self._tensor(texts), self.logits.clone()  # Which a hook may write into.
+        for place, processor in enumerate(processors):
+            logits = processor(ids, logits)
+            check_processed(logits, tuple(self.logits.shape), place)
+        self.logits = logits
 
     def _select(self, rules: Rules, keys: torch.Tensor) -> torch.Tensor:
         return selection.choose(selection.process(self.logits, self._seen, rules), rules, keys)

@@ -99,6 +99,7 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
     kept = max(2, 1 + len(generation.eos_ids)) * count
     keys = Keys(generation.seed, prompts.contents)
     searches = [_Search(generation, request.limit) for _ in range(groups)]
+    read = np.repeat(prompts.as_read(generation.filler), count, axis=0)
     engine.reorder(np.repeat(np.arange(groups), count))
     for step in range(request.limit):
         texts = [[*prompts.texts[group], *beam.tokens] for group in range(groups) for beam in searches[group].running]
@@ -106,7 +107,8 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
         if "logits" in record:
             record["logits"].append(engine.logits)
         if request.processors:
-            engine.process(request.processors, filled(texts, generation.filler))
+            new = np.array([beam.tokens for group in searches for beam in group.running], np.int64)
+            engine.process(request.processors, np.concatenate([read, new], axis=1))
         if "scores" in record:
             record["scores"].append(engine.scores(rules))
         totals = np.array([[beam.score for beam in group.running] for group in searches], np.float32)

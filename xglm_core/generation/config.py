@@ -243,6 +243,12 @@ class GenerationConfig:
         eos = dataclasses.replace(self, stop_at_eos=True).eos_ids
         return eos[0] if eos else 0
 
+    @property
+    def padding(self) -> int | None:
+        """The id that is padding at the ends of prompts without a mask: `pad_token_id`, unless it also ends rows."""
+        ends = dataclasses.replace(self, stop_at_eos=True).eos_ids
+        return None if self.pad_token_id in ends else self.pad_token_id
+
     def new_tokens(self, columns: int) -> int:
         """Most tokens to add to a prompt of so many columns.
 

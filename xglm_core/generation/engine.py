@@ -17,7 +17,7 @@ BLOCK = 16
 NOT_A_NUMBER = -1  # The row's logits are not numbers.
 NOTHING_LEFT = -2  # All ids are banned.
 
-# A user's hook: the tokens so far [rows, length] and the scores [rows, vocab_size] -> scores, tensors of the framework.
+# A user's hook: the tokens so far [rows, length] and the logits [rows, vocab_size] -> logits, tensors of the framework.
 Processor = Callable[[Any, Any], Any]
 
 
@@ -97,11 +97,14 @@ class Engine(Protocol):
         """What `select` chooses from, before noise: the framework's tensor, float32 [rows, vocab_size]."""
 
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
-        """Replaces the logits by what a user's hooks make of them.
+        """Replaces the logits by what a user's hooks make of a copy of them.
 
         Args:
             processors: the hooks, in order.
-            texts: the tokens so far, int64 [rows, length].
+            texts: the tokens so far, int64 [rows, length]; each row ends at the right.
+
+        Raises:
+            InputError: see `check_processed`.
         """
 
 
@@ -118,6 +121,16 @@ def check_not_overridden(model: object, base: type, *names: str) -> None:
                 f"{name} of this {type(model).__name__} is not that of {base.__name__}, and compiled generation never "
                 "calls it; write the loop with calls of the model, or generate in PyTorch, which asks the method"
             )
+
+
+def check_processed(result: Any, shape: tuple[int, ...], place: int) -> None:
+    """Raises `InputError` unless what a hook returned has the shape of the logits; `place` is its index."""
+    found = getattr(result, "shape", None)
+    if found is None or tuple(found) != shape:
+        raise InputError(
+            f"logits_processor[{place}] returned {type(result).__name__ if found is None else list(found)}, expected "
+            f"the logits {list(shape)}; return them from the function, also if it changes them in place"
+        )
 
 
 def no_token(code: int, row: int, step: int) -> InputError:

@@ -58,6 +58,7 @@ class Request:
     stops: StopStrings = field(init=False)
 
     def __post_init__(self) -> None:
+        self.prompts = self.prompts.without(self.generation.padding)
         self.limit = self.generation.new_tokens(self.prompts.columns.shape[1])
         self.maker = RuleMaker(self.generation, self.config)
         self.stops = StopStrings(self.generation.stops, self.tokenizer)
@@ -144,6 +145,7 @@ def steps(
     texts = [list(text) for text in prompts.texts for _ in range(copies)]
     begins = [len(text) for text in texts]
     keys = Keys(generation.seed, [content for content in prompts.contents for _ in range(copies)])
+    blocks = [np.repeat(prompts.as_read(generation.filler), copies, axis=0)]  # What the model has read of each row.
     ended = np.zeros(len(texts), bool)
     eos = generation.eos_ids
     one_by_one = one_by_one or bool(record or request.processors)
@@ -161,7 +163,7 @@ def steps(
             if "logits" in record:
                 record["logits"].append(engine.logits)
             if request.processors:
-                engine.process(request.processors, filled(texts, generation.filler))
+                engine.process(request.processors, np.concatenate(blocks, axis=1))
             if "scores" in record:
                 record["scores"].append(engine.scores(rules))
             block = engine.select(rules, noise[:, 0])[:, None]
@@ -181,6 +183,7 @@ def steps(
         longest = max(len(text) - begin for text, begin in zip(texts, begins, strict=True))
         block = block[:, : longest - done]
         done += block.shape[1]
+        blocks.append(block)
         yield block
 
 

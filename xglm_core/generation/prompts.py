@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -22,14 +23,14 @@ class Prompts:
             a cache holds.
         mask: 1 for tokens, 0 for padding, int64 [rows, past + length].
         past: positions that a given cache holds.
-        texts: the ids of each row, cached ones included, without padding; empty for embeddings.
+        masked: whether the caller said what is padding.
     """
 
     columns: np.ndarray
     tokens: np.ndarray
     mask: np.ndarray
     past: int
-    texts: tuple[list[int], ...]
+    masked: bool
 
     @classmethod
     def of(
@@ -48,7 +49,7 @@ class Prompts:
             config: the model's configuration.
             input_ids: integers [rows, length], those that a cache holds included.
             attention_mask: [rows, length], of embeddings [rows, past + length]; None for what the cache has and no
-                other padding.
+                other padding, but see `without`.
             inputs_embeds: [rows, length, d_model], in place of ids, without what a cache holds.
             past: positions that a given cache holds.
             past_rows: rows of that cache; None if there is none.
@@ -90,8 +91,36 @@ class Prompts:
             check_attention_mask(attention_mask.shape, rows, 0, length)
             mask = (np.asarray(attention_mask) != 0).astype(np.int64)
         check_has_tokens(mask[:, past:])
-        texts = [row[keep].tolist() for row, keep in zip(columns, mask != 0, strict=True)] if columns.size else []
-        return cls(columns, tokens, mask, past, tuple(texts) or tuple([] for _ in range(rows)))
+        return cls(columns, tokens, mask, past, attention_mask is not None)
+
+    def without(self, padding: int | None) -> Prompts:
+        """The prompts with this id as padding where it begins or ends a row, if the caller did not say what is padding.
+
+        Between other ids it is text, and what a cache holds is as it was read. None changes nothing.
+
+        Raises:
+            InputError: a row has nothing else to be read.
+        """
+        if self.masked or padding is None or not self.columns.size:
+            return self
+        others = self.columns != padding
+        # Whether there is another id up to here, and from here on.
+        before, after = np.maximum.accumulate(others, axis=1), np.maximum.accumulate(others[:, ::-1], axis=1)[:, ::-1]
+        mask = np.concatenate([self.mask[:, : self.past], (before & after)[:, self.past :]], axis=1).astype(np.int64)
+        empty = np.flatnonzero(~mask[:, self.past :].any(axis=1))
+        if len(empty):
+            raise InputError(
+                f"input_ids[{empty[0]}] has nothing to read but pad_token_id={padding}, which without attention_mask "
+                "is padding; expected a token, or an attention_mask that is 1 where it is text"
+            )
+        return replace(self, mask=mask)
+
+    @cached_property
+    def texts(self) -> tuple[list[int], ...]:
+        """The ids of each row, cached ones included, without padding; empty for embeddings."""
+        if not self.columns.size:
+            return tuple([] for _ in self.columns)
+        return tuple(row[keep].tolist() for row, keep in zip(self.columns, self.mask != 0, strict=True))
 
     @property
     def longest(self) -> int:
@@ -105,6 +134,13 @@ class Prompts:
             return [np.array(text, "<i8").tobytes() for text in self.texts]
         rows = zip(self.tokens, self.mask[:, self.past :] != 0, strict=True)
         return [row[keep].astype("<f4").tobytes() for row, keep in rows]
+
+    def as_read(self, filler: int) -> np.ndarray:
+        """`columns` as the model reads them: the tokens of each row at its right end, `filler` before them."""
+        read = np.full_like(self.columns, filler)
+        for row, text in zip(read, self.texts, strict=True):
+            row[len(row) - len(text) :] = text
+        return read
 
     def left_padded(self, multiple: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
         """Moves the tokens of each row to its right end, in order, and rounds the length up to a multiple.
