@@ -26,7 +26,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(temporary, "xb") as file:
-            _lock(file)
+            # The lock keeps others from taking the file for a leftover. Some disks know none: NFS, Lustre, FUSE.
+            with contextlib.suppress(OSError):
+                _lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -37,10 +39,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files that killed processes left; those of running ones are locked, and stay."""
+    """Removes the temporary files that killed processes left.
+
+    Those of running ones are locked, and stay; where the disk knows no locks, all of them do.
+    """
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(OSError), open(path, "rb") as file:
+            # NFS locks for writing only what is open for it.
+            with contextlib.suppress(OSError), open(path, "r+b") as file:
                 _lock(file)
                 path.unlink()
 

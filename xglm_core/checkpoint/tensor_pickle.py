@@ -43,12 +43,16 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor within a storage; nothing about the numbers is checked yet."""
+    """A tensor within a storage; nothing about the numbers is checked yet.
+
+    `flags` say what else was done with them: "neg" that they have the other sign, "conj" that they are conjugated.
+    """
 
     storage: Storage
     offset: Any
     shape: Any
     strides: Any
+    flags: dict[Any, Any]
 
 
 class Record(dict[Any, Any]):
@@ -202,8 +206,10 @@ class TensorPickle:
                 value: Any = {}
             case _Name(name), () if name == NAMESPACE:
                 value = Record()
-            case _Name(name), (Storage() as storage, offset, shape, strides, *_) if name == _TENSOR:
-                value = StoredTensor(storage, offset, shape, strides)
+            case _Name(name), (Storage() as storage, offset, shape, strides, _, _, *flags) if (
+                name == _TENSOR and len(flags) < 2 and all(isinstance(given, dict | None) for given in flags)
+            ):
+                value = StoredTensor(storage, offset, shape, strides, dict(*filter(None, flags)))
             case _Name(name), (StoredTensor() as tensor, *_) if name in _PARAMETERS:
                 value = tensor
             case _Name(name), _:

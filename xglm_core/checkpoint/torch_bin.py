@@ -128,6 +128,11 @@ class TorchFile(TensorFile):
         storage, offset, shape, strides = tensor.storage, tensor.offset, tensor.shape, tensor.strides
         if storage.kind not in _FLOATS:
             raise self._damaged(f"tensor {shown(name)}: is of {storage.kind}, expected one of {', '.join(_FLOATS)}")
+        if tensor.flags:
+            raise self._damaged(
+                f"tensor {shown(name)}: is stored with the flags {shown(', '.join(map(str, tensor.flags)))}, which are "
+                "not applied here; save what `tensor.resolve_neg()` of PyTorch returns"
+            )
         if not is_shape(shape) or not are_sizes(strides) or not are_sizes([offset]) or len(shape) != len(strides):
             raise self._damaged(f"tensor {shown(name)}: expected offset, shape and strides as integers that fit")
         dtype, count = _FLOATS[storage.kind], math.prod(shape)
