@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 if a check did not pass, 2 if the input was wrong (with one line on stderr), 130 if
         interrupted. Any other exception is a defect of this package and goes on to the caller.
     """
+    if sys.stderr is None:  # Closed: messages go nowhere, and nothing else fails for that.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        print("xglm: error: standard output is closed; redirect it to a file, or to /dev/null", file=sys.stderr)
+        return EXIT_BAD_INPUT
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal can show every script.
     try:
@@ -60,9 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("xglm: error:", " ".join(str(error).split()), file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:
-        # The reader, `head` for example, has seen enough. What is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # The reader, `head` for example, has seen enough.
         return EXIT_FAILED
+    except OSError as error:  # A disk that is full or gone, while something is read or written.
+        where = "output" if error.filename is None else error.filename
+        print(f"xglm: error: {where}: cannot be read or written: {error.strerror or error}", file=sys.stderr)
+        _drop_output()
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -104,6 +113,14 @@ def _run(argv: list[str]) -> int:
         arguments.text += rest
     run: Callable[[argparse.Namespace], int] = arguments.run
     return run(arguments)
+
+
+def _drop_output() -> None:
+    """Has what standard output still buffers, and cannot take, go nowhere: the interpreter's exit would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warning(

@@ -47,7 +47,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gen-kwargs", metavar="K=V,...", help="options of generation, over those of the tasks")
     parser.add_argument("--newline", choices=["space", "eos"], help="what line breaks become (as the tokenizer says)")
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, metavar="N", help="at a time (%(default)s)")
-    parser.add_argument("--device", metavar="DEVICE", help="where PyTorch computes (cpu)")
     parser.add_argument("--json", metavar="FILE", help="also write all results there, as JSON on one line")
     parser.set_defaults(run=_run)
 
@@ -84,7 +83,6 @@ def _evaluated(arguments: argparse.Namespace, tokenizer: XGLMTokenizer) -> dict[
         name=arguments.checkpoint,
         newline=arguments.newline,
         batch_tokens=arguments.batch_tokens,
-        device=arguments.device,
     )
     return evaluate(
         lm,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from xglm_core.checkpoint import open_checkpoint
-from xglm_core.cli.lines import STDIN, read_items
+from xglm_core.cli.lines import STDIN, read_items, standard_input
 from xglm_core.cli.models import add_model, load_model
 from xglm_core.cli.outputs import Output
 from xglm_core.compare.report import json_line
@@ -62,7 +61,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--go-on-at-eos", action="store_true", help="do not end at </s>, which is XGLM's line break as well"
     )
     parser.add_argument("--newline", choices=["space", "eos"], help="what line breaks become (as the tokenizer says)")
-    parser.add_argument("--output", metavar="OUT", help="write here; if it exists, go on after its last line (printed)")
+    parser.add_argument(
+        "--output",
+        metavar="OUT",
+        help="write JSON here, - for stdout; go on after the last line of a file (printed)",
+    )
     parser.set_defaults(run=_run, texts_anywhere=True)
 
 
@@ -100,7 +103,7 @@ def _texts(given: list[str]) -> Iterator[str]:
     """The texts of the command line, with the lines of standard input in the place of "-"."""
     for text in given or [STDIN]:
         if text == STDIN:
-            yield from (_text(item, where) for where, item in read_items(sys.stdin.buffer, STDIN))
+            yield from (_text(item, where) for where, item in read_items(standard_input(), STDIN))
         elif not text.strip():
             raise InputError("TEXT is empty, expected a text to continue")
         else:

@@ -25,7 +25,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
         InputError: it cannot be opened.
     """
     if path == STDIN:
-        yield sys.stdin.buffer
+        yield standard_input()
         return
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -33,6 +33,17 @@ def opened(path: str) -> Iterator[BinaryIO]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     with file:
         yield file
+
+
+def standard_input() -> BinaryIO:
+    """Standard input, as bytes.
+
+    Raises:
+        InputError: it is closed.
+    """
+    if sys.stdin is None:
+        raise InputError("standard input is closed, expected lines; redirect it from a file")
+    return sys.stdin.buffer
 
 
 def read_items(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, Item]]:

@@ -10,22 +10,23 @@ from xglm_core.backends import BACKENDS, load_backend
 from xglm_core.checkpoint.dtypes import DTYPES
 from xglm_core.cli import add_checkpoint
 from xglm_core.compare.run import installed_backends
-from xglm_core.errors import BackendError
+from xglm_core.errors import BackendError, InputError
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds `checkpoint`, `revision`, `backend` and `dtype`."""
+    """Adds `checkpoint`, `revision`, `backend`, `dtype` and `device`."""
     add_checkpoint(parser)
     parser.add_argument("--backend", choices=["auto", *BACKENDS], default="auto", help="(the first that is installed)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the computation (%(default)s)")
+    parser.add_argument("--device", metavar="DEVICE", help="where PyTorch computes, as in cuda:1 (cpu)")
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[str, Any]:
     """`load` with what `add_model` added."""
-    return load(arguments.checkpoint, arguments.revision, arguments.backend, arguments.dtype)
+    return load(arguments.checkpoint, arguments.revision, arguments.backend, arguments.dtype, arguments.device)
 
 
-def load(checkpoint: str, revision: str | None, backend: str, dtype: str) -> tuple[str, Any]:
+def load(checkpoint: str, revision: str | None, backend: str, dtype: str, device: str | None = None) -> tuple[str, Any]:
     """The name of the backend, and its causal language model.
 
     Args:
@@ -33,9 +34,11 @@ def load(checkpoint: str, revision: str | None, backend: str, dtype: str) -> tup
         revision: branch, tag or commit of that; None for its main branch.
         backend: its name, or "auto" for the first that is installed.
         dtype: the type of the computation, one of `DTYPES`.
+        device: see `place_model`.
 
     Raises:
         BackendError: it is not installed, or none is.
+        InputError: see `place_model`.
         XGLMError: the checkpoint cannot be loaded.
     """
     if backend == "auto":
@@ -48,4 +51,23 @@ def load(checkpoint: str, revision: str | None, backend: str, dtype: str) -> tup
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     model_class = getattr(load_backend(backend), BACKENDS[backend].causal_lm)
     types = {"dtype": dtype, "param_dtype": dtype} if backend == "flax" else {"dtype": dtype}
-    return backend, model_class.from_pretrained(checkpoint, revision=revision, **types)
+    model = model_class.from_pretrained(checkpoint, revision=revision, **types)
+    place_model(model, backend, device)
+    return backend, model
+
+
+def place_model(model: Any, backend: str, device: str | None) -> None:
+    """Moves a model to a device of PyTorch, by name; None leaves it where it is.
+
+    Raises:
+        InputError: there is no such device, or the backend is another one, which chooses its device itself.
+    """
+    if device is None:
+        return
+    if backend != "torch":
+        raise InputError(f"device is {device!r}, but {backend} chooses its device itself; leave it out")
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA.
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device is {device!r}, expected cpu or a device that PyTorch has here: {reason}") from None

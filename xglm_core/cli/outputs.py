@@ -12,6 +12,8 @@ from typing import BinaryIO
 from xglm_core.errors import InputError
 from xglm_core.files import replacing
 
+STDOUT = "-"
+
 _ROW_BEGIN = '{"line": '  # Of a row of JSON; one of a table begins with the number.
 _NUMBER = re.compile(rf"(?:{re.escape(_ROW_BEGIN)})?(\d+)[,\t]")
 _FLOAT = re.compile(r"(-?\d+(?:\.\d+(?:e[+-]\d+)?|e[+-]\d+))")
@@ -24,8 +26,10 @@ class Output:
     speaks of is done again, and nothing changes before the new rows have been compared with the old ones: so rows of
     another text, checkpoint or option are not mixed with these.
 
+    What is no file, a pipe or /dev/null, takes the rows and has none to go on after.
+
     Args:
-        path: the file; None for standard output.
+        path: the file; None or "-" for standard output.
         header: the row to begin with; empty for none.
 
     Attributes:
@@ -42,8 +46,12 @@ class Output:
         self._old: list[str] = []
         self._end: int | None = None  # Where to go on in the file; None once that has been done.
         self._file: BinaryIO = sys.stdout.buffer
-        if path is not None:
+        self._owned = path not in (None, STDOUT)
+        if path is not None and self._owned:
             try:
+                if os.path.exists(path) and not os.path.isfile(path):
+                    self._file = open(path, "wb")  # noqa: SIM115
+                    return
                 # Appending would not let the end be overwritten, and "w" would lose what is there.
                 self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             except OSError as error:
@@ -53,9 +61,10 @@ class Output:
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.path is not None:
-            self._file.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        if self._owned:
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # The first error is told.
+                self._file.close()
 
     def write(self, number: int, rows: Sequence[str]) -> None:
         """Writes the rows of one line of the input.
@@ -78,8 +87,18 @@ class Output:
         self._to_write = []
 
     def flush(self) -> None:
-        """Hands over what has been written."""
-        self._file.flush()
+        """Hands over what has been written.
+
+        Raises:
+            InputError: the disk is full, for example.
+        """
+        try:
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = self.path if self._owned else "standard output"
+            raise InputError(f"{where}: cannot be written: {error.strerror or error}") from None
 
     def finish(self) -> None:
         """Makes sure that the input was long enough.
@@ -140,13 +159,17 @@ def _agree(old: str, new: str) -> bool:
 
 @contextlib.contextmanager
 def written_file(path: str | None) -> Iterator[BinaryIO | None]:
-    """A file that is there once it is complete; None if there is to be none."""
+    """A file that is there once it is complete; None if there is to be none; what is no file is written at once."""
     if path is None:
         yield None
         return
+    if path == STDOUT:
+        yield sys.stdout.buffer
+        return
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(replacing(path))
+            is_file = os.path.isfile(path) or not os.path.exists(path)
+            file = stack.enter_context(replacing(path) if is_file else open(path, "wb"))  # noqa: SIM115
         except OSError as error:
             raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
         yield file

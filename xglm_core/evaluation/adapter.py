@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xglm_core import __version__
-from xglm_core.cli.models import load
+from xglm_core.cli.models import load, place_model
 from xglm_core.errors import InputError
 from xglm_core.evaluation.continuing import continued
 from xglm_core.scoring.continuations import Pair, score_continuations
@@ -67,16 +67,13 @@ class Adapter:
         self._name = name or (pretrained if isinstance(pretrained, str) else type(pretrained).__name__)
         if isinstance(pretrained, str):
             self.tokenizer = tokenizer or XGLMTokenizer.from_pretrained(pretrained, revision=revision)
-            backend, self._model = load(pretrained, revision, backend, dtype)
+            backend, self._model = load(pretrained, revision, backend, dtype, device)
         elif tokenizer is None:
             raise InputError("tokenizer is None, but pretrained is a loaded model; expected its tokenizer as well")
         else:
             self.tokenizer, self._model = tokenizer, pretrained
             backend = type(pretrained).__module__.partition(".")[0].removeprefix("xglm_")
-        if device is not None:
-            if backend != "torch":
-                raise InputError(f"device is {device!r}, but {backend} chooses its device itself; leave it out")
-            self._model.to(device)
+            place_model(pretrained, backend, device)
         self._backend, self._newline, self._batch_tokens = backend, newline, batch_tokens
 
     @property
