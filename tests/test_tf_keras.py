@@ -251,15 +251,6 @@ class TestDtypePolicies:
         assert outputs.loss.dtype == "float32"
         assert float(outputs.loss) == pytest.approx(float(model(IDS, LEFT, labels=IDS).loss), rel=bound)
 
-    def test_loading_is_float32_whatever_the_global_policy(self, folder):
-        before = keras.config.dtype_policy()
-        try:
-            keras.config.set_dtype_policy("bfloat16")
-            model = TFXGLMForCausalLM.from_pretrained(folder)
-        finally:
-            keras.config.set_dtype_policy(before)
-        assert model(IDS).logits.dtype == "float32"
-
 
 class TestExport:
     RELOAD = """

@@ -45,6 +45,11 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
         self.dropout = TFXGLMDropout(config.dropout, dtype=dtype)
         self.activation_dropout = TFXGLMDropout(config.activation_dropout, dtype=dtype)
 
+    @property
+    def output_shape(self) -> tuple[int | None, ...]:
+        """What `summary` shows: that of the states."""
+        return None, None, self.config.d_model
+
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables."""
         states = (None, None, self.config.d_model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,12 +26,17 @@ from xglm_tf.inputs import check_head_arguments
 from xglm_tf.loss import causal_lm_loss, counted_labels
 from xglm_tf.pretrained import embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
+from xglm_tf.tracing import compiled
 from xglm_tf.training import TFXGLMTrainable
 from xglm_tf.tying import TableAndHead, table_and_head
 from xglm_tf.weights import name_scopes, unlocked
 
 # For how many rows the head computes another product, and in how many parts at most; see `_logits`.
 _FEW_ROWS, _PARTS = 16, 8
+
+
+class TFXGLMHead(keras.layers.Dense):
+    """A head of its own. Keras quantizes none but its own classes; loss and `score` read the matrix as it is."""
 
 
 @keras.saving.register_keras_serializable(package="xglm")
@@ -166,7 +170,8 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             options=self.loss_options,
             weights=weights,
             training=training,
-            train_head=matrix.trainable,
+            # With an adapter, the matrix is a sum.
+            train_head=getattr(matrix, "trainable", True),
         )
 
     def prepare_inputs_for_generation(
@@ -229,15 +234,9 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
                 self.lm_head = None
             self.forget_compiled()
 
-    def forget_compiled(self) -> None:
-        """Drops compiled code, which holds on to variables that have been replaced."""
-        super().forget_compiled()
-        self.__dict__.pop("compiled_engine", None)
-        self.__dict__.pop("compiled_scorer", None)
-
-    def _new_head(self) -> keras.layers.Dense:
+    def _new_head(self) -> TFXGLMHead:
         """A head without variables; those will be zero unless another initializer is set."""
-        return keras.layers.Dense(
+        return TFXGLMHead(
             self.config.vocab_size,
             use_bias=False,
             kernel_initializer="zeros",
@@ -265,10 +264,10 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             logits = tf.matmul(rows, table, transpose_b=True)
         return tf.reshape(logits, (batch, length, vocab_size))
 
-    @functools.cached_property
+    @property
     def compiled_scorer(self) -> CompiledScorer:
-        """The compiled function of `score`; kept, so that each shape is compiled once."""
-        return compile_scorer(self)
+        """The compiled function of `score`; kept as long as the model stays as it is: each shape is compiled once."""
+        return compiled(self, "score", compile_scorer)
 
     def score(
         self, input_ids: Any, attention_mask: Any = None, *, return_likeliest: bool = False
@@ -293,10 +292,10 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         scores, likeliest = map(tf.constant, found)
         return (scores, likeliest) if return_likeliest else scores
 
-    @functools.cached_property
+    @property
     def compiled_engine(self) -> CompiledEngine:
-        """The compiled functions of `generate`; kept, so that each shape is compiled once."""
-        return compile_engine(self)
+        """The compiled functions of `generate`, kept as those of `score` are."""
+        return compiled(self, "generate", compile_engine)
 
     def generate(
         self,

@@ -33,6 +33,9 @@ class TFXGLMSinusoidalPositionalEmbedding(keras.layers.Layer):
         # else by `weights`, hence the name.
         self.table = tf.constant(np.concatenate([table, np.full_like(table[:1], np.nan)]))
 
+    def build(self, input_shape: Any = None) -> None:
+        """Creates nothing: there are no variables."""
+
     def call(self, position_ids: tf.Tensor) -> tf.Tensor:
         """float32 [batch, length, d_model] for positions [batch, length]; NaN past the limit."""
         return tf.gather(self.table, tf.minimum(position_ids + POSITION_OFFSET, len(self.table) - 1))
@@ -75,9 +78,10 @@ class TFXGLMMainLayer(keras.layers.Layer):
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables, in the order of the weights in a checkpoint."""
-        self.embed_tokens.build()
+        self.embed_tokens.build((None, None))
+        self.embed_positions.build((None, None))
         for layer in self.layers:
-            layer.build()
+            layer.build((None, None, self.config.d_model))
         self.layer_norm.build((None, None, self.config.d_model))
 
     def call(

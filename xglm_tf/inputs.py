@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.inputs import (
+    IGNORED_LABEL,
     check_cache_batch,
     check_input_ids,
     check_labels,
@@ -21,6 +25,8 @@ from xglm_core.inputs import (
 )
 from xglm_core.tokenization.encoding import BatchEncoding
 from xglm_tf.cache import TFXGLMCache, register_tree
+
+_FAILED = "a batch fails its checks"
 
 # Keras takes apart what `predict` and `fit` are given, and knows no dictionaries but Python's.
 register_tree(
@@ -108,6 +114,98 @@ def check_head_arguments(
         check_logits_to_keep(logits_to_keep, tokens.shape[1])
     elif has_values(logits_to_keep):
         check_logits_to_keep(np.asarray(logits_to_keep), tokens.shape[1])
+
+
+def are_arrays(x: Any) -> bool:
+    """Whether the first argument of `fit` or `predict` is the data itself, and no dataset that yields it."""
+    return isinstance(x, Mapping | list | tuple) or (hasattr(x, "shape") and hasattr(x, "dtype"))
+
+
+def batches_in_tuples(x: Any) -> Any:
+    """A generator of batches as Keras wants it, where they may be mappings; anything else as it is."""
+    if not isinstance(x, Iterator) or isinstance(x, tf.data.Iterator):
+        return x
+    return ((dict(batch),) if isinstance(batch, Mapping) else batch for batch in x)
+
+
+def check_batch(config: XGLMConfig, inputs: Mapping[str, Any], labels: Any) -> None:
+    """Checks ids, positions and labels of data for `fit`, `evaluate` or `predict` that are arrays, before any step.
+
+    Raises:
+        InputError: ids or labels are outside the vocabulary, or a text is longer than the model can read.
+    """
+    if "input_ids" in inputs:
+        check_input_ids(np.asarray(inputs["input_ids"]), config)
+    if labels is not None:
+        check_labels(np.asarray(labels), config)
+    if inputs.keys() & {"input_ids", "inputs_embeds"}:
+        lowest, highest = _lowest_and_highest_position(inputs)
+        check_positions(int(lowest), int(highest), config)
+
+
+def checked_batch(config: XGLMConfig, inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
+    """The inputs of a step; what reads them is computed only if they pass the checks of `check_batch`.
+
+    Compiled code can say no more than the extremes; see `failures_named`.
+
+    Raises:
+        InputError: see `check_batch`; where there are values to look at.
+    """
+    name = "inputs_embeds" if inputs.get("input_ids") is None else "input_ids"
+    if name not in inputs or len(inputs[name].shape) < 2:
+        return dict(inputs)  # Of which the call says what is wrong.
+    if has_values(inputs[name]):
+        check_batch(config, inputs, labels)
+        return dict(inputs)
+    with tf.device("CPU"):  # There they are, as they come from a dataset.
+        ids = tf.zeros((1, 1), tf.int64) if name == "inputs_embeds" else tf.cast(inputs[name], tf.int64)
+        labels = tf.zeros((1, 1), tf.int64) if labels is None else tf.cast(labels, tf.int64)
+        labels = tf.where(labels == IGNORED_LABEL, tf.zeros_like(labels), labels)
+        positions = _lowest_and_highest_position(inputs)
+        of_tokens = (reduce(array) for array in (ids, labels) for reduce in (tf.reduce_min, tf.reduce_max))
+        extremes = [*positions, *of_tokens]
+        numbers = tf.stack([tf.cast(number, tf.int64) for number in extremes])
+        limits = tf.constant([config.max_position_embeddings, config.vocab_size, config.vocab_size], tf.int64)
+        fits = tf.reduce_all((numbers[::2] >= 0) & (numbers[1::2] < limits))
+        passed = tf.debugging.Assert(fits, [_FAILED, numbers], summarize=len(extremes))
+    with tf.control_dependencies([passed]):
+        return {**inputs, name: tf.identity(inputs[name])}
+
+
+@contextlib.contextmanager
+def failures_named(config: XGLMConfig) -> Iterator[None]:
+    """Says in our words what `checked_batch` has found.
+
+    Raises:
+        InputError: see `check_batch`.
+    """
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        found = re.search(rf"{_FAILED}\] \[([-\d ]+)\]", str(error))
+        if found is None:
+            raise
+        (lowest, highest), *others = np.reshape([int(number) for number in found[1].split()], (-1, 2)).tolist()
+    else:
+        return
+    check_positions(lowest, highest, config)
+    for name, (lowest, highest) in zip(("input_ids", "labels"), others, strict=True):
+        if lowest < 0 or highest >= config.vocab_size:
+            bad = lowest if lowest < 0 else highest
+            raise InputError(
+                f"{name} hold {bad}, expected 0 to {config.vocab_size - 1} (vocab_size={config.vocab_size}); "
+                "does the tokenizer belong to this checkpoint?"
+            )
+
+
+def _lowest_and_highest_position(inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Of arrays or tensors; counted, if they are not given."""
+    if (position_ids := inputs.get("position_ids")) is not None:
+        return tf.reduce_min(position_ids), tf.reduce_max(position_ids)
+    if (mask := inputs.get("attention_mask")) is not None:
+        return 0, tf.reduce_max(tf.math.count_nonzero(mask, axis=1)) - 1
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    return 0, keras.ops.shape(tokens)[1] - 1
 
 
 def has_values(tensor: tf.Tensor) -> bool:

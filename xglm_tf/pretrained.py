@@ -7,7 +7,11 @@ import inspect
 import json
 import math
 import os
+import tempfile
+import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
 import keras
@@ -23,8 +27,17 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
-from xglm_tf.inputs import named_arguments
+from xglm_tf.inputs import are_arrays, batches_in_tuples, check_batch, checked_batch, failures_named, named_arguments
+from xglm_tf.tracing import forget, outdated
 from xglm_tf.weights import Initializer, load_weights, read_weight, set_initializer, weights_dtype, write_weight
+
+_THROUGH_TORCH = "load the checkpoint in xglm_torch, and call torch.onnx.export(model, ..., dynamo=True)"
+_OTHER_FORMATS = {
+    "onnx": _THROUGH_TORCH,
+    "openvino": "write a SavedModel, and give its folder to openvino.convert_model",
+    "torch": "load the checkpoint in xglm_torch, and call torch.export.export",
+}
+_QUANTIZATION = ("int8", "int4", "float8")  # What Keras offers without examples to calibrate with.
 
 
 class TFXGLMPreTrainedModel(keras.Model):
@@ -39,6 +52,11 @@ class TFXGLMPreTrainedModel(keras.Model):
 
     def __init__(self, config: XGLMConfig, *, dtype: Any = None, **kwargs: Any) -> None:
         super().__init__(dtype=dtype, **kwargs)
+        if (mode := self.dtype_policy.quantization_mode) is not None:
+            raise InputError(
+                f"dtype is {self.dtype_policy.name!r}, in which no weights are made or loaded; expected a type of "
+                f"floats, and quantize({mode!r}) afterwards"
+            )
         self.config = config
 
     @tf.autograph.experimental.do_not_convert  # There is nothing to convert, and it would rewrite our messages.
@@ -56,19 +74,66 @@ class TFXGLMPreTrainedModel(keras.Model):
         """The arguments of a call by name; see `xglm_tf.inputs.named_arguments`."""
         return named_arguments(*_parameters_of(type(self).call), args, kwargs)
 
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `keras.Model.predict`: the outputs as numpy arrays, that is, all logits unless told otherwise.
+
+        Args:
+            x: arrays, which may have options of the call beside them, e.g. `{"input_ids": ids, "logits_to_keep": 1}`;
+                or a dataset.
+            args, kwargs: see `keras.Model.predict`.
+
+        Raises:
+            InputError: ids or positions are outside what the model can read; before anything is computed if `x` is
+                arrays, else before their batch is.
+        """
+        options: dict[str, Any] = {}
+        x = batches_in_tuples(x)
+        if are_arrays(x):
+            x = self.named_arguments([x], {})
+            options = {name: value for name, value in x.items() if isinstance(value, int)}
+            x = {name: value for name, value in x.items() if name not in options and value is not None}
+            check_batch(self.config, x, None)
+        self.__dict__["_predicted_with"] = tuple(sorted(options.items()))
+        try:
+            with failures_named(self.config):
+                return super().predict(x, *args, **kwargs)
+        finally:
+            del self.__dict__["_predicted_with"]
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """See `keras.Model.predict_on_batch`, and `predict`."""
+        with failures_named(self.config):
+            return super().predict_on_batch(x)
+
     def predict_step(self, data: Any) -> Any:
         """The outputs for a batch, without a cache, which nobody could use."""
         inputs, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        arguments = {**self.named_arguments([inputs], {}), "use_cache": False, "training": False}
+        wanted = {**dict(self.__dict__.get("_predicted_with", ())), "use_cache": False, "training": False}
+        arguments = {**self.named_arguments([inputs], {}), **wanted}
         arguments.pop("labels", None)  # A loss per batch cannot be put together with others.
         return self(**arguments)
+
+    def _autoconvert_optionals(self, step_func: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """What Keras makes of a step, with checks before it: it has no other place outside of what XLA may compile."""
+
+        @tf.autograph.experimental.do_not_convert
+        def checked(data: Any) -> tuple[Any, ...]:
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            inputs = {name: value for name, value in self.named_arguments([x], {}).items() if value is not None}
+            return checked_batch(self.config, inputs, self.labels_to_check(inputs, y)), y, sample_weight
+
+        def run(data: Any) -> Any:
+            outside = tf.distribute.in_cross_replica_context()  # Of what `fit` and `evaluate` run on each device.
+            return step_func(self.distribute_strategy.run(checked, args=(data,)) if outside else checked(data))
+
+        return super()._autoconvert_optionals(run)
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
         *,
-        dtype: Any = "float32",
+        dtype: Any = None,
         weights: str | None = None,
         **hub: Unpack[HubOptions],
     ) -> Self:
@@ -78,7 +143,8 @@ class TFXGLMPreTrainedModel(keras.Model):
             folder: holds `config.json` and the weights, in any of the published formats; or the id of a repository of
                 the Hugging Face Hub.
             dtype: type of parameters and computation, by name or as a TensorFlow type; "auto" keeps the file's. Or a
-                Keras policy, for example "mixed_bfloat16".
+                Keras policy, for example "mixed_bfloat16". None follows Keras' global policy: float32 unless another
+                was set.
             weights: the format to read if there are several; see `open_checkpoint`.
             hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
 
@@ -89,6 +155,7 @@ class TFXGLMPreTrainedModel(keras.Model):
             CheckpointError: there is no checkpoint, it cannot be downloaded, or it does not fit the model.
             ConfigError: its configuration is impossible.
         """
+        dtype = keras.config.dtype_policy() if dtype is None else dtype
         is_policy = isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_"))
         policy = keras.dtype_policies.get(dtype) if is_policy else None
         held = dtype if policy is None else policy.variable_dtype
@@ -109,9 +176,10 @@ class TFXGLMPreTrainedModel(keras.Model):
             dtype: type to store; None keeps the parameters'.
 
         Raises:
-            InputError: `dtype` or `max_shard_size` is unknown.
+            InputError: `dtype` or `max_shard_size` is unknown, or the model is quantized.
         """
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
+        self._check_not_quantized("save_pretrained")
         specs = self._specs()
         save_checkpoint(
             folder,
@@ -183,8 +251,9 @@ class TFXGLMPreTrainedModel(keras.Model):
 
         Raises:
             ConfigError: there is no such block or head, or a block would have none left.
-            InputError: there are adapters, which would be lost.
+            InputError: there are adapters, which would be lost, or the model is quantized.
         """
+        self._check_not_quantized("prune_heads")
         if self.has_lora:
             raise InputError(
                 "there are adapters, expected none: prune heads before enable_lora, or save and load first"
@@ -197,6 +266,30 @@ class TFXGLMPreTrainedModel(keras.Model):
         self.config.pruned_heads = config.pruned_heads
         self.forget_compiled()
 
+    def labels_to_check(self, inputs: Mapping[str, Any], y: Any) -> Any:
+        """The labels of a batch, if they are tokens; None for what else there may be to learn."""
+        return None
+
+    def quantize(self, mode: str | None = None, config: Any = None, **options: Any) -> None:
+        """Has the projections of the blocks hold their weights in int8 or int4, or compute in float8.
+
+        Embedding and head stay as they are. Keras' `save` keeps such a model; `save_pretrained` refuses it.
+
+        Args:
+            mode: "int8", "int4" or "float8".
+            config: how, e.g. `keras.quantizers.Int4QuantizationConfig(block_size=64)`, in place of `mode`.
+            options: see `keras.Model.quantize`.
+
+        Raises:
+            InputError: it is another mode.
+        """
+        if mode not in _QUANTIZATION:
+            raise InputError(f"quantization is {mode!r}, expected one of {', '.join(_QUANTIZATION)}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Layer .* does not have a `quantize` method")  # Nor need it.
+            super().quantize(mode, config=config, **options)
+        self.forget_compiled()
+
     def export(
         self,
         filepath: str | os.PathLike[str],
@@ -205,18 +298,35 @@ class TFXGLMPreTrainedModel(keras.Model):
         input_signature: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Writes a SavedModel that TensorFlow runs without this package.
+        """Writes a SavedModel that TensorFlow runs without this package; or a file for LiteRT, once TensorFlow Lite.
 
         Its signature `serving_default`, which is also its method `serve`, takes `input_ids` and `attention_mask`, int32
         [batch, length] of any size, and returns the first output by its name. Nothing is checked there: see `call`.
 
         Args:
-            filepath: the folder to write.
-            format, verbose, kwargs: see `keras.Model.export`, which writes all other formats.
-            input_signature: specifications of other inputs, as `call` takes them.
+            filepath: the folder to write, or the file.
+            format: "tf_saved_model" or "litert".
+            verbose, kwargs: see `keras.Model.export`.
+            input_signature: specifications of other inputs, as `call` takes them. LiteRT needs them, with all sizes.
+
+        Raises:
+            InputError: it is another format, or LiteRT would not know the sizes.
         """
-        if format != "tf_saved_model":
+        if format in _OTHER_FORMATS:
+            raise InputError(f"export writes no {format!r}; {_OTHER_FORMATS[format]}")
+        if format not in ("tf_saved_model", "litert"):
             super().export(filepath, format, verbose, input_signature, **kwargs)
+            return
+        shapes = [one.shape for one in input_signature or ()]
+        if format == "litert" and (not shapes or any(None in tuple(shape) for shape in shapes)):
+            raise InputError(
+                "export to 'litert' needs the sizes of its inputs; expected input_signature, for example "
+                "[tf.TensorSpec((1, 32), tf.int32, name) for name in ('input_ids', 'attention_mask')]"
+            )
+        if format == "litert":
+            with tempfile.TemporaryDirectory() as folder:
+                self.export(folder, verbose=verbose, input_signature=input_signature, **kwargs)
+                Path(filepath).write_bytes(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
             return
 
         def serve(*inputs: Any) -> dict[str, tf.Tensor]:
@@ -230,6 +340,15 @@ class TFXGLMPreTrainedModel(keras.Model):
         archive.track(self)
         archive.add_endpoint("serve", serve, input_signature)
         archive.write_out(filepath, verbose=bool(verbose), **kwargs)
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        """Prints embedding, blocks, norm and head, with shapes and numbers of parameters; see `keras.Model.summary`."""
+        names = ("name", "compiled", "optimizer", "trainable_weights", "non_trainable_weights")
+        parts = [self.model.embed_tokens, *self.model.layers, self.model.layer_norm]
+        own_head = [] if self.get_output_embeddings() in (None, self.get_input_embeddings()) else [self.lm_head]
+        # Keras shows the layers of what it is given, and those of a model are one, of which it knows no shape.
+        shown = types.SimpleNamespace(layers=[*parts, *own_head], **{name: getattr(self, name, None) for name in names})
+        keras.Model.summary(shown, *args, **kwargs)
 
     @property
     def has_lora(self) -> bool:
@@ -246,6 +365,25 @@ class TFXGLMPreTrainedModel(keras.Model):
     def forget_compiled(self) -> None:
         """Drops compiled code, which holds on to variables that have been replaced."""
         self.train_function = self.test_function = self.predict_function = None
+        forget(self)
+
+    def make_train_function(self, force: bool = False) -> None:
+        """See `keras.Model`; what was compiled of another state of the model is compiled anew."""
+        trainable = tuple(variable.trainable for variable in self.variables)
+        super().make_train_function(outdated(self, "train", trainable, *self.step_options(training=True)) or force)
+
+    def make_test_function(self, force: bool = False) -> None:
+        """See `make_train_function`."""
+        super().make_test_function(outdated(self, "test", *self.step_options(training=False)) or force)
+
+    def make_predict_function(self, force: bool = False) -> None:
+        """See `make_train_function`."""
+        options = self.__dict__.get("_predicted_with", ())
+        super().make_predict_function(outdated(self, "predict", options) or force)
+
+    def step_options(self, *, training: bool) -> tuple[Any, ...]:
+        """What a compiled step of `fit` or `evaluate` depends on besides the model."""
+        return ()
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` makes the same architecture of, as plain Python objects.
@@ -253,12 +391,39 @@ class TFXGLMPreTrainedModel(keras.Model):
         Raises:
             ConfigError: the activation is a callable, which cannot be saved.
         """
-        return {**super().get_config(), "config": json.loads(self.config.to_json_string())}
+        config = {**super().get_config(), "config": json.loads(self.config.to_json_string())}
+        policies = {
+            layer.path.removeprefix(f"{self.path}/"): keras.saving.serialize_keras_object(
+                {"policy": layer.dtype_policy, "quantization": getattr(layer, "quantization_config", None)}
+            )
+            for layer in self._flatten_layers(include_self=False)
+            if layer.path is not None and layer.dtype_policy != self.dtype_policy
+        }
+        return {**config, "policies": policies} if policies else config
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """A model of the architecture that `get_config` describes, with random weights."""
-        return cls(**{**config, "config": XGLMConfig.from_dict(config["config"])})
+    def from_config(cls, config: XGLMConfig | dict[str, Any], custom_objects: Any = None, **kwargs: Any) -> Self:
+        """A model with random weights.
+
+        Args:
+            config: what `get_config` has returned; or the architecture alone, as an `XGLMConfig` or its dictionary.
+            custom_objects: unused.
+            kwargs: arguments of the constructor, beside an architecture.
+        """
+        if isinstance(config, XGLMConfig):
+            return cls(config, **kwargs)
+        if "config" not in config:
+            return cls(XGLMConfig.from_dict(config), **kwargs)
+        options = {**config, **kwargs, "config": XGLMConfig.from_dict(config["config"])}
+        policies = options.pop("policies", {})
+        model = cls(**options)
+        for layer in model._flatten_layers(include_self=False):
+            saved = policies.get((layer.path or "").removeprefix(f"{model.path}/"))
+            if saved is not None:
+                _set_policy(layer, **keras.saving.deserialize_keras_object(saved))
+        return model
+
+    _from_config = from_config
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Does nothing: the variables exist from the beginning."""
@@ -286,10 +451,27 @@ class TFXGLMPreTrainedModel(keras.Model):
         rows = tf.range(self.config.vocab_size)[:, None]
         return lambda shape, dtype: tf.where(rows == self.config.pad_token_id, 0, initializer(shape, dtype))
 
+    def _check_not_quantized(self, name: str) -> None:
+        """Raises `InputError` if weights are held as integers, of which a method can make nothing."""
+        for layer in self._flatten_layers():
+            if (mode := layer.dtype_policy.quantization_mode) not in (None, "float8"):
+                raise InputError(
+                    f"the model is quantized to {mode}, of which {name} can make nothing; call it before quantize, "
+                    "or keep the quantized model with save('model.keras')"
+                )
+
     def _specs(self) -> dict[str, WeightSpec]:
         """The weights by canonical name."""
         specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
         return {spec.name: spec for spec in specs}
+
+
+def _set_policy(layer: keras.layers.Layer, policy: keras.DTypePolicy, quantization: Any) -> None:
+    """Gives a layer the policy of one that was saved, and variables to hold the weights of that."""
+    if policy.quantization_mode is None:
+        layer.dtype_policy = policy
+    else:
+        layer.quantize(policy.quantization_mode, config=quantization)
 
 
 @functools.cache

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
+from xglm_core.generation.config import GenerationConfig
 from xglm_core.loss import LossOptions, LossOutput, check_trainable_type
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
-from xglm_tf.inputs import check_head_arguments
+from xglm_tf.inputs import are_arrays, batches_in_tuples, check_batch, check_head_arguments, failures_named
 from xglm_tf.loss import counted_labels, targets_and_weights
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
 from xglm_tf.tying import table_and_head
+
+_BUILT_IN = ("accuracy", "acc", "perplexity")  # In `compile`, the names of what is there in any case.
 
 
 class Perplexity(keras.metrics.Mean):
@@ -49,21 +56,18 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
     of the global batch, or with sample weights, [batch] or [batch, length], their weighted mean. The metrics `loss`,
     `accuracy` and `perplexity` are means over tokens, too.
 
+    Other `metrics` in `compile` are given logits, and the token that each of them predicts, with weights that are 0
+    where none counts. `class_weight` is by token id, and multiplies the sample weights.
+
     With `loss` in `compile`, Keras computes that, of labels and logits as they are: position i of the logits predicts
-    label i + 1, so such labels are given shifted. The same holds for `metrics` in `compile`.
+    label i + 1, so such labels are given shifted. The same holds for `metrics` beside it.
     """
 
-    _loss_options = LossOptions()
+    loss_options = LossOptions()  # What is added to the loss; may be set at any time.
 
-    @property
-    def loss_options(self) -> LossOptions:
-        """What is added to the loss; may be set at any time."""
-        return self._loss_options
-
-    @loss_options.setter
-    def loss_options(self, options: LossOptions) -> None:
-        self._loss_options = options
-        self.train_function = self.test_function = None  # They were traced with the old ones.
+    def step_options(self, *, training: bool) -> tuple[Any, ...]:
+        """See `TFXGLMPreTrainedModel.step_options`."""
+        return self.loss_options, self._class_weight() if training else ()
 
     def loss_of(
         self,
@@ -79,13 +83,20 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         raise NotImplementedError
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """See `keras.Model.compile`; without `loss` there is the built-in one.
+        """See `keras.Model.compile`; without `loss` there is the built-in one, with its accuracy and perplexity.
 
         Raises:
             InputError: the trainable variables are float16 and the optimizer is no `LossScaleOptimizer`; or
                 `jit_compile` is True, with a distribution strategy that TensorFlow cannot compile.
         """
-        super().compile(*args, **kwargs)
+        given = inspect.signature(super().compile).bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        self._compile_loss = self._compile_metrics = self.loss = None  # Keras would keep those of an earlier call.
+        if given.get("loss") is None:
+            metrics = keras.tree.flatten([given.pop("metrics", None), given.pop("weighted_metrics", None)])
+            others = [metric for metric in metrics if metric is not None and metric not in _BUILT_IN]
+            given["weighted_metrics"] = others or None
+        super().compile(**given)
         if self.jit_compile:
             _check_compilable(self.distribute_strategy)
         if self.optimizer is not None and not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
@@ -95,16 +106,27 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         _ = self.token_metrics  # Now, in the scope of a distribution strategy.
 
     def get_config(self) -> dict[str, Any]:
-        """See `TFXGLMPreTrainedModel.get_config`; with the options of the loss."""
-        return {**super().get_config(), "loss_options": dataclasses.asdict(self.loss_options)}
+        """See `TFXGLMPreTrainedModel.get_config`; with the options of loss and `generate`."""
+        options = {
+            "loss_options": dataclasses.asdict(self.loss_options),
+            "generation_config": self.generation_config.to_dict(),
+        }
+        return {**super().get_config(), **options}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+    def from_config(cls, config: XGLMConfig | dict[str, Any], custom_objects: Any = None, **kwargs: Any) -> Self:
         """See `TFXGLMPreTrainedModel.from_config`."""
-        options = config.get("loss_options", {})
-        model = super().from_config({name: value for name, value in config.items() if name != "loss_options"})
-        model.loss_options = LossOptions(**options)
+        if isinstance(config, XGLMConfig) or "config" not in config:
+            return super().from_config(config, **kwargs)
+        options = dict(config)
+        loss, generation = options.pop("loss_options", {}), options.pop("generation_config", None)
+        model = super().from_config(options, **kwargs)
+        model.loss_options = LossOptions(**loss)
+        if generation is not None:
+            model.generation_config = GenerationConfig.from_dict(generation)
         return model
+
+    _from_config = from_config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles as a saved model was, with room for the state of its optimizer."""
@@ -129,6 +151,8 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """A step of `fit`."""
         x, y, sample_weight = self._with_labels(data)
+        if self._class_weight():
+            sample_weight = self._weights_by_id(y, sample_weight)
         if self._compile_loss is None and self.get_output_embeddings() is self.get_input_embeddings():
             x["uses"] = table_and_head(self.get_input_embeddings())
         return self._to_average(super().train_step((x, y, sample_weight)))
@@ -174,7 +198,77 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """The metrics so far; those named in `compile` are given the logits."""
-        return super().compute_metrics(x, _labels(x, y), _logits(y_pred), sample_weight)
+        y = _labels(x, y)
+        if self._compile_loss is None and self._compile_metrics is not None:
+            y = counted_labels(tf.convert_to_tensor(y), x.get("attention_mask"))
+            weights = None if sample_weight is None else _weights_of_labels(tf.convert_to_tensor(sample_weight), y)
+            y, sample_weight = targets_and_weights(y, weights)
+        return super().compute_metrics(x, y, _logits(y_pred), sample_weight)
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """See `keras.Model.fit`, and this class.
+
+        Raises:
+            InputError: there are no labels, or ids, labels or positions are outside what the model can read: before
+                any step if they are arrays, else before that of their batch. Or `class_weight` is not by token id.
+        """
+        given = self._given(super().fit, args, kwargs)
+        class_weight = given.pop("class_weight", None)
+        if (validation := given.get("validation_data")) is not None and are_arrays(validation):
+            given["validation_data"] = self._prepared(*keras.utils.unpack_x_y_sample_weight(validation))
+        with self._weighing(class_weight), failures_named(self.config):
+            return super().fit(**given)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """See `keras.Model.evaluate`, and `fit`."""
+        with failures_named(self.config):
+            return super().evaluate(**self._given(super().evaluate, args, kwargs))
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """See `keras.Model.train_on_batch`, and `fit`."""
+        given = self._given(super().train_on_batch, args, kwargs)
+        with self._weighing(given.pop("class_weight", None)):
+            return super().train_on_batch(**given)
+
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """See `keras.Model.test_on_batch`, and `fit`."""
+        return super().test_on_batch(**self._given(super().test_on_batch, args, kwargs))
+
+    def _given(self, method: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a method of Keras by name, with labels apart from inputs, and arrays checked."""
+        given = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})
+        data = [given.get(name) for name in ("x", "y", "sample_weight")]
+        return {**given, **dict(zip(("x", "y", "sample_weight"), self._prepared(*data), strict=True))}
+
+    def _prepared(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+        """Arrays, checked, with the labels apart: Keras leaves weights out if there are only inputs."""
+        if not are_arrays(x):
+            return batches_in_tuples(x), y, sample_weight
+        inputs, labels = self._inputs_and_labels(x, y)
+        if isinstance(labels, list | tuple):
+            labels = np.asarray(labels)
+        check_batch(self.config, inputs, labels if self._compile_loss is None else None)
+        return inputs, labels, sample_weight
+
+    @contextlib.contextmanager
+    def _weighing(self, class_weight: Mapping[int, float] | None) -> Iterator[None]:
+        """Has steps weigh labels by their id."""
+        for token, weight in (class_weight or {}).items():
+            if token not in range(self.config.vocab_size) or not weight >= 0:
+                raise InputError(
+                    f"class_weight has {weight!r} for {token!r}, expected a number from 0 for an id from 0 to "
+                    f"{self.config.vocab_size - 1}: classes are the tokens of the vocabulary"
+                )
+        self.__dict__["_weights_of_ids"] = tuple(sorted((class_weight or {}).items()))
+        try:
+            yield
+        finally:
+            self.__dict__["_weights_of_ids"] = ()
+
+    def _class_weight(self) -> tuple[tuple[int, float], ...]:
+        """Pairs of an id and its weight; all others weigh 1."""
+        return self.__dict__.get("_weights_of_ids", ())
 
     def enable_lora(
         self,
@@ -237,17 +331,43 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
     def _with_labels(self, data: Any) -> tuple[dict[str, Any], Any, Any]:
         """A batch of `fit` as arguments by name, labels, and sample weights."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        arguments = self.named_arguments([x], {})
-        labels = arguments.pop("labels", None)
-        if labels is None and y is None:
-            raise InputError("there are no labels; expected 'labels' among the inputs, or data of (inputs, labels)")
-        if labels is not None and y is not None:
-            raise InputError("labels are given twice, expected once: among the inputs, or in (inputs, labels)")
+        arguments, labels = self._inputs_and_labels(x, y)
         wanted = {"use_cache": False, "return_dict": True}
         if self._compile_loss is None:
             # The loss needs the last states alone. Those below are not kept in compiled code.
             wanted |= {"output_hidden_states": True, "return_logits": self._compile_metrics is not None}
-        return {**arguments, **wanted}, labels if y is None else y, sample_weight
+        return {**arguments, **wanted}, labels, sample_weight
+
+    def _inputs_and_labels(self, x: Any, y: Any) -> tuple[dict[str, Any], Any]:
+        """Arguments by name, and the labels, which are among them or apart, alone or by their name."""
+        arguments = {name: value for name, value in self.named_arguments([x], {}).items() if value is not None}
+        labels = arguments.pop("labels", None)
+        if isinstance(y, Mapping):
+            if list(y) != ["labels"]:
+                raise InputError(f"the targets are {list(y)}, expected 'labels' alone; inputs are in the first part")
+            y = y["labels"]
+        if labels is None and y is None:
+            raise InputError("there are no labels; expected 'labels' among the inputs, or data of (inputs, labels)")
+        if labels is not None and y is not None:
+            raise InputError("labels are given twice, expected once: among the inputs, or in (inputs, labels)")
+        return arguments, labels if y is None else y
+
+    def labels_to_check(self, inputs: Mapping[str, Any], y: Any) -> Any:
+        """Those of the built-in loss; a loss of the user's own may compare with anything."""
+        if self._compile_loss is not None:
+            return None
+        return inputs.get("labels", y.get("labels") if isinstance(y, Mapping) else y)
+
+    def _weights_by_id(self, labels: Any, sample_weight: Any) -> tf.Tensor:
+        """The weights of the labels' ids, float32 [batch, length], times sample weights, if there are any."""
+        of_ids = np.ones(self.config.vocab_size, np.float32)
+        for token, weight in self._class_weight():
+            of_ids[token] = weight
+        labels = tf.convert_to_tensor(labels)
+        weights = tf.gather(of_ids, tf.maximum(tf.cast(labels, tf.int32), 0))  # -100 has no weight in any case.
+        if sample_weight is None:
+            return weights
+        return weights * tf.cast(_weights_of_labels(tf.convert_to_tensor(sample_weight), labels), tf.float32)
 
 
 def _check_compilable(strategy: tf.distribute.Strategy) -> None:

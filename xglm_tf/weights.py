@@ -42,8 +42,8 @@ def set_initializer(model: keras.Model, spec: WeightSpec, initializer: Initializ
 def read_weight(model: keras.Model, spec: WeightSpec, dtype: FloatType) -> np.ndarray:
     """A variable in canonical shape and in `dtype.storage`."""
     layer, variable = _owner(model, spec)
-    if getattr(layer, "lora_enabled", False) and variable == "kernel":
-        array = _merged(layer)
+    if getattr(layer, "lora_enabled", False) and variable != "bias":
+        array = _merged(layer, variable)
     else:
         array = getattr(layer, variable).numpy()
     source = weights_dtype(model)
@@ -113,11 +113,11 @@ def _owner(model: keras.Model, spec: WeightSpec) -> tuple[keras.layers.Layer, st
     return owner, spec.keras.rpartition("/")[2]
 
 
-def _merged(layer: keras.layers.Dense) -> np.ndarray:
-    """A kernel with its adapter, added in float32 and rounded once; `kernel` itself has the type of the computation."""
-    adapter = layer.lora_kernel_a.numpy() @ layer.lora_kernel_b.numpy() * (layer.lora_alpha / layer.lora_rank)
-    kernel = layer._kernel.numpy()
-    return (kernel.astype(np.float32) + adapter).astype(kernel.dtype)
+def _merged(layer: keras.layers.Layer, variable: str) -> np.ndarray:
+    """A matrix with its adapter, added in float32 and rounded once; Keras' own has the type of the computation."""
+    first, second = (getattr(layer, f"lora_{variable}_{part}").numpy() for part in "ab")
+    matrix = getattr(layer, f"_{variable}").numpy()
+    return (matrix.astype(np.float32) + first @ second * (layer.lora_alpha / layer.lora_rank)).astype(matrix.dtype)
 
 
 def _stored_value(plan: LoadPlan, spec: WeightSpec, shape: tuple[int, ...], dtype: Any) -> tf.Tensor:
