@@ -38,6 +38,7 @@ INHERITED = {
     "output_attentions": False,
     "output_hidden_states": False,
     "return_dict": True,
+    "padding_rows": 0,
     "pruned_heads": {},
 }
 

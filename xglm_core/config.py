@@ -75,6 +75,8 @@ class XGLMConfig:
         eos_token_id: the id or the ids that end a text, or None. In this family `</s>` is also the newline.
         tie_word_embeddings: the head is the embedding matrix; False when the checkpoint stores another one.
         add_cross_attention: blocks also attend to encoder states, if a call gives some.
+        padding_rows: last rows of the embedding matrix that stand for no token, so that their number is a round one;
+            they are never generated. See `resize_token_embeddings` of the model classes.
         pruned_heads: self-attention heads that a block has no more, by the index of the block; see `prune_heads` of the
             model classes.
         output_attentions, output_hidden_states, return_dict: what a call returns when the caller does not say.
@@ -113,6 +115,7 @@ class XGLMConfig:
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool = True,
+        padding_rows: int = 0,
         pruned_heads: dict[int, list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -139,6 +142,7 @@ class XGLMConfig:
         self.output_attentions = output_attentions
         self.output_hidden_states = output_hidden_states
         self.return_dict = return_dict
+        self.padding_rows = padding_rows
         self.pruned_heads = {} if pruned_heads is None else pruned_heads
         for key, value in kwargs.items():
             if key == "model_type":
@@ -207,6 +211,10 @@ class XGLMConfig:
             value = getattr(self, key)
             if not _is_int(value) or value < 1:
                 raise ConfigError(f"config: {key} is {value!r}, expected a positive integer")
+        if not _is_int(self.padding_rows) or not 0 <= self.padding_rows < self.vocab_size:
+            raise ConfigError(
+                f"config: padding_rows is {self.padding_rows!r}, expected fewer than vocab_size={self.vocab_size}"
+            )
         for key in _PROBABILITIES:
             value = getattr(self, key)
             if not _is_number(value, 1):

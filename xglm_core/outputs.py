@@ -118,9 +118,11 @@ class GenerateOutput(ModelOutput):
         logits: if asked for, the same as they left the model.
         beam_indices: of a beam search, the beam, counted over all prompts, that each new token continued [rows, new];
             -1 after the end.
+        past_key_values: the cache of all columns but the last, in which what follows the end of a row is padding; None
+            of a beam search, or if `use_cache` is False.
     """
 
-    names = ("sequences", "sequences_scores", "scores", "logits", "beam_indices")
+    names = ("sequences", "sequences_scores", "scores", "logits", "beam_indices", "past_key_values")
     __slots__ = ()
 
 

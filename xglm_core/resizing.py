@@ -19,7 +19,7 @@ _ROWS, _COLUMNS = 0, 1
 
 
 def resized_config(config: XGLMConfig, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> XGLMConfig:
-    """The configuration with another `vocab_size`.
+    """The configuration with another `vocab_size`, and with the `padding_rows` of that.
 
     Args:
         config: the configuration, which is left alone.
@@ -35,7 +35,9 @@ def resized_config(config: XGLMConfig, new_num_tokens: int | None, pad_to_multip
     for name, value in (("new_num_tokens", rows), ("pad_to_multiple_of", multiple)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is {value!r}, expected a positive integer or None")
-    return XGLMConfig.from_dict({**config.to_dict(), "vocab_size": -(-rows // multiple) * multiple})
+    rounded = -(-rows // multiple) * multiple
+    words = config.vocab_size - config.padding_rows if new_num_tokens is None else new_num_tokens
+    return XGLMConfig.from_dict({**config.to_dict(), "vocab_size": rounded, "padding_rows": rounded - words})
 
 
 def check_embeddings(shape: Sequence[int], config: XGLMConfig) -> None:

@@ -211,6 +211,24 @@ def reordered(cache: FlaxXGLMCache, rows: jax.Array, capacity: int) -> FlaxXGLMC
     return with_capacity(fresh, capacity)
 
 
+def picked(cache: FlaxXGLMCache, places: jax.Array, mask: jax.Array) -> FlaxXGLMCache:
+    """A cache of some positions of each row.
+
+    Args:
+        cache: that of all positions.
+        places: which, integers [batch, length].
+        mask: bool [batch, length], False for padding.
+    """
+
+    def taken(states: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(states, places[:, None, :, None], axis=2)
+
+    length = places.shape[1]
+    keys, values = (tuple(map(taken, by_layer(items, stacked=False))) for items in (cache.keys, cache.values))
+    fresh = FlaxXGLMCache(keys, values, mask, np.asarray(length, np.int32), cache.encoder, cache.encoder_mask)
+    return with_capacity(fresh, _rounded_up(length))
+
+
 def _padded(states: jax.Array, capacity: int) -> jax.Array:
     """Keys or values [..., positions, head_dim] with room for `capacity` positions."""
     more = capacity - states.shape[-2]

@@ -11,10 +11,13 @@ import numpy as np
 from flax import linen as nn
 
 from xglm_core.config import XGLMConfig
-from xglm_core.generation.config import GenerationConfig
+from xglm_core.generation.config import GenerationConfig, arguments
 from xglm_core.generation.engine import Processor, check_not_overridden
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
+from xglm_core.generation.rules import PrefixFunction
+from xglm_core.generation.stopping import Criterion
+from xglm_core.generation.transitions import transition_scores
 from xglm_core.loss import LossOptions, LossOutput, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
@@ -358,6 +361,8 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         inputs_embeds: jax.Array | None = None,
         past_key_values: Any = None,
         logits_processor: Sequence[Processor] = (),
+        stopping_criteria: Sequence[Criterion] = (),
+        prefix_allowed_tokens_fn: PrefixFunction | None = None,
         streamer: Streamer | None = None,
         tokenizer: Any = None,
         **options: Any,
@@ -365,14 +370,20 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         """Continues each row: with its likeliest tokens, with drawn ones, or with the best beams.
 
         Args:
-            input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them.
+            input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them; as
+                `inputs`, too.
             attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
                 it begins or ends a row, unless it ends texts as well.
             generation_config: the options; None takes `self.generation_config`.
             params: the parameters; None means the model's.
             inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
-            past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again.
+            past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again. A
+                single row serves all prompts that begin with its text.
             logits_processor: functions of ids [rows, length] and logits [rows, vocab_size] that return other logits.
+            stopping_criteria: functions of ids [rows, length] and the scores so far, a tuple with `output_scores` and
+                else None; they return whether to end, for all rows or each.
+            prefix_allowed_tokens_fn: a function of the number of a prompt and its ids so far [length] that returns the
+                ids that may follow; of copies by `num_return_sequences`, each counts as a prompt of its own.
             streamer: is told the prompt and each new token, as numpy arrays.
             tokenizer: for `stop_strings`.
             options: options of `GenerationConfig` that take precedence.
@@ -393,6 +404,8 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             tokenizer=tokenizer,
             **options,
         )
@@ -402,6 +415,31 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             for name, value in zip(output.keys(), output, strict=True)
         }
         return GenerateOutput(**arrays) if request.generation.return_dict_in_generate else arrays["sequences"]
+
+    def compute_transition_scores(
+        self,
+        sequences: jax.Array,
+        scores: Sequence[jax.Array],
+        beam_indices: jax.Array | None = None,
+        normalize_logits: bool = False,
+    ) -> jax.Array:
+        """The score of each new token of a text that `generate` has made.
+
+        Args:
+            sequences: ids [rows, prompt + new].
+            scores: those of `output_scores=True`, or logits, one [rows or beams, vocab_size] for each step.
+            beam_indices: of a beam search, as `generate` returned them.
+            normalize_logits: whether to make log-probabilities of the scores.
+
+        Returns:
+            float32 [rows, new].
+
+        Raises:
+            InputError: the arguments do not belong together.
+        """
+        beams = None if beam_indices is None else np.asarray(beam_indices)
+        found = transition_scores(np.asarray(sequences), map(np.asarray, scores), beams, normalize=normalize_logits)
+        return jnp.asarray(found)
 
     def stream(
         self,
@@ -430,10 +468,14 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         inputs_embeds: jax.Array | None = None,
         past_key_values: Any = None,
         logits_processor: Sequence[Processor] = (),
+        stopping_criteria: Sequence[Criterion] = (),
+        prefix_allowed_tokens_fn: PrefixFunction | None = None,
         tokenizer: Any = None,
+        inputs: Any = None,
         **options: Any,
     ) -> tuple[FlaxEngine, Request]:
         """What to run, and on what, with everything checked."""
+        input_ids, attention_mask, generation_config = arguments(input_ids, attention_mask, generation_config, inputs)
         loop = "prepare_inputs_for_generation", "update_inputs_for_generation"
         check_not_overridden(self, FlaxXGLMForCausalLM, *loop)
         params = self._params_or_own(params)
@@ -445,7 +487,15 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         )
         past_mask = None if past is None else np.asarray(past.mask)[:, :length]
         prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask)
-        request = Request(self.config, generation, prompts, logits_processor, tokenizer)
+        request = Request(
+            self.config,
+            generation,
+            prompts,
+            logits_processor,
+            tokenizer,
+            stopping_criteria or (),
+            prefix_allowed_tokens_fn,
+        )
         return FlaxEngine(self.compiled_engine, params, past), request
 
     def _make_module(self) -> None:

@@ -17,7 +17,7 @@ from xglm_core.generation.prompts import rounded_up
 from xglm_core.generation.rules import Rules
 from xglm_flax import selection
 from xglm_flax.attention import FEW_ROWS, few_rows_product
-from xglm_flax.cache import FlaxXGLMCache, reordered, with_capacity
+from xglm_flax.cache import FlaxXGLMCache, picked, reordered, with_capacity
 from xglm_flax.selection import TracedRules
 from xglm_flax.stacking import unstack_layers
 from xglm_flax.weights import Params
@@ -83,7 +83,8 @@ class FlaxEngine:
             capacity = rounded_up(max(capacity, cache.capacity), self.bucket)
             attention_mask = np.pad(attention_mask, ((0, 0), (0, capacity - attention_mask.shape[1])))
             # A copy, as what follows is written in place.
-            cache = _copied(cache, capacity=capacity)
+            rows = np.arange(len(tokens)) if cache.batch == len(tokens) else np.zeros(len(tokens), int)  # One for all.
+            cache = _copied(cache, rows, capacity=capacity)
         given = {"inputs_embeds": tokens} if tokens.ndim == 3 else {"input_ids": tokens.astype(np.int32)}
         self.logits, self._cache = self._compiled.prefill(
             self._params, given, attention_mask.astype(bool), cache=cache, capacity=capacity
@@ -133,6 +134,19 @@ class FlaxEngine:
         """See `Engine.scores`."""
         return _scores(self.logits, self._seen, TracedRules.of(rules))
 
+    def recorded(self) -> jax.Array:
+        """See `Engine.recorded`."""
+        return self.logits
+
+    def ids(self, texts: np.ndarray) -> jax.Array:
+        """See `Engine.ids`."""
+        return jnp.asarray(texts.astype(np.int32))
+
+    def cache(self, places: np.ndarray, mask: np.ndarray) -> FlaxXGLMCache:
+        """See `Engine.cache`."""
+        assert self._cache is not None  # As the prompts were read.
+        return picked(_unpacked(self._cache), jnp.asarray(places.astype(np.int32)), jnp.asarray(mask))
+
     def _params_of_steps(self, rows: int, steps: int) -> Params:
         """The parameters for that many more steps; of few rows but many steps on a CPU, those of `_transposed`."""
         self._steps += steps
@@ -144,7 +158,7 @@ class FlaxEngine:
 
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids, logits = jnp.asarray(texts.astype(np.int32)), self.logits
+        ids, logits = self.ids(texts), self.recorded()
         for place, processor in enumerate(processors):
             logits = processor(ids, logits)
             check_processed(logits, self.logits.shape, place)
@@ -269,8 +283,8 @@ _mark_seen = jax.jit(selection.mark_seen, donate_argnames="seen")
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def _copied(cache: FlaxXGLMCache, *, capacity: int) -> FlaxXGLMCache:
-    return _packed(reordered(cache, jnp.arange(cache.batch), capacity))
+def _copied(cache: FlaxXGLMCache, rows: jax.Array, *, capacity: int) -> FlaxXGLMCache:
+    return _packed(reordered(cache, rows, capacity))
 
 
 @jax.jit

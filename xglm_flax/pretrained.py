@@ -201,7 +201,8 @@ class FlaxXGLMPreTrainedModel:
 
         Args:
             new_num_tokens: rows wanted; None keeps their number.
-            pad_to_multiple_of: round the number up to a multiple of this.
+            pad_to_multiple_of: round the number up to a multiple of this. The further rows stand for no token, so they
+                are never generated; `config.padding_rows` is their number.
 
         Returns:
             The input embeddings; `config.vocab_size` is their number.
@@ -217,7 +218,7 @@ class FlaxXGLMPreTrainedModel:
             rows = resized_rows(read_weight(params, specs[name]), dtype, config)
             params = write_weight(params, specs[name], rows, dtype)
         self.params = params
-        self.config.vocab_size = config.vocab_size
+        self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
         self._make_module()
         return self.get_input_embeddings()
 

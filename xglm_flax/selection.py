@@ -27,13 +27,15 @@ class TracedRules:
 
     Attributes:
         banned: ids, int32 [rows, width].
+        bias: float32 [rows or 1, vocab_size]; None for none.
         repetition_penalty, temperature, top_p, typical_p, top_k, least: see `Rules`; None where there is no such step.
         log_min_p: logarithm of `Rules.min_p`.
-        normalized, sample: see `Rules`.
+        normalized, renormalized, forced, sample: see `Rules`.
         width: how many candidates to sort, a power of two; 0 if the limits do not need their order.
     """
 
     banned: jax.Array | np.ndarray
+    bias: jax.Array | np.ndarray | None
     repetition_penalty: np.float32 | None
     temperature: np.float32
     top_k: np.int32
@@ -42,6 +44,8 @@ class TracedRules:
     typical_p: np.float32 | None
     least: np.int32
     normalized: bool
+    renormalized: bool
+    forced: bool
     sample: bool
     width: int
 
@@ -51,6 +55,7 @@ class TracedRules:
         ordered, limited = rules.sample and rules.ordered, rules.sample and rules.typical_p < 1
         return cls(
             banned=rules.banned,
+            bias=rules.bias,
             repetition_penalty=np.float32(rules.repetition_penalty) if rules.penalized else None,
             temperature=np.float32(rules.temperature),
             top_k=np.int32(rules.top_k or _UNLIMITED),
@@ -60,6 +65,8 @@ class TracedRules:
             typical_p=np.float32(rules.typical_p) if limited else None,
             least=np.int32(rules.least),
             normalized=rules.normalized,
+            renormalized=rules.renormalized,
+            forced=rules.forced,
             sample=rules.sample,
             width=1 << (max(rules.top_k or _UNLIMITED, _LEAST_WIDTH) - 1).bit_length() if ordered else 0,
         )
@@ -67,8 +74,18 @@ class TracedRules:
 
 jax.tree_util.register_dataclass(
     TracedRules,
-    data_fields=["banned", "repetition_penalty", "temperature", "top_k", "top_p", "log_min_p", "typical_p", "least"],
-    meta_fields=["normalized", "sample", "width"],
+    data_fields=[
+        "banned",
+        "bias",
+        "repetition_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "log_min_p",
+        "typical_p",
+        "least",
+    ],
+    meta_fields=["normalized", "renormalized", "forced", "sample", "width"],
 )
 
 
@@ -82,6 +99,8 @@ def process(logits: jax.Array, seen: jax.Array | None, rules: TracedRules) -> ja
     scores = logits.astype(jnp.float32)
     if rules.normalized:
         scores = jax.nn.log_softmax(scores, axis=-1)
+    if rules.bias is not None:
+        scores = jnp.broadcast_to(rules.bias, scores.shape) if rules.forced else scores + rules.bias
     if rules.repetition_penalty is not None:
         assert seen is not None  # As the prefill was told.
         factor = rules.repetition_penalty
@@ -115,7 +134,15 @@ def narrow(scores: jax.Array, rules: TracedRules) -> tuple[jax.Array, jax.Array]
         _, scores, ids, probabilities = jax.lax.sort((distance, scores, ids, probabilities), num_keys=1, is_stable=True)
         dropped = (_mass_before(probabilities) >= rules.typical_p) & (jnp.arange(scores.shape[1]) >= rules.least)
         scores = jnp.where(dropped, _IMPOSSIBLE, scores)
-    return scores, ids
+    return renormalized(scores, rules), ids
+
+
+def renormalized(scores: jax.Array, rules: TracedRules) -> jax.Array:
+    """Scores [rows, any] as log-probabilities, if the rules say so; the choice of a row's token is the same."""
+    if not rules.renormalized:
+        return scores
+    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    return scores - jnp.where(total > _IMPOSSIBLE, total, 0)  # There may be nothing left.
 
 
 def noise_bits(keys: jax.Array, index: jax.Array) -> jax.Array:
@@ -173,7 +200,7 @@ def choose_candidates(
     if rules.sample:
         scores, ids = narrow(scores, rules)
     else:
-        scores, ids = jax.lax.top_k(scores, min(count, vocab_size))
+        scores, ids = jax.lax.top_k(renormalized(scores, rules), min(count, vocab_size))
     index = ids.reshape(groups, beams, -1) + jnp.arange(beams)[:, None] * vocab_size
     sums = (scores.reshape(index.shape) + totals[:, :, None]).reshape(groups, -1)
     index = index.reshape(groups, -1)
@@ -185,7 +212,7 @@ def choose_candidates(
 def narrowed(scores: jax.Array, rules: TracedRules) -> jax.Array:
     """The scores of all ids, minus infinity where there is nothing to draw: float32 [rows, vocab_size]."""
     if not rules.sample:
-        return scores
+        return renormalized(scores, rules)
     values, ids = narrow(scores, rules)
     return _put(jnp.full_like(scores, _IMPOSSIBLE), ids, values)
 

@@ -184,6 +184,24 @@ def reordered(cache: TFXGLMCache, rows: tf.Tensor) -> TFXGLMCache:
     )
 
 
+def picked(cache: TFXGLMCache, places: tf.Tensor, mask: tf.Tensor) -> TFXGLMCache:
+    """A cache of some positions of each row.
+
+    Args:
+        cache: that of all positions.
+        places: which, integers [batch, length].
+        mask: bool [batch, length], False for padding.
+    """
+    keys, values = (
+        tuple(tf.gather(states, places, axis=2, batch_dims=1) for states in storage)
+        for storage in (cache.keys, cache.values)
+    )
+    length = places.shape[1]
+    return with_capacity(
+        dataclasses.replace(cache, keys=keys, values=values, mask=mask, length=tf.constant(length)), _rounded_up(length)
+    )
+
+
 def written(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
     """`storage` [batch, heads, capacity, head_dim] with `new` [batch, heads, new, head_dim] from `start` on.
 

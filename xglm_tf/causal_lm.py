@@ -12,10 +12,13 @@ import tensorflow as tf
 
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.config import XGLMConfig
-from xglm_core.generation.config import GenerationConfig
+from xglm_core.generation.config import GenerationConfig, arguments
 from xglm_core.generation.engine import Processor, check_not_overridden
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
+from xglm_core.generation.rules import PrefixFunction
+from xglm_core.generation.stopping import Criterion
+from xglm_core.generation.transitions import transition_scores
 from xglm_core.loss import LossOutput, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.scoring.engine import score
@@ -306,6 +309,8 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         inputs_embeds: tf.Tensor | None = None,
         past_key_values: Any = None,
         logits_processor: Sequence[Processor] = (),
+        stopping_criteria: Sequence[Criterion] = (),
+        prefix_allowed_tokens_fn: PrefixFunction | None = None,
         streamer: Streamer | None = None,
         tokenizer: Any = None,
         **options: Any,
@@ -313,13 +318,19 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         """Continues each row: with its likeliest tokens, with drawn ones, or with the best beams.
 
         Args:
-            input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them.
+            input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them; as
+                `inputs`, too.
             attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
                 it begins or ends a row, unless it ends texts as well.
             generation_config: the options; None takes `self.generation_config`.
             inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
-            past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again.
+            past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again. A
+                single row serves all prompts that begin with its text.
             logits_processor: functions of ids [rows, length] and logits [rows, vocab_size] that return other logits.
+            stopping_criteria: functions of ids [rows, length] and the scores so far, a tuple with `output_scores` and
+                else None; they return whether to end, for all rows or each.
+            prefix_allowed_tokens_fn: a function of the number of a prompt and its ids so far [length] that returns the
+                ids that may follow; of copies by `num_return_sequences`, each counts as a prompt of its own.
             streamer: is told the prompt and each new token, as numpy arrays.
             tokenizer: for `stop_strings`.
             options: options of `GenerationConfig` that take precedence.
@@ -339,6 +350,8 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             tokenizer=tokenizer,
             **options,
         )
@@ -348,6 +361,31 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             for name, value in zip(output.keys(), output, strict=True)
         }
         return GenerateOutput(**tensors) if request.generation.return_dict_in_generate else tensors["sequences"]
+
+    def compute_transition_scores(
+        self,
+        sequences: tf.Tensor,
+        scores: Sequence[tf.Tensor],
+        beam_indices: tf.Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> tf.Tensor:
+        """The score of each new token of a text that `generate` has made.
+
+        Args:
+            sequences: ids [rows, prompt + new].
+            scores: those of `output_scores=True`, or logits, one [rows or beams, vocab_size] for each step.
+            beam_indices: of a beam search, as `generate` returned them.
+            normalize_logits: whether to make log-probabilities of the scores.
+
+        Returns:
+            float32 [rows, new].
+
+        Raises:
+            InputError: the arguments do not belong together.
+        """
+        beams = None if beam_indices is None else np.asarray(beam_indices)
+        found = transition_scores(np.asarray(sequences), map(np.asarray, scores), beams, normalize=normalize_logits)
+        return tf.constant(found)
 
     def stream(
         self,
@@ -375,10 +413,14 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         inputs_embeds: tf.Tensor | None = None,
         past_key_values: Any = None,
         logits_processor: Sequence[Processor] = (),
+        stopping_criteria: Sequence[Criterion] = (),
+        prefix_allowed_tokens_fn: PrefixFunction | None = None,
         tokenizer: Any = None,
+        inputs: Any = None,
         **options: Any,
     ) -> tuple[TFEngine, Request]:
         """What to run, and on what, with everything checked."""
+        input_ids, attention_mask, generation_config = arguments(input_ids, attention_mask, generation_config, inputs)
         check_not_overridden(self, TFXGLMForCausalLM, "prepare_inputs_for_generation")
         past = as_cache(past_key_values, self.config)
         generation = (generation_config or self.generation_config).updated(options)
@@ -389,7 +431,13 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         past_mask = None if past is None else past.mask[:, :length].numpy()
         prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask)
         return TFEngine(self.compiled_engine, past), Request(
-            self.config, generation, prompts, logits_processor, tokenizer
+            self.config,
+            generation,
+            prompts,
+            logits_processor,
+            tokenizer,
+            stopping_criteria or (),
+            prefix_allowed_tokens_fn,
         )
 
 

@@ -14,7 +14,7 @@ from xglm_core.generation.engine import BLOCK, Processor, check_processed
 from xglm_core.generation.prompts import rounded_up
 from xglm_core.generation.rules import Rules
 from xglm_tf import selection
-from xglm_tf.cache import TFXGLMCache, empty_cache, reordered, with_capacity
+from xglm_tf.cache import TFXGLMCache, empty_cache, picked, reordered, with_capacity
 from xglm_tf.selection import TFRules
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class TFEngine:
         """See `Engine.prefill`."""
         past, capacity = self._past, rounded_up(capacity, self.bucket)
         if past is not None:
+            if past.batch < len(tokens):  # One row, for all of them.
+                past = reordered(past, self._tensor(np.zeros(len(tokens))))
             capacity = max(capacity, int(past.capacity))
             past = with_capacity(past, capacity)
         mask = np.ones((len(tokens), capacity), bool)
@@ -124,9 +126,21 @@ class TFEngine:
         """See `Engine.scores`."""
         return self._compiled.scores(self.logits, self._seen, TFRules.of(rules))
 
+    def recorded(self) -> tf.Tensor:
+        """See `Engine.recorded`."""
+        return self.logits
+
+    def ids(self, texts: np.ndarray) -> tf.Tensor:
+        """See `Engine.ids`."""
+        return tf.constant(texts)
+
+    def cache(self, places: np.ndarray, mask: np.ndarray) -> TFXGLMCache:
+        """See `Engine.cache`."""
+        return picked(self._cache, self._tensor(places), tf.constant(mask))
+
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids, logits = tf.constant(texts), self.logits
+        ids, logits = self.ids(texts), self.recorded()
         for place, processor in enumerate(processors):
             logits = processor(ids, logits)
             check_processed(logits, tuple(self.logits.shape), place)

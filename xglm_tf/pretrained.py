@@ -224,7 +224,8 @@ class TFXGLMPreTrainedModel(keras.Model):
 
         Args:
             new_num_tokens: rows wanted; None keeps their number.
-            pad_to_multiple_of: round the number up to a multiple of this.
+            pad_to_multiple_of: round the number up to a multiple of this. The further rows stand for no token, so they
+                are never generated; `config.padding_rows` is their number.
 
         Returns:
             The input embeddings; `config.vocab_size` is their number.
@@ -238,7 +239,7 @@ class TFXGLMPreTrainedModel(keras.Model):
             if name in specs:
                 dtype = weights_dtype(self)
                 write_weight(self, specs[name], resized_rows(read_weight(self, specs[name], dtype), dtype, config))
-        self.config.vocab_size = config.vocab_size
+        self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
         self.forget_compiled()
         return self.get_input_embeddings()
 

@@ -22,13 +22,15 @@ class TFRules:
     Attributes:
         banned: int32 [rows, width].
         numbers: those of `repetition_penalty`, `temperature`, `top_p`, `min_p` and `typical_p` that have an effect,
-            float32 scalars.
-        normalized, sample, top_k, ordered, least: see `Rules`.
+            float32 scalars; and `bias`, if there is any.
+        normalized, renormalized, forced, sample, top_k, ordered, least: see `Rules`.
     """
 
     banned: tf.Tensor
     numbers: dict[str, tf.Tensor]
     normalized: bool
+    renormalized: bool
+    forced: bool
     sample: bool
     top_k: int
     ordered: bool
@@ -38,6 +40,7 @@ class TFRules:
     def of(cls, rules: Rules) -> Self:
         """The same rules."""
         has_effect = {
+            "bias": rules.bias is not None,
             "repetition_penalty": rules.penalized,
             "temperature": rules.sample,
             "top_p": rules.sample and rules.top_p < 1,
@@ -48,6 +51,8 @@ class TFRules:
             tf.constant(rules.banned),
             {name: tf.constant(getattr(rules, name), tf.float32) for name, acts in has_effect.items() if acts},
             rules.normalized,
+            rules.renormalized,
+            rules.forced,
             rules.sample,
             rules.top_k,
             rules.ordered,
@@ -56,7 +61,15 @@ class TFRules:
 
     # TensorFlow's protocol for classes that its functions may take: what is fixed, and the tensors.
     def __tf_flatten__(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        fixed = (self.normalized, self.sample, self.top_k, self.ordered, self.least)
+        fixed = (
+            self.normalized,
+            self.renormalized,
+            self.forced,
+            self.sample,
+            self.top_k,
+            self.ordered,
+            self.least,
+        )
         return fixed, (self.banned, self.numbers)
 
     @classmethod
@@ -79,6 +92,9 @@ def process(logits: tf.Tensor, seen: tf.Tensor, rules: TFRules) -> tf.Tensor:
     scores = tf.cast(logits, tf.float32)
     if rules.normalized:
         scores = tf.nn.log_softmax(scores)
+    if "bias" in rules.numbers:
+        bias = rules.numbers["bias"]
+        scores = tf.broadcast_to(bias, scores.shape) if rules.forced else scores + bias
     if "repetition_penalty" in rules.numbers:
         factor = rules.numbers["repetition_penalty"]
         scores = tf.where(seen, tf.where(scores < 0, scores * factor, scores / factor), scores)
@@ -108,7 +124,15 @@ def narrow(scores: tf.Tensor, rules: TFRules) -> tuple[tf.Tensor, tf.Tensor]:
         scores, ids = tf.gather(scores, place, batch_dims=1), tf.gather(ids, place, batch_dims=1)
         mass = _mass_before(tf.gather(probabilities, place, batch_dims=1))
         scores = _without(scores, mass >= rules.numbers["typical_p"], rules)
-    return scores, ids
+    return renormalized(scores, rules), ids
+
+
+def renormalized(scores: tf.Tensor, rules: TFRules) -> tf.Tensor:
+    """Scores [rows, any] as log-probabilities, if the rules say so; the choice of a row's token is the same."""
+    if not rules.renormalized:
+        return scores
+    total = tf.reduce_logsumexp(scores, axis=-1, keepdims=True)
+    return scores - tf.where(total > _IMPOSSIBLE, total, 0.0)  # There may be nothing left.
 
 
 def gumbel(keys: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
@@ -166,7 +190,7 @@ def choose_candidates(
     if rules.sample:
         scores, ids = narrow(scores, rules)
     else:
-        scores, ids = tf.math.top_k(scores, min(count, vocab_size))
+        scores, ids = tf.math.top_k(renormalized(scores, rules), min(count, vocab_size))
     index = tf.reshape(ids + (tf.range(rows) % beams * vocab_size)[:, None], (groups, -1))
     sums = tf.reshape(tf.reshape(scores, (groups, beams, -1)) + totals[:, :, None], (groups, -1))
     order = sums + gumbel(keys, index) if rules.sample else sums
@@ -178,7 +202,7 @@ def choose_candidates(
 def narrowed(scores: tf.Tensor, rules: TFRules) -> tf.Tensor:
     """The scores of all ids, minus infinity where there is nothing to draw: float32 [rows, vocab_size]."""
     if not rules.sample:
-        return scores
+        return renormalized(scores, rules)
     values, ids = narrow(scores, rules)
     places = tf.stack([tf.broadcast_to(tf.range(scores.shape[0])[:, None], ids.shape), ids], axis=-1)
     return tf.tensor_scatter_nd_update(tf.fill(scores.shape, _IMPOSSIBLE), places, values)

@@ -172,8 +172,11 @@ def extend_cache(
     start = 0 if past is None else past.length
     length = start + new
     storage = None if past is None else past._storage
-    if storage is None or storage.capacity < length or storage.filled != start:
-        # No room, or another cache has already gone on from here: continue in storage of our own.
+    free = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+    sealed = storage is not None and not free and storage.keys[0].is_inference()
+    if storage is None or storage.capacity < length or storage.filled != start or sealed:
+        # No room, not to be written outside of inference mode, or another cache has already gone on from here: continue
+        # in storage of our own.
         fresh = _allocated(config, like.shape[0], -(-length // _BLOCK) * _BLOCK, like)
         if storage is not None:
             for ours, theirs in zip(fresh.keys + fresh.values, storage.keys + storage.values, strict=True):
@@ -182,7 +185,10 @@ def extend_cache(
     storage.filled = length
     if past is None:
         return XGLMCache(storage, start, length, mask)
-    return XGLMCache(storage, start, length, mask, past.encoder, past.encoder_mask)
+    encoder = past.encoder
+    if sealed:
+        encoder = tuple((key.clone(), value.clone()) for key, value in encoder)
+    return XGLMCache(storage, start, length, mask, encoder, past.encoder_mask)
 
 
 def reordered(cache: XGLMCache, config: XGLMConfig, rows: torch.Tensor) -> XGLMCache:
@@ -200,6 +206,23 @@ def reordered(cache: XGLMCache, config: XGLMConfig, rows: torch.Tensor) -> XGLMC
         tuple((key[rows], value[rows]) for key, value in cache.encoder),
         None if cache.encoder_mask is None else cache.encoder_mask[rows],
     )
+
+
+def picked(cache: XGLMCache, places: torch.Tensor, mask: torch.Tensor) -> XGLMCache:
+    """A cache of some positions of each row.
+
+    Args:
+        cache: that of all positions.
+        places: which, integers [batch, length].
+        mask: bool [batch, length], False for padding.
+    """
+    index, length = places[:, None, :, None], places.shape[1]
+    keys, values = (
+        [torch.take_along_dim(states, index, dim=2) for states in storage]
+        for storage in (cache._storage.keys, cache._storage.values)
+    )
+    storage = _Storage(keys, values, filled=length)
+    return XGLMCache(storage, length, length, mask, cache.encoder, cache.encoder_mask)
 
 
 def _allocated(config: XGLMConfig, batch: int, capacity: int, like: torch.Tensor) -> _Storage:

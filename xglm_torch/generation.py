@@ -11,7 +11,7 @@ import torch
 from xglm_core.generation.engine import Processor, check_processed
 from xglm_core.generation.rules import Rules
 from xglm_torch import selection
-from xglm_torch.cache import XGLMCache, empty_cache, reordered
+from xglm_torch.cache import XGLMCache, empty_cache, picked, reordered
 from xglm_torch.preparing import Preparation
 from xglm_torch.products import fast_products
 
@@ -51,6 +51,8 @@ class TorchEngine:
         weight = self._model.model.embed_tokens.weight
         if self._cache is None and self._preparation is None:  # Soft prompts begin where there is no cache.
             self._cache = empty_cache(self._model.config, len(tokens), capacity, like=weight)
+        if self._cache is not None and self._cache.batch < len(tokens):  # One row, for all of them.
+            self._cache = reordered(self._cache, self._model.config, self._tensor(np.zeros(len(tokens))))
         given = torch.from_numpy(tokens).to(self._device)
         mask = torch.from_numpy(attention_mask).to(self._device)
         if tokens.ndim == 3:
@@ -102,15 +104,33 @@ class TorchEngine:
         sums, index = selection.choose_candidates(scores, rules, sums, self._tensor(keys), count)
         return sums.numpy(force=True), index.numpy(force=True)
 
-    @torch.inference_mode()
+    # Differs: what the user gets is made outside of inference mode, as its tensors cannot enter autograd.
+    @torch.no_grad()
     def scores(self, rules: Rules) -> torch.Tensor:
         """See `Engine.scores`."""
-        return selection.narrowed(selection.process(self.logits, self._seen, rules), rules)
+        return selection.narrowed(selection.process(self.recorded(), self._seen, rules), rules)
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def recorded(self) -> torch.Tensor:
+        """See `Engine.recorded`."""
+        return self.logits.clone()
+
+    def ids(self, texts: np.ndarray) -> torch.Tensor:
+        """See `Engine.ids`."""
+        return self._tensor(texts)
+
+    @torch.no_grad()
+    def cache(self, places: np.ndarray, mask: np.ndarray) -> XGLMCache | None:
+        """See `Engine.cache`. Differs: a preparation may have put positions before those of the prompts."""
+        if self._preparation is not None:
+            return None
+        assert self._cache is not None  # After `prefill`.
+        return picked(self._cache, self._tensor(places), torch.from_numpy(mask).to(self._device))
+
+    @torch.no_grad()
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids, logits = self._tensor(texts), self.logits.clone()  # Which a hook may write into.
+        ids, logits = self.ids(texts), self.recorded()  # Which a hook may write into.
         for place, processor in enumerate(processors):
             logits = processor(ids, logits)
             check_processed(logits, tuple(self.logits.shape), place)

@@ -147,7 +147,8 @@ class XGLMPreTrainedModel(nn.Module):
 
         Args:
             new_num_tokens: rows wanted; None keeps their number.
-            pad_to_multiple_of: round the number up to a multiple of this.
+            pad_to_multiple_of: round the number up to a multiple of this. The further rows stand for no token, so they
+                are never generated; `config.padding_rows` is their number.
 
         Returns:
             The input embeddings; `config.vocab_size` is their number.
@@ -161,7 +162,7 @@ class XGLMPreTrainedModel(nn.Module):
         for name in (EMBEDDING, HEAD) if has_own_head else (EMBEDDING,):
             dtype = weights_dtype(self)
             write_weight(self, name, resized_rows(read_weight(self, name, dtype), dtype, config))
-        self.config.vocab_size = config.vocab_size
+        self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
         self.tie_weights()
         return self.get_input_embeddings()
 

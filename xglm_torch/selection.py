@@ -26,6 +26,9 @@ def process(logits: torch.Tensor, seen: torch.Tensor | None, rules: Rules) -> to
     scores = logits.float()
     if rules.normalized:
         scores = scores.log_softmax(dim=-1)
+    if rules.bias is not None:
+        bias = torch.from_numpy(rules.bias).to(scores.device)
+        scores = bias.expand_as(scores) if rules.forced else scores + bias
     if seen is not None and rules.penalized:
         factor = rules.repetition_penalty
         scores = torch.where(seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
@@ -55,7 +58,15 @@ def narrow(scores: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Tens
         place = (log_probabilities + entropy).abs().sort(dim=-1, stable=True).indices
         scores, ids = scores.gather(1, place), ids.gather(1, place)
         scores = _without(scores, _mass_before(probabilities.gather(1, place)) >= rules.typical_p, rules)
-    return scores, ids
+    return renormalized(scores, rules), ids
+
+
+def renormalized(scores: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """Scores [rows, any] as log-probabilities, if the rules say so; the choice of a row's token is the same."""
+    if not rules.renormalized:
+        return scores
+    total = scores.logsumexp(dim=-1, keepdim=True)
+    return scores - total.where(total > _IMPOSSIBLE, 0)  # There may be nothing left.
 
 
 def gumbel(keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -108,7 +119,7 @@ def choose_candidates(
     if rules.sample:
         scores, ids = narrow(scores, rules)
     else:
-        scores, ids = scores.topk(min(count, vocab_size))
+        scores, ids = renormalized(scores, rules).topk(min(count, vocab_size))
     index = ids + (torch.arange(len(ids), device=ids.device) % beams * vocab_size)[:, None]
     sums = (scores.unflatten(0, (groups, beams)) + totals[:, :, None]).flatten(1)
     index = index.reshape(groups, -1)
@@ -120,7 +131,7 @@ def choose_candidates(
 def narrowed(scores: torch.Tensor, rules: Rules) -> torch.Tensor:
     """The scores of all ids, minus infinity where there is nothing to draw: float32 [rows, vocab_size]."""
     if not rules.sample:
-        return scores
+        return renormalized(scores, rules)
     values, ids = narrow(scores, rules)
     return torch.full_like(scores, _IMPOSSIBLE).scatter(1, ids, values)
 

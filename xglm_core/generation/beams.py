@@ -75,7 +75,7 @@ class _Search:
             )
             self.open &= bool(going) and bool(best > self.finished[-1].score)
             self.open &= self.generation.early_stopping is not True
-        self.open &= bool(going)
+        self.open &= bool(going) and bool(going[0].score > -np.inf)
 
 
 def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
         each token continued, int64 [that many, new].
 
     Raises:
-        InputError: logits are not numbers, or all ids are banned.
+        InputError: see `xglm_core.generation.loop.steps`.
     """
     generation, prompts = request.generation, request.prompts
     count, groups = generation.num_beams, len(prompts.tokens)
@@ -99,50 +99,61 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
     kept = max(2, 1 + len(generation.eos_ids)) * count
     keys = Keys(generation.seed, prompts.contents)
     searches = [_Search(generation, request.limit) for _ in range(groups)]
-    read = np.repeat(prompts.as_read(generation.filler), count, axis=0)
+    read = prompts.as_read(generation.filler)
     engine.reorder(np.repeat(np.arange(groups), count))
     for step in range(request.limit):
         texts = [[*prompts.texts[group], *beam.tokens] for group in range(groups) for beam in searches[group].running]
-        rules = request.maker.rules(texts, step)
+        so_far = _ids(read, [group.running for group in searches]) if request.stepwise else read
+        asked = [group if beams.open else None for group, beams in enumerate(searches) for _ in range(count)]
+        rules = request.maker.rules(texts, step, request.allowed(engine, so_far, asked))
         if "logits" in record:
-            record["logits"].append(engine.logits)
+            record["logits"].append(engine.recorded())
         if request.processors:
-            new = np.array([beam.tokens for group in searches for beam in group.running], np.int64)
-            engine.process(request.processors, np.concatenate([read, new], axis=1))
+            engine.process(request.processors, so_far)
         if "scores" in record:
             record["scores"].append(engine.scores(rules))
         totals = np.array([[beam.score for beam in group.running] for group in searches], np.float32)
-        if step == 0 and generation.forced_bos_token_id is not None:
-            first = np.arange(kept) % count
-            scores = np.where(np.arange(kept) < count, totals[:, first], _IMPOSSIBLE)
-            chosen = np.tile(first * request.config.vocab_size + generation.forced_bos_token_id, (groups, 1))
-        else:
-            scores, chosen = engine.candidates(rules, totals, keys.of_steps(step, 1)[:, 0], kept)
+        scores, chosen = engine.candidates(rules, totals, keys.of_steps(step, 1)[:, 0], kept)
+        candidates: list[list[_Beam]] = []
         for group, beams in enumerate(searches):
-            if not scores[group, 0] > -np.inf:
+            if beams.open and not scores[group, 0] > -np.inf:
                 code = NOT_A_NUMBER if np.isnan(scores[group, 0]) else NOTHING_LEFT
                 raise no_token(code, group * count, step)
-            candidates = []
+            candidates.append([])
             for score, index in zip(scores[group], chosen[group].tolist(), strict=True):
                 parent, token = divmod(index, request.config.vocab_size)
                 beam = beams.running[parent]
-                candidates.append(_Beam(score, (*beam.tokens, token), (*beam.parents, group * count + parent)))
+                candidates[group].append(_Beam(score, (*beam.tokens, token), (*beam.parents, group * count + parent)))
+        stopped = np.zeros((groups, kept), bool)
+        if request.stepwise:
+            stopped = request.stopped(engine, _ids(read, candidates), record).reshape(groups, kept)
+        for group, beams in enumerate(searches):
             begin = len(prompts.texts[group])
             ends = [
                 step + 1 == request.limit
+                or stop
                 or beam.tokens[-1] in generation.eos_ids
                 or request.stops.found([*prompts.texts[group], *beam.tokens], begin)
-                for beam in candidates
+                for beam, stop in zip(candidates[group], stopped[group].tolist(), strict=True)
             ]
-            beams.extend(candidates, ends)
+            beams.extend(candidates[group], ends)
         if not any(beams.open for beams in searches):
             break
         running = [beam for beams in searches for beam in beams.running]
         engine.reorder(np.array([beam.parents[-1] for beam in running]))
         engine.feed(np.array([beam.tokens[-1] for beam in running]))
-    best = [beam for beams in searches for beam in beams.finished[: generation.num_return_sequences]]
+    # Where the user's functions leave too few that can end, those that cannot are there in their place.
+    best = [beam for beams in searches for beam in [*beams.finished, *beams.running][: generation.num_return_sequences]]
     return (
         filled([beam.tokens for beam in best], generation.filler),
         np.array([beam.score for beam in best], np.float32),
         filled([beam.parents for beam in best], -1),
+    )
+
+
+def _ids(read: np.ndarray, groups: list[list[_Beam]]) -> np.ndarray:
+    """The tokens of beams as the model reads them: those of their prompts [prompts, length], then their own."""
+    return np.array(
+        [[*prompt, *beam.tokens] for prompt, beams in zip(read.tolist(), groups, strict=True) for beam in beams],
+        np.int64,
     )

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -81,6 +81,8 @@ class GenerationConfig:
         max_new_tokens: most tokens to add to each row; None follows `max_length`, or is 20 without that.
         max_length: most columns of the result, prompt and its padding included.
         min_new_tokens: tokens before which no row ends.
+        min_length: columns of the result, prompt and its padding included, before which no row ends.
+        max_time: seconds after which no further token is begun; None for no limit.
         eos_token_id: the id, or several ids, that end a row.
         stop_at_eos: False goes on after `eos_token_id`, which for XGLM is the line break, too.
         stop_strings: a string, or several, that end a row when they appear in the new text; needs a tokenizer.
@@ -102,15 +104,23 @@ class GenerationConfig:
         no_repeat_ngram_size: no sequence of this many tokens occurs twice; 0 for no such rule.
         bad_words_ids: sequences of ids that are not generated.
         suppress_tokens: ids that are not generated; of the published vocabulary the seven words that no text has.
+        begin_suppress_tokens: ids that are not the first new token, or the first after `forced_bos_token_id`.
+        sequence_bias: what to add to the score of the last id of a sequence where the text has the others: a dictionary
+            of tuples of ids, or a list of pairs of such a list and a number.
         forced_bos_token_id: the first new token.
+        forced_eos_token_id: the id, or one of several, that a row gets in its last column if it has not ended before.
+        renormalize_logits: whether scores are log-probabilities after all bans and limits.
         return_dict_in_generate: whether to return a `GenerateOutput` in place of the ids alone.
         output_scores, output_logits: whether that has the scores and logits of each step, which takes their memory.
+        use_cache: whether that has the cache. To generate, there always is one.
         other: further keys of `generation_config.json`, which are kept for the file.
     """
 
     max_new_tokens: int | None = None
     max_length: int | None = None
     min_new_tokens: int = 0
+    min_length: int = 0
+    max_time: float | None = None
     eos_token_id: int | Sequence[int] | None = None
     stop_at_eos: bool = True
     stop_strings: str | Sequence[str] | None = None
@@ -130,10 +140,15 @@ class GenerationConfig:
     no_repeat_ngram_size: int = 0
     bad_words_ids: Sequence[Sequence[int]] | None = None
     suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    sequence_bias: Mapping[Sequence[int], float] | Sequence[Sequence[Any]] | None = None
     forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | Sequence[int] | None = None
+    renormalize_logits: bool = False
     return_dict_in_generate: bool = False
     output_scores: bool = False
     output_logits: bool = False
+    use_cache: bool = True
     other: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -144,8 +159,8 @@ class GenerationConfig:
             ConfigError: see `from_pretrained`.
         """
         options: dict[str, Any] = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        if config.vocab_size == _PUBLISHED_VOCABULARY:
-            options["suppress_tokens"] = list(range(config.vocab_size - _MADEUP_WORDS, config.vocab_size))
+        if config.vocab_size - config.padding_rows == _PUBLISHED_VOCABULARY:
+            options["suppress_tokens"] = list(range(_PUBLISHED_VOCABULARY - _MADEUP_WORDS, _PUBLISHED_VOCABULARY))
         if folder is not None and (Path(folder) / GENERATION_CONFIG_FILE).is_file():
             options |= _read(Path(folder) / GENERATION_CONFIG_FILE)
         return cls.from_dict(options)
@@ -176,6 +191,8 @@ class GenerationConfig:
         """The options that differ from the defaults, and `other`."""
         defaults = GenerationConfig()
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "other"}
+        if isinstance(self.sequence_bias, Mapping):  # Whose keys are none that JSON has.
+            values["sequence_bias"] = [[list(word), bias] for word, bias in self.sequence_bias.items()]
         return self.other | {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -220,13 +237,24 @@ class GenerationConfig:
             raise InputError(
                 f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens={self.max_new_tokens}"
             )
+        if self.max_new_tokens is None and self.min_length > (self.max_length or self.min_length):
+            raise InputError(f"min_length is {self.min_length}, expected at most max_length={self.max_length}")
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a row."""
-        if self.eos_token_id is None or not self.stop_at_eos:
-            return ()
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+        return _as_ids(self.eos_token_id) if self.stop_at_eos else ()
+
+    @property
+    def last_ids(self) -> tuple[int, ...]:
+        """The ids of which a row gets one in its last column."""
+        return _as_ids(self.forced_eos_token_id)
+
+    @property
+    def biases(self) -> dict[tuple[int, ...], float]:
+        """What to add to the score of the last id of a sequence."""
+        pairs = self.sequence_bias or {}
+        return {tuple(word): bias for word, bias in (pairs.items() if isinstance(pairs, Mapping) else pairs)}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -249,6 +277,10 @@ class GenerationConfig:
         ends = dataclasses.replace(self, stop_at_eos=True).eos_ids
         return None if self.pad_token_id in ends else self.pad_token_id
 
+    def least_tokens(self, columns: int) -> int:
+        """Tokens to add to a prompt of so many columns before a row ends."""
+        return max(self.min_new_tokens, self.min_length - columns)
+
     def new_tokens(self, columns: int) -> int:
         """Most tokens to add to a prompt of so many columns.
 
@@ -258,13 +290,32 @@ class GenerationConfig:
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is None:
-            return max(_DEFAULT_NEW_TOKENS, self.min_new_tokens)
+            return max(_DEFAULT_NEW_TOKENS, self.least_tokens(columns))
         if self.max_length <= columns:
             raise InputError(
                 f"max_length is {self.max_length}, but the prompt has {columns} columns; expected more; or give "
                 "max_new_tokens"
             )
         return self.max_length - columns
+
+
+def arguments(input_ids: Any, attention_mask: Any, generation_config: Any, inputs: Any) -> tuple[Any, Any, Any]:
+    """The first three, also where a caller gives them by the names or in the order of transformers.
+
+    There `inputs` is the name of `input_ids`, and options may come second.
+
+    Raises:
+        InputError: something is given twice.
+    """
+    if inputs is not None:
+        if input_ids is not None:
+            raise InputError("input_ids and inputs are both given, expected one of the two")
+        input_ids = inputs
+    if hasattr(attention_mask, "max_new_tokens"):
+        if generation_config is not None:
+            raise InputError("generation_config is given twice; attention_mask comes second")
+        attention_mask, generation_config = None, attention_mask
+    return input_ids, attention_mask, generation_config
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -289,6 +340,23 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_int(item) for item in value)
 
 
+def _is_biases(value: Any) -> bool:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return isinstance(pairs, Iterable) and all(
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and _is_ids(pair[0])
+        and len(pair[0]) > 0
+        and _is_number(pair[1])
+        and pair[1] < 3e38  # As float32.
+        for pair in pairs
+    )
+
+
+def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
 def _is_strings(value: Any) -> bool:
     texts = [value] if isinstance(value, str) else value
     return isinstance(texts, Sequence) and all(isinstance(item, str) and item for item in texts)
@@ -298,6 +366,8 @@ _POSITIVE = (lambda value: _is_int(value) and value > 0, "a positive integer")
 _POSITIVE_OR_NONE = (lambda value: value is None or (_is_int(value) and value > 0), "a positive integer")
 _COUNT = (lambda value: _is_int(value) and value >= 0, "an integer, 0 or more")
 _ID = (lambda value: value is None or _is_int(value), "an id or None")
+_IDS = (lambda value: value is None or _is_ids(value), "a list of ids, or None")
+_ID_OR_IDS = (lambda value: value is None or _is_int(value) or _is_ids(value), "an id, a list of ids, or None")
 _SHARE = (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0, at most 1")
 _FLAG = (lambda value: isinstance(value, bool), "True or False")
 
@@ -306,7 +376,9 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": _POSITIVE_OR_NONE,
     "max_length": _POSITIVE_OR_NONE,
     "min_new_tokens": _COUNT,
-    "eos_token_id": (lambda value: value is None or _is_int(value) or _is_ids(value), "an id, a list of ids, or None"),
+    "min_length": _COUNT,
+    "max_time": (lambda value: value is None or (_is_number(value) and value > 0), "a positive number of seconds"),
+    "eos_token_id": _ID_OR_IDS,
     "stop_at_eos": _FLAG,
     "stop_strings": (
         lambda value: value is None or _is_strings(value),
@@ -330,11 +402,19 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (isinstance(value, Sequence) and all(_is_ids(item) and item for item in value)),
         "a list of lists of ids, none of them empty",
     ),
-    "suppress_tokens": (lambda value: value is None or _is_ids(value), "a list of ids, or None"),
+    "suppress_tokens": _IDS,
+    "begin_suppress_tokens": _IDS,
+    "sequence_bias": (
+        lambda value: value is None or _is_biases(value),
+        "a dictionary of tuples of ids to numbers, or a list of pairs of such",
+    ),
     "forced_bos_token_id": _ID,
+    "forced_eos_token_id": _ID_OR_IDS,
+    "renormalize_logits": _FLAG,
     "return_dict_in_generate": _FLAG,
     "output_scores": _FLAG,
     "output_logits": _FLAG,
+    "use_cache": _FLAG,
 }
 
 _FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")

@@ -96,6 +96,21 @@ class Engine(Protocol):
     def scores(self, rules: Rules) -> Any:
         """What `select` chooses from, before noise: the framework's tensor, float32 [rows, vocab_size]."""
 
+    def recorded(self) -> Any:
+        """The present logits, for the user: the framework's tensor, which nothing that follows changes."""
+
+    def ids(self, texts: np.ndarray) -> Any:
+        """Tokens int64 [rows, length] as the user's functions get them: the framework's tensor."""
+
+    def cache(self, places: np.ndarray, mask: np.ndarray) -> Any:
+        """The cache of some positions, for the user; None if positions are not counted as below.
+
+        Args:
+            places: positions of each row, int64 [rows, length]: those of the prefill's mask, then one for each token
+                that was fed.
+            mask: which of them hold a token that the user knows, bool [rows, length].
+        """
+
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
         """Replaces the logits by what a user's hooks make of a copy of them.
 
@@ -142,5 +157,5 @@ def no_token(code: int, row: int, step: int) -> InputError:
         )
     return InputError(
         f"of row {row} no token is left at new token {step}: all are banned; loosen suppress_tokens, bad_words_ids, "
-        "no_repeat_ngram_size, or the logits_processor"
+        "no_repeat_ngram_size, prefix_allowed_tokens_fn, or the logits_processor"
     )

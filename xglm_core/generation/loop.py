@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,8 +17,8 @@ from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import BLOCK, Engine, Processor, no_token
 from xglm_core.generation.prompts import Prompts, filled, rounded_up
 from xglm_core.generation.randomness import Keys
-from xglm_core.generation.rules import RuleMaker
-from xglm_core.generation.stopping import StopStrings
+from xglm_core.generation.rules import PrefixFunction, RuleMaker, allowed_ids
+from xglm_core.generation.stopping import Criterion, StopStrings, stopped
 from xglm_core.inputs import check_positions
 from xglm_core.outputs import GenerateOutput
 
@@ -42,10 +43,12 @@ class Request:
         prompts: what to continue.
         processors: hooks that change the logits of each step.
         tokenizer: for `stop_strings`.
+        criteria: functions that end rows.
+        prefix: which ids may follow a text; None if all.
 
     Raises:
-        InputError: the options do not fit the model or each other, or the text would grow past
-            `max_position_embeddings`.
+        InputError: the options do not fit the model or each other, the text would grow past `max_position_embeddings`,
+            or something is no function.
     """
 
     config: XGLMConfig
@@ -53,6 +56,8 @@ class Request:
     prompts: Prompts
     processors: Sequence[Processor] = ()
     tokenizer: Any = None
+    criteria: Sequence[Criterion] = ()
+    prefix: PrefixFunction | None = None
     limit: int = field(init=False)
     maker: RuleMaker = field(init=False)
     stops: StopStrings = field(init=False)
@@ -60,9 +65,33 @@ class Request:
     def __post_init__(self) -> None:
         self.prompts = self.prompts.without(self.generation.padding)
         self.limit = self.generation.new_tokens(self.prompts.columns.shape[1])
-        self.maker = RuleMaker(self.generation, self.config)
+        self.maker = RuleMaker(self.generation, self.config, self.prompts.columns.shape[1], self.limit)
         self.stops = StopStrings(self.generation.stops, self.tokenizer)
         check_positions(0, self.prompts.longest + self.limit - 1, self.config)
+        self._begin = time.monotonic()
+        if not isinstance(self.criteria, list | tuple) or not all(map(callable, self.criteria)):
+            raise InputError(f"stopping_criteria is a {type(self.criteria).__name__}, expected a list of functions")
+        if self.prefix is not None and not callable(self.prefix):
+            raise InputError(f"prefix_allowed_tokens_fn is a {type(self.prefix).__name__}, expected a function")
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether something has to see each token before the next."""
+        return bool(self.processors or self.criteria or self.prefix or self.generation.max_time is not None)
+
+    def stopped(self, engine: Engine, ids: np.ndarray, record: Mapping[str, list[Any]]) -> np.ndarray:
+        """Which of these rows end by the clock or by a function of the user: bool [rows]; see `steps`."""
+        late = self.generation.max_time is not None and time.monotonic() - self._begin > self.generation.max_time
+        result = np.full(len(ids), late)
+        if self.criteria:
+            result |= stopped(self.criteria, engine.ids(ids), tuple(record["scores"]) if "scores" in record else None)
+        return result
+
+    def allowed(self, engine: Engine, ids: np.ndarray, prompts: Sequence[int | None]) -> list[np.ndarray] | None:
+        """The ids that each of these rows may get; None if all. See `allowed_ids`."""
+        if self.prefix is None:
+            return None
+        return allowed_ids(self.prefix, engine.ids(ids), prompts, self.config.vocab_size)
 
     @property
     def copies(self) -> int:
@@ -88,7 +117,7 @@ def generate(engine: Engine, request: Request, streamer: Streamer | None = None)
         streamer: is told the prompt and each token as soon as it is there.
 
     Returns:
-        numpy arrays, apart from `scores` and `logits`; see `GenerateOutput`.
+        numpy arrays, apart from `scores`, `logits` and `past_key_values`; see `GenerateOutput`.
 
     Raises:
         InputError: see `steps`; or a streamer is given and beams, of which none is final until the end.
@@ -98,30 +127,57 @@ def generate(engine: Engine, request: Request, streamer: Streamer | None = None)
         raise InputError("streamer is given, but num_beams is above 1: no token of a beam is final before the end")
     record: dict[str, list[Any]] = {name: [] for name in ("scores", "logits") if getattr(generation, f"output_{name}")}
     columns = np.repeat(request.prompts.columns, generation.num_return_sequences, axis=0)
+    cache = None
     if generation.num_beams > 1:
         request.prefill(engine)
         rows, found, parents = search(engine, request, record)
     else:
-        blocks = []
+        blocks: list[np.ndarray] = []
+        lengths = np.zeros(len(columns), np.int64)
         if streamer is not None:
             streamer.put(columns)
-        for block in steps(engine, request, record, one_by_one=streamer is not None):
+        for block in steps(engine, request, record, lengths, one_by_one=streamer is not None):
             blocks.append(block)
             if streamer is not None:
                 streamer.put(block[:, 0])
         if streamer is not None:
             streamer.end()
         rows, found, parents = np.concatenate(blocks, axis=1), None, None
+        if generation.return_dict_in_generate and generation.use_cache:
+            cache = _cache(engine, request, lengths)
     return GenerateOutput(
         sequences=np.concatenate([columns, rows], axis=1),
         sequences_scores=found,
+        past_key_values=cache,
         beam_indices=parents,
         **{name: tuple(items) for name, items in record.items()},
     )
 
 
+def _cache(engine: Engine, request: Request, lengths: np.ndarray) -> Any:
+    """The cache of the columns of the result but for the last, which the model has not read.
+
+    Args:
+        engine: has generated.
+        request: what it was asked for.
+        lengths: new tokens of each row [rows].
+    """
+    places, width = request.prompts.places(engine.bucket)
+    new = np.arange(int(lengths.max()) - 1)
+    copies = request.copies
+    return engine.cache(
+        np.concatenate([places.repeat(copies, axis=0), np.tile(width + new, (len(lengths), 1))], axis=1),
+        np.concatenate([request.prompts.mask.repeat(copies, axis=0) != 0, new < lengths[:, None]], axis=1),
+    )
+
+
 def steps(
-    engine: Engine, request: Request, record: Mapping[str, list[Any]] = MappingProxyType({}), *, one_by_one: bool = True
+    engine: Engine,
+    request: Request,
+    record: Mapping[str, list[Any]] = MappingProxyType({}),
+    lengths: np.ndarray | None = None,
+    *,
+    one_by_one: bool = True,
 ) -> Iterator[np.ndarray]:
     """Continues each row, without beams.
 
@@ -129,13 +185,14 @@ def steps(
         engine: the backend's engine, used for this call alone.
         request: what to do.
         record: lists that get the "scores" and "logits" of each step.
+        lengths: gets the number of new tokens of each row, int64 [rows]; None if nobody asks.
         one_by_one: whether to yield each token as soon as it is there; else up to `BLOCK` of them at a time.
 
     Yields:
         The next tokens, int64 [rows, new]; of rows that ended the padding id.
 
     Raises:
-        InputError: logits are not numbers, or all ids are banned.
+        InputError: logits are not numbers, all ids are banned, or a function of the user returns nothing of use.
     """
     generation, prompts = request.generation, request.prompts
     request.prefill(engine)
@@ -148,22 +205,21 @@ def steps(
     blocks = [np.repeat(prompts.as_read(generation.filler), copies, axis=0)]  # What the model has read of each row.
     ended = np.zeros(len(texts), bool)
     eos = generation.eos_ids
-    one_by_one = one_by_one or bool(record or request.processors)
+    one_by_one = one_by_one or request.stepwise or bool(record)
     last, done = None, 0
     while done < request.limit and not ended.all():
-        same = request.maker.steps_without_change(done) or request.limit
-        count = 1 if one_by_one or last is None else min(BLOCK, same, request.limit - done)
-        rules = request.maker.rules(texts, done)
+        count = 1 if one_by_one or last is None else min(BLOCK, request.maker.steps_without_change(done))
+        read = np.concatenate(blocks, axis=1) if request.stepwise else blocks[0]
+        asked = [None if end else row for row, end in enumerate(ended.tolist())]
+        rules = request.maker.rules(texts, done, request.allowed(engine, read, asked))
         noise = keys.of_steps(done, count)
-        if done == 0 and generation.forced_bos_token_id is not None:
-            block = np.full((len(texts), 1), generation.forced_bos_token_id)
-        elif last is None or one_by_one:
+        if last is None or one_by_one:
             if last is not None:
                 engine.feed(last)
             if "logits" in record:
-                record["logits"].append(engine.logits)
+                record["logits"].append(engine.recorded())
             if request.processors:
-                engine.process(request.processors, np.concatenate(blocks, axis=1))
+                engine.process(request.processors, read)
             if "scores" in record:
                 record["scores"].append(engine.scores(rules))
             block = engine.select(rules, noise[:, 0])[:, None]
@@ -184,6 +240,10 @@ def steps(
         block = block[:, : longest - done]
         done += block.shape[1]
         blocks.append(block)
+        if lengths is not None:
+            lengths[:] = [len(text) - begin for text, begin in zip(texts, begins, strict=True)]
+        if request.stepwise:
+            ended |= request.stopped(engine, np.concatenate(blocks, axis=1), record)
         yield block
 
 

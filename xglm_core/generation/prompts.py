@@ -52,7 +52,7 @@ class Prompts:
                 other padding, but see `without`.
             inputs_embeds: [rows, length, d_model], in place of ids, without what a cache holds.
             past: positions that a given cache holds.
-            past_rows: rows of that cache; None if there is none.
+            past_rows: rows of that cache, one of which serves all prompts; None if there is none.
             past_mask: the mask of these [rows, past], or None.
 
         Raises:
@@ -81,7 +81,7 @@ class Prompts:
                     f"input_ids has {length} columns, of which past_key_values holds {past}; expected all of the text, "
                     "and at least one token that was not read yet"
                 )
-        if past_rows is not None:
+        if past_rows not in (None, 1):
             check_cache_batch(past_rows, rows)
         if attention_mask is None:
             mask = np.ones((rows, length), np.int64)
@@ -158,6 +158,17 @@ class Prompts:
             tokens[row, length - len(kept) :] = kept
             mask[row, length - len(kept) :] = 1
         return tokens, np.concatenate([self.mask[:, : self.past], mask], axis=1)
+
+    def places(self, multiple: int) -> tuple[np.ndarray, int]:
+        """Where `left_padded` puts the positions of `mask`.
+
+        Returns:
+            Places int64 [rows, past + length], 0 of padding; and how many there are.
+        """
+        _, mask = self.left_padded(multiple, 0)
+        result = np.zeros_like(self.mask)
+        result[self.mask != 0] = np.nonzero(mask)[1]  # Row by row, in order.
+        return result, mask.shape[1]
 
 
 def rounded_up(count: int, multiple: int) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
+
+# A user's function: the number of a prompt and its tokens so far [length] -> the ids that may follow.
+PrefixFunction = Callable[[int, Any], Any]
 
 _LEAST_WIDTH = 8  # Of the array of banned ids; its width is a power of two, so that few programs are compiled.
 
@@ -21,24 +25,31 @@ class Rules:
     In this order, as in transformers:
 
     1. log-softmax, if `normalized`;
-    2. of ids that the text contains, positive scores are divided by `repetition_penalty`, negative ones multiplied;
-    3. banned ids get minus infinity;
-    4. if `sample`: division by `temperature`, then only the `top_k` likeliest, of these those that make up `top_p`, of
-       these those within `min_p`, of these those that make up `typical_p`; then the Gumbel noise of the row's key is
-       added (see `xglm_core.generation.randomness`).
+    2. `bias` is added, or takes the place of the scores if `forced`;
+    3. of ids that the text contains, positive scores are divided by `repetition_penalty`, negative ones multiplied;
+    4. banned ids get minus infinity;
+    5. if `sample`: division by `temperature`, then only the `top_k` likeliest, of these those that make up `top_p`, of
+       these those within `min_p`, of these those that make up `typical_p`;
+    6. log-softmax, if `renormalized`;
+    7. if `sample`: the Gumbel noise of the row's key is added (see `xglm_core.generation.randomness`).
 
     Then the largest is chosen.
 
     Attributes:
         banned: ids, int32 [rows, width]; `vocab_size` where there is none.
-        normalized: whether scores are log-probabilities, as beams need them.
+        bias: float32 [rows or 1, vocab_size]; None for none.
+        forced: whether the model has no say.
+        normalized, renormalized: whether scores are log-probabilities, as beams need them, at first and at last.
         repetition_penalty, sample, temperature, top_k, top_p, min_p, typical_p: see `GenerationConfig`; `top_k` and
             `min_p` are 0 for no limit.
         least: candidates that no limit takes away, so that each beam can go on.
     """
 
     banned: np.ndarray
+    bias: np.ndarray | None = None
+    forced: bool = False
     normalized: bool = False
+    renormalized: bool = False
     repetition_penalty: float = 1.0
     sample: bool = False
     temperature: float = 1.0
@@ -65,60 +76,100 @@ class RuleMaker:
     Args:
         generation: the options.
         config: the model's configuration.
+        columns: those of the prompts.
+        limit: most new tokens.
 
     Raises:
         InputError: an id is outside the vocabulary, or nothing is left to generate.
     """
 
-    def __init__(self, generation: GenerationConfig, config: XGLMConfig) -> None:
+    def __init__(self, generation: GenerationConfig, config: XGLMConfig, columns: int, limit: int) -> None:
         self._generation = generation
         self._vocab_size = config.vocab_size
         words = [tuple(word) for word in generation.bad_words_ids or ()]
         # As in transformers: the end of the text is no bad word.
         words = [word for word in words if word not in {(number,) for number in generation.eos_ids}]
+        first = () if generation.forced_bos_token_id is None else (generation.forced_bos_token_id,)
         for name, numbers in (
             ("eos_token_id", generation.eos_ids),
             ("suppress_tokens", generation.suppress_tokens or ()),
+            ("begin_suppress_tokens", generation.begin_suppress_tokens or ()),
             ("bad_words_ids", [number for word in words for number in word]),
-            ("forced_bos_token_id", [number for number in (generation.forced_bos_token_id,) if number is not None]),
+            ("sequence_bias", [number for word in generation.biases for number in word]),
+            ("forced_bos_token_id", first),
+            ("forced_eos_token_id", generation.last_ids),
             ("pad_token_id", [generation.filler]),
         ):
             for number in numbers:
                 if not 0 <= number < config.vocab_size:
                     raise InputError(f"{name} has {number}, expected ids from 0 to {config.vocab_size - 1}")
-        self._always = {*(generation.suppress_tokens or ()), *(word[0] for word in words if len(word) == 1)}
+        # Whatever the options say: no text has these.
+        no_tokens = range(config.vocab_size - config.padding_rows, config.vocab_size)
+        self._always = {
+            *no_tokens,
+            *(generation.suppress_tokens or ()),
+            *(word[0] for word in words if len(word) == 1),
+        }
         self._sequences = [word for word in words if len(word) > 1]
         if len(self._always) >= config.vocab_size:
             raise InputError("suppress_tokens and bad_words_ids hold all ids of the vocabulary, so none can follow")
+        self._biased_sequences = [(word, bias) for word, bias in generation.biases.items() if len(word) > 1]
+        self._bias = np.zeros((1, config.vocab_size), np.float32) if generation.biases else None
+        for word, bias in generation.biases.items():
+            if self._bias is not None and len(word) == 1:
+                self._bias[0, word[0]] = bias
+        self._least = generation.least_tokens(columns)
+        if self._least > limit:
+            raise InputError(
+                f"min_length is {generation.min_length}, but the text has at most {columns + limit} columns"
+            )
+        # By the number of new tokens so far: what each row gets next, and what none may begin with.
+        self._forced = {0: first} if first else {}
+        if generation.last_ids:
+            self._forced[limit - 1] = generation.last_ids
+        unwanted = generation.begin_suppress_tokens
+        self._at_begin = {len(first): {*unwanted}} if unwanted else {}
+        around = [step + more for step in (*self._at_begin, *self._forced) for more in (0, 1)]
+        self._changes = {self._least, limit, *around}
 
     @property
     def depend_on_text(self) -> bool:
         """Whether the rules may change with each token."""
-        return bool(self._sequences) or self._generation.no_repeat_ngram_size > 0
+        return bool(self._sequences or self._biased_sequences) or self._generation.no_repeat_ngram_size > 0
 
-    def steps_without_change(self, generated: int) -> int | None:
-        """After so many new tokens, the number of steps for which the rules stay the same; None for all."""
-        if self.depend_on_text:
-            return 1
-        left = self._generation.min_new_tokens - generated
-        return left if left > 0 else None
+    def steps_without_change(self, generated: int) -> int:
+        """After so many new tokens, fewer than the most, the number of steps for which the rules stay the same."""
+        return 1 if self.depend_on_text else min(step for step in self._changes if step > generated) - generated
 
-    def rules(self, texts: Sequence[Sequence[int]], generated: int) -> Rules:
+    def rules(
+        self, texts: Sequence[Sequence[int]], generated: int, allowed: Sequence[np.ndarray] | None = None
+    ) -> Rules:
         """The rules of a step.
 
         Args:
             texts: the tokens of each row so far, prompt included.
             generated: how many of them are new.
+            allowed: the ids that each row may get; None for all.
         """
-        generation = self._generation
-        common = self._always | ({*generation.eos_ids} if generated < generation.min_new_tokens else set())
-        banned = [sorted(common | {*self._banned_after(text)}) for text in texts]
+        generation, forced = self._generation, self._forced.get(generated)
+        bias: np.ndarray | None
+        banned: list[list[int]]
+        if forced:
+            bias, banned = self._only([np.array(forced)]), [[]] * len(texts)
+        else:
+            bias, banned = self._bias_after(texts), self._banned(texts, generated)
+            if allowed is not None:
+                only = self._only(allowed)
+                bias = only if bias is None else bias + only
         # As in transformers: of each beam one more than may end.
         least = max(2, 1 + len(generation.eos_ids)) if generation.num_beams > 1 else 1
         top_k = max(generation.top_k, least) if generation.top_k else 0
         return Rules(
             banned=self._padded(banned),
+            bias=bias,
+            forced=forced is not None,
             normalized=generation.num_beams > 1,
+            renormalized=generation.renormalize_logits,
             repetition_penalty=float(generation.repetition_penalty),
             sample=generation.do_sample,
             temperature=float(generation.temperature),
@@ -129,10 +180,16 @@ class RuleMaker:
             least=least,
         )
 
+    def _banned(self, texts: Sequence[Sequence[int]], generated: int) -> list[list[int]]:
+        common = self._always | self._at_begin.get(generated, set())
+        if generated < self._least:
+            common |= {*self._generation.eos_ids}
+        return [sorted(common | {*self._banned_after(text)}) for text in texts]
+
     def _banned_after(self, text: Sequence[int]) -> Iterator[int]:
         """What may not follow a text."""
         for *begin, last in self._sequences:
-            if len(text) >= len(begin) and [*text[len(text) - len(begin) :]] == begin:
+            if _ends_with(text, begin):
                 yield last
         size = self._generation.no_repeat_ngram_size
         if size and len(text) >= size:
@@ -141,6 +198,24 @@ class RuleMaker:
                 if [*text[place : place + size - 1]] == end:
                     yield text[place + size - 1]
 
+    def _bias_after(self, texts: Sequence[Sequence[int]]) -> np.ndarray | None:
+        """What to add to the scores of all ids, float32 [rows or 1, vocab_size]."""
+        if self._bias is None or not self._biased_sequences:
+            return self._bias
+        result = np.repeat(self._bias, len(texts), axis=0)
+        for (*begin, last), bias in self._biased_sequences:
+            for row, text in zip(result, texts, strict=True):
+                if _ends_with(text, begin):
+                    row[last] += bias
+        return result
+
+    def _only(self, allowed: Sequence[np.ndarray]) -> np.ndarray:
+        """The bias that allows some ids of each row alone."""
+        result = np.full((len(allowed), self._vocab_size), -np.inf, np.float32)
+        for row, numbers in zip(result, allowed, strict=True):
+            row[numbers] = 0
+        return result
+
     def _padded(self, banned: Sequence[Sequence[int]]) -> np.ndarray:
         widest = max(map(len, banned))
         width = max(_LEAST_WIDTH, 1 << (widest - 1).bit_length()) if widest else 0
@@ -148,3 +223,34 @@ class RuleMaker:
         for row, numbers in zip(result, banned, strict=True):
             row[: len(numbers)] = numbers
         return result
+
+
+def allowed_ids(function: PrefixFunction, ids: Any, prompts: Sequence[int | None], vocab_size: int) -> list[np.ndarray]:
+    """The ids that the user's function allows each row.
+
+    Args:
+        function: of the number of a prompt and the tokens so far [length].
+        ids: the tokens so far, the framework's tensor [rows, length].
+        prompts: the number of each row's prompt; None if it does not matter what the row gets.
+        vocab_size: how many ids there are.
+
+    Raises:
+        InputError: the function returns something else than ids of the vocabulary.
+    """
+    result = []
+    for row, prompt in enumerate(prompts):
+        found: Any = [0] if prompt is None else function(prompt, ids[row])
+        try:
+            numbers = np.array(found.tolist() if hasattr(found, "tolist") else list(found), np.int64)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"prefix_allowed_tokens_fn returned a {type(found).__name__} for prompt {prompt}, expected ids"
+            ) from None
+        if ((numbers < 0) | (numbers >= vocab_size)).any():
+            raise InputError(f"prefix_allowed_tokens_fn returned ids for prompt {prompt} beyond 0 to {vocab_size - 1}")
+        result.append(numbers)
+    return result
+
+
+def _ends_with(text: Sequence[int], end: Sequence[int]) -> bool:
+    return len(text) >= len(end) and [*text[len(text) - len(end) :]] == [*end]

@@ -1,11 +1,16 @@
-"""Strings that end a text."""
+"""What ends a text before its end: strings, and functions of the user."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from xglm_core.errors import InputError
+
+# A user's function: the tokens so far [rows, length], and the scores so far or None -> whether to end, for all or each.
+Criterion = Callable[[Any, Any], Any]
 
 
 class StopStrings:
@@ -44,3 +49,30 @@ class StopStrings:
     def _decode(self, ids: Sequence[int]) -> str:
         decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded
+
+
+def stopped(criteria: Sequence[Criterion], ids: Any, scores: tuple[Any, ...] | None) -> np.ndarray:
+    """Which rows some of the user's functions end.
+
+    Args:
+        criteria: the functions.
+        ids: the tokens so far, the framework's tensor [rows, length].
+        scores: what each step chose from, if it is recorded.
+
+    Returns:
+        bool [rows].
+
+    Raises:
+        InputError: a function returns something else than a bool or one for each row.
+    """
+    result = np.zeros(ids.shape[0], bool)
+    for place, criterion in enumerate(criteria):
+        found = criterion(ids, scores)
+        values = np.asarray(found.tolist() if hasattr(found, "tolist") else found)  # Wherever a tensor is.
+        if values.dtype != bool or values.shape not in ((), result.shape):
+            raise InputError(
+                f"stopping_criteria[{place}] returned {values.dtype} {list(values.shape)}, expected True or False, or "
+                f"one of them for each row [{len(result)}]"
+            )
+        result |= values
+    return result
