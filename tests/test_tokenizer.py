@@ -223,10 +223,8 @@ class TestBatches:
             tokenizer(self.TEXTS, return_tensors="np")
         with pytest.raises(InputError, match="padding is 'most', expected True, False, 'longest' or 'max_length'"):
             tokenizer("a", padding="most")
-        with pytest.raises(
-            InputError, match="padding needs max_length, as the tokenizer's model_max_length is not set"
-        ):
-            tokenizer("a", padding="max_length")
+        with pytest.warns(UserWarning, match="padding has no effect without max_length, as the tokenizer's model_max_"):
+            assert tokenizer("a", padding="max_length") == tokenizer("a")
         with pytest.raises(InputError, match="padding_side is 'top', expected 'right' or 'left'"):
             tokenizer("a", padding=True, padding_side="top")
         with pytest.raises(InputError, match="return_tensors is 'mlx', expected None, 'np', 'pt', 'tf' or 'jax'"):

@@ -29,5 +29,9 @@ class InputError(XGLMError, ValueError):
     """An argument of a call is outside what the model can compute."""
 
 
+class InputTypeError(InputError, TypeError):
+    """An argument of a call is of a type that it cannot have."""
+
+
 class BackendError(XGLMError, ImportError):
     """A framework or an optional package is not installed or cannot be used."""

@@ -107,7 +107,7 @@ def _read_texts(checkpoint: str, revision: str | None, texts: Sequence[str]) -> 
         tokenizer = XGLMTokenizer.from_pretrained(checkpoint, revision=revision)
     except XGLMError as error:
         raise InputError(f"{error}; a checkpoint without a tokenizer takes --ids in place of --text") from None
-    batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="np")
+    batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="np", verbose=False)
 
     def show(row: int, ids: np.ndarray) -> str:
         # The text as the user wrote it: decoding loses what the vocabulary does not know.

@@ -160,7 +160,7 @@ class _Continuer:
 
     def _inputs(self, prompts: list[str]) -> dict[str, np.ndarray]:
         return self._tokenizer(
-            prompts, padding=True, padding_side="left", return_tensors="np", newline=self._newline
+            prompts, padding=True, padding_side="left", return_tensors="np", newline=self._newline, verbose=False
         ).data
 
     def _new_tokens(self, inputs: dict[str, np.ndarray]) -> np.ndarray:

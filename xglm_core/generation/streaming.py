@@ -23,7 +23,11 @@ class GrowingText:
 
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True, newline: str | None = None) -> None:
         self._tokenizer = tokenizer
-        self._options = {"skip_special_tokens": skip_special_tokens, "newline": newline}
+        self._options = {
+            "skip_special_tokens": skip_special_tokens,
+            "newline": newline,
+            "clean_up_tokenization_spaces": False,  # Which would change what was returned already.
+        }
         self._ids: list[int] = []
         self._text = ""
 

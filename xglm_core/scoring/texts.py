@@ -164,7 +164,7 @@ def encode(config: XGLMConfig, tokenizer: Tokenizer, item: Item, newline: str | 
         raise InputError(f"{where}: the {name} is empty, expected at least one token")
     text, context = "".join(parts), "".join(parts[:-1])
     try:
-        row = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, newline=newline)
+        row = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, newline=newline, verbose=False)
         check_input_ids(np.asarray([row.input_ids or [0]]), config)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -49,6 +49,16 @@ class AddedToken:
             raise InputError(f"a token is {token!r:.80}, expected a string that is not empty")
         return cls(**{**values, "special": bool(values["special"] or special)})
 
+    def __str__(self) -> str:
+        return self.content
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all is equal; the `tokenizers` library's tokens compare, too."""
+        try:
+            return all(getattr(other, name) == getattr(self, name) for name in _DEFAULTS)
+        except AttributeError:
+            return NotImplemented
+
     def as_json(self) -> dict[str, Any]:
         """Its description in a file."""
         return asdict(self)
@@ -61,7 +71,7 @@ class TokenFinder:
     """Finds tokens in texts: of those that begin at one place the longest one, but whole words before others.
 
     Args:
-        tokens: the tokens and their ids; there is one at least.
+        tokens: the tokens and their ids.
     """
 
     def __init__(self, tokens: Iterable[tuple[AddedToken, int]]) -> None:
@@ -75,8 +85,8 @@ class TokenFinder:
         pattern = _longest_of(others) if others else ""
         if words:
             pattern = "|".join(filter(None, [rf"(?<!\w)(?:{_longest_of(words)})(?!\w)", pattern]))
-        self._tokens = re.compile(pattern)
-        self._tokens_and_breaks = re.compile(f"{pattern}|{_LINE_BREAKS}")
+        self._tokens = re.compile(pattern or "(?!)")  # Which is found nowhere.
+        self._tokens_and_breaks = re.compile("|".join(filter(None, [pattern, _LINE_BREAKS])))
 
     def may_find(self, text: str, *, line_breaks: bool) -> bool:
         """Whether it is worth to look: several times faster than looking."""

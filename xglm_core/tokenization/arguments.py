@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,17 +22,20 @@ def one_of(argument: str, value: Any, expected: tuple[str, ...]) -> str:
     return str(value)
 
 
+def warn(message: str) -> None:
+    """Warns, at the line outside this package that called it."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("xglm_core."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 def as_batch(text: Any, text_pair: Any, words: bool) -> tuple[Sequence[Any], Sequence[Any] | None, bool]:
     """The texts, the second texts of pairs or None, and whether a single text was given."""
     single = not isinstance(text, list | tuple) or bool(words and text and isinstance(text[0], str))
     texts = [text] if single else text
     pairs = None if text_pair is None else [text_pair] if single else text_pair
-    if (
-        pairs is None
-        and not words
-        and texts
-        and all(isinstance(item, list | tuple) and len(item) == 2 for item in texts)
-    ):
+    if pairs is None and texts and all(_is_pair(item, words) for item in texts):
         texts, pairs = [first for first, _ in texts], [second for _, second in texts]
     if pairs is not None and (not isinstance(pairs, list | tuple) or len(pairs) != len(texts)):
         raise InputError(f"text_pair is {text_pair!r:.80}, expected a second text for each of {len(texts)}")
@@ -38,6 +43,13 @@ def as_batch(text: Any, text_pair: Any, words: bool) -> tuple[Sequence[Any], Seq
         if not isinstance(item, list | tuple):
             raise InputError(f"is_split_into_words: a text is {item!r:.80}, expected a list of words")
     return texts, pairs, single
+
+
+def _is_pair(item: Any, words: bool) -> bool:
+    """Whether an item of a batch is two texts."""
+    if not isinstance(item, list | tuple) or len(item) != 2:
+        return False
+    return not words or all(isinstance(text, list | tuple) for text in item)
 
 
 def as_lists(value: Any) -> Any:

@@ -19,7 +19,13 @@ Span = tuple[int, int]  # Begin and end [tokens].
 STRATEGIES = ("longest_first", "only_first", "only_second")
 
 # What stands for a special token that is added, and for padding, apart from ids.
-SPECIAL = {"offset_mapping": (0, 0), "word_ids": None, "special_tokens_mask": 1, "token_type_ids": 0}
+SPECIAL = {
+    "offset_mapping": (0, 0),
+    "word_ids": None,
+    "sequence_ids": None,
+    "special_tokens_mask": 1,
+    "token_type_ids": 0,
+}
 PADDING = SPECIAL | {"attention_mask": 0}
 
 

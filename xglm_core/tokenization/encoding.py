@@ -10,19 +10,39 @@ import numpy as np
 
 from xglm_core.backends import require_frameworks
 from xglm_core.errors import InputError
+from xglm_core.tokenization.alignment import CharSpan, Encoding, TokenSpan
 
 
 class BatchEncoding(dict[str, Any]):
     """The inputs of a model, for `model(**inputs)`; `inputs["input_ids"]` is `inputs.input_ids`, too.
 
+    `inputs[0]` is the first row as an `Encoding`, `inputs[:2]` the first two rows of each input. What an `Encoding`
+    tells is looked up when it is first asked for, so calls that do not ask do not pay for it. The methods below take a
+    row and a place in it, or a place in the first row alone.
+
     Args:
         values: the inputs.
-        word_ids: for each row, the word that each token belongs to, None for special tokens.
+        encodings: gives the rows; or they themselves.
+        tensor_type: see `convert_to_tensors`.
     """
 
-    def __init__(self, values: dict[str, Any], word_ids: list[list[int | None]] | None = None) -> None:
+    def __init__(
+        self,
+        values: dict[str, Any],
+        encodings: list[Encoding] | Callable[[], list[Encoding]] | None = None,
+        tensor_type: str | None = None,
+    ) -> None:
         super().__init__(values)
-        self._word_ids = word_ids
+        self._encodings = encodings
+        if tensor_type is not None:
+            self.convert_to_tensors(tensor_type)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        if isinstance(key, slice):
+            return {name: value[key] for name, value in self.items()}
+        return self._row(key)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -31,24 +51,117 @@ class BatchEncoding(dict[str, Any]):
             raise AttributeError(f"this BatchEncoding has no {name!r}, only {', '.join(self)}") from None
 
     def __reduce__(self) -> Any:
-        return BatchEncoding, (dict(self), self._word_ids)
+        return BatchEncoding, (dict(self), self._encodings if isinstance(self._encodings, list) else None)
 
     @property
     def data(self) -> dict[str, Any]:
         """The inputs as a plain dictionary."""
         return dict(self)
 
+    @property
+    def encodings(self) -> list[Encoding] | None:
+        """The rows, token by token; None if they are not known."""
+        if callable(self._encodings):
+            self._encodings = self._encodings()
+        return self._encodings
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether `encodings` are known: both tokenizers give them."""
+        return self._encodings is not None
+
+    @property
+    def n_sequences(self) -> int | None:
+        """Number of texts in a row, 1 or 2; None if that is not known."""
+        return self.encodings[0].n_sequences if self.encodings else None
+
+    def tokens(self, batch_index: int = 0) -> list[str]:
+        """The tokens of a row."""
+        return self._row(batch_index).tokens
+
+    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
+        """The text of a pair that each token of a row belongs to, None for added tokens and padding."""
+        return self._row(batch_index).sequence_ids
+
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """The word that each token of a row belongs to, None for special tokens and padding.
+        """The word that each token of a row belongs to, None for added tokens and padding.
+
+        Words are those that were given with `is_split_into_words`, or what spaces and added tokens divide.
+        """
+        return self._row(batch_index).word_ids
+
+    words = word_ids
+
+    def token_to_sequence(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
+        """See `Encoding`."""
+        row, place = self._place(batch_or_token_index, token_index)
+        return row.token_to_sequence(place)
+
+    def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
+        """See `Encoding`."""
+        row, place = self._place(batch_or_token_index, token_index)
+        return row.token_to_word(place)
+
+    def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> CharSpan | None:
+        """See `Encoding`."""
+        row, place = self._place(batch_or_token_index, token_index)
+        return row.token_to_chars(place)
+
+    def char_to_token(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """See `Encoding`."""
+        row, place = self._place(batch_or_char_index, char_index)
+        return row.char_to_token(place, sequence_index)
+
+    def char_to_word(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """See `Encoding`."""
+        row, place = self._place(batch_or_char_index, char_index)
+        return row.char_to_word(place, sequence_index)
+
+    def word_to_tokens(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> TokenSpan | None:
+        """See `Encoding`."""
+        row, place = self._place(batch_or_word_index, word_index)
+        return row.word_to_tokens(place, sequence_index)
+
+    def word_to_chars(
+        self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
+    ) -> CharSpan | None:
+        """See `Encoding`."""
+        row, place = self._place(batch_or_word_index, word_index)
+        return row.word_to_chars(place, sequence_index)
+
+    def _place(self, row: int, place: int | None) -> tuple[Encoding, int]:
+        """A row and a place in it; of one number alone, the row is the first one."""
+        return (self._row(0), row) if place is None else (self._row(row), place)
+
+    def _row(self, number: int) -> Encoding:
+        if self.encodings is None:
+            raise InputError(
+                "tokens and words are known of what a tokenizer has returned for texts, not after pad or pickling"
+            )
+        return self.encodings[number]
+
+    def convert_to_tensors(self, tensor_type: str | None = None, prepend_batch_axis: bool = False) -> Self:
+        """Makes tensors of lists, in place; returns itself.
+
+        Args:
+            tensor_type: "np", "pt", "tf" or "jax"; None leaves the lists.
+            prepend_batch_axis: whether the lists are one row.
 
         Raises:
-            InputError: the text was not split into words.
+            InputError: see `return_tensors` of a call.
         """
-        if self._word_ids is None:
-            raise InputError("word_ids: the text was not split into words; pass words and is_split_into_words=True")
-        return self._word_ids[batch_index]
+        if tensor_type is not None:
+            columns = {name: [value] if prepend_batch_axis else value for name, value in self.items()}
+            self.update(as_tensors(columns, tensor_type))
+        return self
 
-    def to(self, device: Any) -> Self:
+    def to(self, device: Any, *, non_blocking: bool = False) -> Self:
         """Moves PyTorch's tensors to a device, in place; returns itself.
 
         Raises:
@@ -57,7 +170,7 @@ class BatchEncoding(dict[str, Any]):
         for name, value in self.items():
             if not hasattr(value, "to"):
                 raise InputError(f"{name} is a {type(value).__name__}, which moves nowhere; use return_tensors='pt'")
-            self[name] = value.to(device)
+            self[name] = value.to(device, non_blocking=non_blocking)
         return self
 
 
@@ -74,12 +187,12 @@ def as_tensors(columns: dict[str, list[Any]], return_tensors: str) -> dict[str, 
         BackendError: the framework is not installed.
     """
     to_tensor = _tensor_maker(return_tensors)
-    lengths = sorted({len(row) for row in columns["input_ids"]})
-    if len(lengths) > 1:
-        raise InputError(
-            f"the texts have {lengths[0]} to {lengths[-1]} tokens, so they fit no tensor; use padding=True"
-        )
-    arrays = {name: np.array(rows, np.int64) for name, rows in columns.items()}
+    for name, rows in columns.items():
+        lengths = sorted({len(row) for row in rows if isinstance(row, list)})
+        if len(lengths) > 1:
+            what = "the texts have" if name == "input_ids" else f"{name} has rows of"
+            raise InputError(f"{what} {lengths[0]} to {lengths[-1]} tokens, so they fit no tensor; use padding=True")
+    arrays = {name: _as_array(name, rows) for name, rows in columns.items()}
     for name, rows in columns.items():
         if not rows:  # Keeps the two axes where there is no row.
             arrays[name] = arrays[name].reshape(0, 0)
@@ -108,6 +221,15 @@ def as_ids(ids: Any, vocab_size: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
+def _as_array(name: str, rows: list[Any]) -> np.ndarray:
+    """Integers as int64, other numbers as float32."""
+    try:
+        array = np.array(rows)
+        return array.astype(np.float32 if array.dtype.kind == "f" and array.size else np.int64)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} is {rows!r:.80}, which is no tensor of numbers") from None
+
+
 def _tensor_maker(name: str) -> Callable[[np.ndarray], Any]:
     """The function that makes a tensor from an array; imports the framework that `name` asks for, and no other."""
     if name == "np":
@@ -119,9 +241,19 @@ def _tensor_maker(name: str) -> Callable[[np.ndarray], Any]:
     if name == "tf":
         require_frameworks("tf")
         tf: Any = importlib.import_module("tensorflow")
-        return lambda array: tf.constant(array, dtype=tf.int32)
+        return lambda array: tf.constant(array, dtype=tf.float32 if array.dtype.kind == "f" else tf.int32)
     if name == "jax":
         require_frameworks("flax")
         jnp: Any = importlib.import_module("jax.numpy")
-        return lambda array: jnp.asarray(array, dtype=jnp.int32)
+        return lambda array: jnp.asarray(array, dtype=jnp.float32 if array.dtype.kind == "f" else jnp.int32)
     raise InputError(f"return_tensors is {name!r}, expected None, 'np', 'pt', 'tf' or 'jax'")
+
+
+def tensor_type(value: Any) -> str | None:
+    """The argument `return_tensors` that gives what `value` is, or a list begins with; None for lists."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    if not getattr(value, "ndim", 0):
+        return None
+    kinds = {"numpy": "np", "torch": "pt", "tensorflow": "tf", "jaxlib": "jax", "jax": "jax"}
+    return kinds.get(type(value).__module__.partition(".")[0])

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xglm_core.errors import CheckpointError, InputError
+from xglm_core.errors import InputError
 from xglm_core.tokenization.base import TOKENIZER_FILE, VOCAB_FILE, Tokenizer
-from xglm_core.tokenization.tokenizer_json import make_tokenizer
+from xglm_core.tokenization.sentencepiece import XGLMTokenizer
 from xglm_core.tokenization.vocabulary_file import VocabularyFile
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ class XGLMTokenizerFast(Tokenizer):
 
     SentencePiece divides the texts here, too. The `tokenizers` library adds scores in float64 where SentencePiece does
     in float32, so it divides "cececece" elsewhere than SentencePiece, depending on what precedes it; its normaliser
-    leaves Korean and Vietnamese in NFD apart; and it is several times slower (`bench/tokenizers.py`). It reads and
-    writes the file, and `backend_tokenizer` is its tokenizer.
+    leaves Korean and Vietnamese in NFD apart; and it is several times slower (`bench/tokenizers.py`). For
+    those who want its ids, `backend_tokenizer` is its tokenizer.
 
     Args:
         vocab_file: the SentencePiece model; not needed beside `tokenizer_file`.
@@ -34,6 +34,7 @@ class XGLMTokenizerFast(Tokenizer):
     """
 
     is_fast = True
+    slow_tokenizer_class = XGLMTokenizer
     _vocabulary_names = (TOKENIZER_FILE, VOCAB_FILE)
 
     def __init__(
@@ -69,12 +70,6 @@ class XGLMTokenizerFast(Tokenizer):
             return {"vocab_file": published, "tokenizer_file": None}
         return {"vocab_file": published if published.exists() else None, "tokenizer_file": other}
 
-    def _vocabulary_files(self) -> dict[str, bytes]:
-        files = {TOKENIZER_FILE: self.backend_tokenizer.to_str().encode()}
-        if self._file.published is not None:
-            files[VOCAB_FILE] = self._file.published
-        return files
-
     @property
     def backend_tokenizer(self) -> tokenizers.Tokenizer:
         """A new tokenizer of the `tokenizers` library with this vocabulary, in the form of the published file.
@@ -84,7 +79,6 @@ class XGLMTokenizerFast(Tokenizer):
         Raises:
             CheckpointError: that form cannot express the vocabulary.
         """
-        try:
-            return make_tokenizer(self.vocabulary.model, self.vocabulary.added, self.sep_token)
-        except ValueError as error:
-            raise CheckpointError(f"{self._file.path}: {error}") from None
+        from tokenizers import Tokenizer as TheirTokenizer
+
+        return TheirTokenizer.from_str(self._tokenizer_json().decode())

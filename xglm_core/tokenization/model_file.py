@@ -140,6 +140,13 @@ def unigram_model(pieces: Iterable[Piece], charsmap: bytes, *, dummy_prefix: boo
     return b"".join([*map(_piece_field, pieces), bytes_field(_TRAINER, trainer), bytes_field(_NORMALIZER, normalizer)])
 
 
+def with_dummy_prefix(model: bytes, dummy_prefix: bool | None) -> bytes:
+    """A model that puts a space before each text, or does not; None leaves that as it is."""
+    if dummy_prefix is None:
+        return model
+    return model + bytes_field(_NORMALIZER, int_field(_DUMMY_PREFIX, dummy_prefix))  # What comes last, counts.
+
+
 def _cut(model: bytes, places: set[int]) -> tuple[list[Piece], bytes]:
     """The pieces at some places of a model, and the bytes of all the rest."""
     pieces: list[Piece] = []

@@ -34,6 +34,10 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     settings = _read_object(folder / CONFIG_FILE)
     roles = _read_object(folder / _ROLES_FILE)
     settings = {**roles, **settings} if "added_tokens_decoder" in settings else {**settings, **roles}
+    # Version 5 of transformers calls them so.
+    extra = settings.pop("extra_special_tokens", None)
+    if extra and "additional_special_tokens" not in settings:
+        settings["additional_special_tokens"] = [*extra.values()] if isinstance(extra, dict) else extra
     added = settings.get("added_tokens_decoder") or {}
     if not isinstance(added, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE}: added_tokens_decoder is no object")
@@ -46,23 +50,43 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return settings
 
 
-def settings_files(tokenizer: Any) -> dict[str, bytes]:
-    """The content of the files by name; `read_settings` reads the same tokenizer from them."""
+def settings_files(tokenizer: Any, *, added: bool = True) -> dict[str, bytes]:
+    """The content of the files by name; `read_settings` reads the same tokenizer from them.
+
+    Args:
+        tokenizer: whose settings.
+        added: whether special and added tokens are among them.
+    """
     values = {
         "additional_special_tokens": tokenizer.additional_special_tokens,
-        **tokenizer.init_kwargs,
-        **{role: getattr(tokenizer, role) for role in ROLES},
+        **{name: value for name, value in tokenizer.init_kwargs.items() if name not in ROLES},
+        **{role: getattr(tokenizer, role) for role in ROLES if role != "mask_token"},
         "tokenizer_class": type(tokenizer).__name__,
     }
     # Absent from the published files unless they differ from what these take for granted.
-    usual = {"padding_side": "right", "truncation_side": "right", "newline": "space", "model_max_length": NO_LIMIT}
+    usual = {
+        "mask_token": None,
+        "padding_side": "right",
+        "truncation_side": "right",
+        "newline": "space",
+        "model_max_length": NO_LIMIT,
+        "model_input_names": type(tokenizer).model_input_names,
+        "split_special_tokens": False,
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": None,
+    }
     for name, value in usual.items():
         if getattr(tokenizer, name) != value:
             values[name] = getattr(tokenizer, name)
+    if not added:
+        return {CONFIG_FILE: _as_json(values)}
+    # Here are the flags of special tokens; the other places name them alone.
+    values["added_tokens_decoder"] = {
+        str(number): token.as_json() for number, token in tokenizer.added_tokens_decoder.items()
+    }
     files = {_ROLES_FILE: tokenizer.special_tokens_map}
-    if added := tokenizer.vocabulary.added:
-        values["added_tokens_decoder"] = {str(number): token.as_json() for number, token in added.items()}
-        files[_ADDED_FILE] = tokenizer.get_added_vocab()
+    if behind := tokenizer.vocabulary.added:
+        files[_ADDED_FILE] = {token.content: number for number, token in behind.items()}
     return {name: _as_json(value) for name, value in {CONFIG_FILE: values, **files}.items()}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from xglm_core.errors import InputError
 from xglm_core.tokenization.added_tokens import AddedToken
 from xglm_core.tokenization.vocabulary import Vocabulary
 
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class _Token:
@@ -58,13 +59,14 @@ class SpecialTokens:
         additional: special tokens without a role.
     """
 
-    bos_token, eos_token, unk_token, sep_token, pad_token, cls_token = (_Token() for _ in ROLES)
-    bos_token_id, eos_token_id, unk_token_id, sep_token_id, pad_token_id, cls_token_id = (_Id() for _ in ROLES)
+    bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token = (_Token() for _ in ROLES)
+    bos_token_id, eos_token_id, unk_token_id, sep_token_id = (_Id() for _ in ROLES[:4])
+    pad_token_id, cls_token_id, mask_token_id = (_Id() for _ in ROLES[4:])
 
     def __init__(self, vocabulary: Vocabulary, roles: Mapping[str, Any], additional: Iterable[Any]) -> None:
         self.vocabulary = vocabulary
         self._roles: dict[str, str | None] = dict.fromkeys(ROLES)
-        self.additional_special_tokens: list[str] = []
+        self._additional: list[str] | None = []
         self.add_special_tokens({**roles, "additional_special_tokens": list(additional)})
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
@@ -74,11 +76,13 @@ class SpecialTokens:
             new_tokens: a token or a list of them, as strings or as objects with the attributes of `AddedToken`.
             special_tokens: whether `skip_special_tokens` drops them.
 
+        A string keeps the flags that its token has; an object replaces those of a special token.
+
         Returns:
             How many were not in the vocabulary.
         """
         tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
-        return self.vocabulary.add([AddedToken.of(token, special=special_tokens) for token in tokens])
+        return self.vocabulary.add([self._token(token, special_tokens) for token in tokens])
 
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_additional_special_tokens: bool = True
@@ -93,7 +97,7 @@ class SpecialTokens:
             How many were not in the vocabulary.
 
         Raises:
-            InputError: a role is unknown.
+            InputError: a role is unknown, or additional tokens are no list.
         """
         added = 0
         for role, value in special_tokens_dict.items():
@@ -102,26 +106,61 @@ class SpecialTokens:
                     added += self.add_tokens(value, special_tokens=True)
                 setattr(self, role, value)
             elif role == "additional_special_tokens":
+                if not isinstance(value, list | tuple):
+                    raise InputError(f"{role} is {value!r:.80}, expected a list of tokens")
                 added += self.add_tokens(value, special_tokens=True)
-                earlier = [] if replace_additional_special_tokens else self.additional_special_tokens
-                names = [*earlier, *(AddedToken.of(token).content for token in value)]
-                self.additional_special_tokens = list(dict.fromkeys(names))
+                earlier = [] if replace_additional_special_tokens else self._additional or []
+                self.additional_special_tokens = [*earlier, *value]
             else:
                 raise InputError(f"{role!r} is no role, expected {', '.join(ROLES)} or additional_special_tokens")
         return added
+
+    def sanitize_special_tokens(self) -> int:
+        """Does nothing, as each special token is in the vocabulary already; returns 0."""
+        return 0
 
     @property
     def special_tokens_map(self) -> dict[str, Any]:
         """The tokens by role, without empty ones."""
         tokens: dict[str, Any] = {role: token for role, token in self._roles.items() if token is not None}
-        if self.additional_special_tokens:
-            tokens["additional_special_tokens"] = self.additional_special_tokens
+        if self._additional:
+            tokens["additional_special_tokens"] = [*self._additional]
         return tokens
+
+    @property
+    def special_tokens_map_extended(self) -> dict[str, Any]:
+        """`special_tokens_map`, of `AddedToken`s."""
+        extended = {token.content: token for token in self.added_tokens_decoder.values()}
+        return {
+            role: [extended[token] for token in tokens] if isinstance(tokens, list) else extended[tokens]
+            for role, tokens in self.special_tokens_map.items()
+        }
+
+    _special_tokens_map = special_tokens_map_extended  # Where code written for transformers looks for it.
+
+    @property
+    def additional_special_tokens(self) -> list[str] | None:
+        """Special tokens without a role; setting them to None is setting them to none."""
+        return None if self._additional is None else [*self._additional]
+
+    @additional_special_tokens.setter
+    def additional_special_tokens(self, tokens: Iterable[Any] | None) -> None:
+        names = None if tokens is None else [AddedToken.of(token).content for token in tokens]
+        for name in names or ():
+            if name not in self.vocabulary.special_ids:
+                raise InputError(
+                    f"additional_special_tokens has {name!r}, which is no special token; add_special_tokens adds it"
+                )
+        self._additional = names and list(dict.fromkeys(names))
 
     @property
     def additional_special_tokens_ids(self) -> list[int]:
         """The ids of `additional_special_tokens`."""
-        return [self.vocabulary.special_ids[token] for token in self.additional_special_tokens]
+        return [self.vocabulary.special_ids[token] for token in self._additional or ()]
+
+    @additional_special_tokens_ids.setter
+    def additional_special_tokens_ids(self, ids: Iterable[int]) -> None:
+        self.additional_special_tokens = [self.vocabulary.tokens[number] for number in ids]
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -134,10 +173,28 @@ class SpecialTokens:
         return list(self.vocabulary.special_ids.values())
 
     @property
+    def all_special_tokens_extended(self) -> list[AddedToken]:
+        """`all_special_tokens`, as `AddedToken`s."""
+        return [token for token in self.added_tokens_decoder.values() if token.special]
+
+    @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The tokens that follow those of the vocabulary file, by id."""
-        return dict(self.vocabulary.added)
+        """The special tokens, and those that follow the tokens of the vocabulary file, by id."""
+        return dict(sorted(self.vocabulary.found.items()))
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The ids of these tokens."""
+        return {token.content: number for number, token in self.added_tokens_decoder.items()}
 
     def get_added_vocab(self) -> dict[str, int]:
-        """The ids of the tokens that follow those of the vocabulary file."""
-        return {token.content: number for number, token in self.vocabulary.added.items()}
+        """The ids of these tokens."""
+        return self.added_tokens_encoder
+
+    def _token(self, value: Any, special: bool) -> AddedToken:
+        """A token that is to be added; see `add_tokens`."""
+        if isinstance(value, str) and value:
+            known = self.vocabulary.found.get(self.vocabulary.id_of(value))
+            if known is not None and known.content == value:
+                return replace(known, special=known.special or special)
+        return AddedToken.of(value, special=special)

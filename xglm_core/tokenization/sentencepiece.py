@@ -10,6 +10,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from xglm_core.tokenization.base import TOKENIZER_FILE, VOCAB_FILE, Tokenizer
+from xglm_core.tokenization.model_file import with_dummy_prefix
 from xglm_core.tokenization.vocabulary_file import VocabularyFile
 
 
@@ -66,21 +67,14 @@ class XGLMTokenizer(Tokenizer):
             "pad_token": pad_token,
         }
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
-        kwargs["sp_model_kwargs"] = self.sp_model_kwargs  # Kept for the file.
         super().__init__(VocabularyFile.read(vocab_file), roles, self.sp_model_kwargs, **kwargs)
+        self.init_kwargs["sp_model_kwargs"] = self.sp_model_kwargs
         self.vocab_file = str(vocab_file)
 
     @classmethod
     def _files_of(cls, folder: str | os.PathLike[str]) -> dict[str, Any]:
         published, other = Path(folder) / VOCAB_FILE, Path(folder) / TOKENIZER_FILE
         return {"vocab_file": other if other.exists() and not published.exists() else published}
-
-    def _vocabulary_files(self) -> dict[str, bytes]:
-        return {VOCAB_FILE: self._published}
-
-    @property
-    def _published(self) -> bytes:
-        return self._file.sentencepiece_model(self.vocab_size)
 
     # SentencePiece's own pickling would forget the options.
     def __getstate__(self) -> dict[str, Any]:
@@ -90,5 +84,5 @@ class XGLMTokenizer(Tokenizer):
     def sp_model(self) -> SentencePieceProcessor:
         """The SentencePiece processor of the published file, whose numbers are lower by one than our ids."""
         processor = SentencePieceProcessor(**self.sp_model_kwargs)
-        processor.load_from_serialized_proto(self._published)
+        processor.load_from_serialized_proto(with_dummy_prefix(self._sentencepiece_model(), self.add_prefix_space))
         return processor

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from xglm_core.errors import InputError
+from xglm_core.errors import InputError, InputTypeError
 from xglm_core.tokenization.added_tokens import AddedToken, TokenFinder
+from xglm_core.tokenization.model_file import FIRST_TOKENS, MADEUP_WORDS
 
 _OPTIONS = ("enable_sampling", "nbest_size", "alpha", "num_threads")
 
@@ -31,8 +33,10 @@ class Vocabulary:
         processor: the SentencePiece processor of the model; its numbers are our ids.
         base_size: number of tokens of the model.
         tokens: all tokens, by id.
+        samples: whether the same text may be divided otherwise the next time.
         byte_tokens: those that stand for a byte of a character that is not in the vocabulary.
-        added: the tokens that follow those of the model, by id.
+        found: the tokens that are found in a text before SentencePiece sees it, by id: special and added ones.
+        added: those of them that follow the tokens of the model, by id.
         special_ids: id of each special token.
 
     Raises:
@@ -46,6 +50,7 @@ class Vocabulary:
                 raise InputError(f"sp_model_kwargs has {name!r}, expected {', '.join(_OPTIONS)}")
         self.model = model
         self._options = options
+        self.samples = bool(options.get("enable_sampling"))
         try:
             self.processor = SentencePieceProcessor(**options)
             self.processor.load_from_serialized_proto(model)
@@ -63,7 +68,7 @@ class Vocabulary:
         self.byte_tokens = frozenset(token for token, is_byte in are_bytes if is_byte)
         self.added: dict[int, AddedToken] = {}
         self._added_ids: dict[str, int] = {}
-        self._found = {
+        self.found = {
             number: AddedToken(self.tokens[number], special=True)
             for number, control in enumerate(self.processor.is_control(numbers))
             if control or number == self.unknown_id
@@ -81,10 +86,10 @@ class Vocabulary:
 
     # SentencePiece's own pickling would forget the options.
     def __reduce__(self) -> Any:
-        return Vocabulary, (self.model, self._found, self._options)
+        return Vocabulary, (self.model, self.found, self._options)
 
     def add(self, tokens: Iterable[AddedToken]) -> int:
-        """Adds tokens behind the last one; a known one only becomes special, if it is to be.
+        """Adds tokens behind the last one; a known one only becomes special, with its flags, if it is to be.
 
         Returns:
             How many are new.
@@ -100,12 +105,13 @@ class Vocabulary:
         self._update()
         return len(self.tokens) - size
 
-    def encode(self, text: str, line_break: int | None = None) -> list[int]:
+    def encode(self, text: str, line_break: int | None = None, split_special: bool = False) -> list[int]:
         """The ids of a text.
 
         Args:
             text: any text.
             line_break: the id that stands for a run of line breaks; None leaves them to SentencePiece, as spaces.
+            split_special: whether special tokens in a text are text as any other.
 
         Raises:
             InputError: `text` is no string, or has no UTF-8 encoding.
@@ -113,34 +119,39 @@ class Vocabulary:
         if not isinstance(text, str):
             self._check(text)
         try:
-            if not self._finder.may_find(text, line_breaks=line_break is not None):
+            finder = self._finders[split_special]
+            if not finder.may_find(text, line_breaks=line_break is not None):
                 ids: list[int] = self.processor.encode(text)
                 return ids
             ids = []
-            for start, stop, number in self._finder.split(text, line_break):
+            for start, stop, number in finder.split(text, line_break):
                 ids += self.processor.encode(text[start:stop]) if number is None else [number]
             return ids
         except (TypeError, RuntimeError):
             self._check(text)
             raise
 
-    def encode_batch(self, texts: Sequence[str], line_break: int | None = None) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], line_break: int | None = None, split_special: bool = False
+    ) -> list[list[int]]:
         """The ids of several texts; arguments and errors as of `encode`."""
         try:
-            breaks = line_break is not None
-            if len(texts) >= _FEW_TEXTS and not self._finder.may_find("".join(texts), line_breaks=breaks):
+            finder, breaks = self._finders[split_special], line_break is not None
+            if len(texts) >= _FEW_TEXTS and not finder.may_find("".join(texts), line_breaks=breaks):
                 rows: list[list[int]] = self.processor.encode(list(texts))
                 return rows
         except (TypeError, RuntimeError):
             pass  # One of them is no text; this finds which.
-        return [self.encode(text, line_break) for text in texts]
+        return [self.encode(text, line_break, split_special) for text in texts]
 
-    def encode_with_offsets(self, text: str, line_break: int | None = None) -> tuple[list[int], Offsets]:
+    def encode_with_offsets(
+        self, text: str, line_break: int | None = None, split_special: bool = False
+    ) -> tuple[list[int], Offsets]:
         """The ids of a text, and where each token stands in it: begin and end [characters]; see `encode`."""
         self._check(text)
         ids: list[int] = []
         offsets: Offsets = []
-        for start, stop, number in self._finder.split(text, line_break):
+        for start, stop, number in self._finders[split_special].split(text, line_break):
             if number is None:
                 part_ids, part_offsets = self._locate(text[start:stop])
                 ids += part_ids
@@ -150,7 +161,7 @@ class Vocabulary:
                 offsets.append((start, stop))
         return ids, offsets
 
-    def tokenize(self, text: str, line_break: int | None = None) -> list[str]:
+    def tokenize(self, text: str, line_break: int | None = None, split_special: bool = False) -> list[str]:
         """The tokens of a text; one that is not in the vocabulary appears as the text's own characters.
 
         Raises:
@@ -158,7 +169,7 @@ class Vocabulary:
         """
         self._check(text)
         tokens: list[str] = []
-        for start, stop, number in self._finder.split(text, line_break):
+        for start, stop, number in self._finders[split_special].split(text, line_break):
             tokens += self.processor.encode(text[start:stop], out_type=str) if number is None else [self.tokens[number]]
         return tokens
 
@@ -175,7 +186,7 @@ class Vocabulary:
         return number
 
     def _put(self, number: int, token: AddedToken) -> None:
-        self._found[number] = token
+        self.found[number] = token
         if number >= self.base_size:
             self.added[number] = token
             self._added_ids[token.content] = number
@@ -183,15 +194,16 @@ class Vocabulary:
             self.tokens.append(token.content)
 
     def _update(self) -> None:
-        self._finder = TokenFinder((token, number) for number, token in self._found.items())
-        self.special_ids = {token.content: number for number, token in sorted(self._found.items()) if token.special}
+        tokens = [(token, number) for number, token in self.found.items()]
+        # By whether special tokens are split.
+        self._finders = TokenFinder(tokens), TokenFinder(pair for pair in tokens if not pair[0].special)
+        self.special_ids = {token.content: number for number, token in sorted(self.found.items()) if token.special}
 
     def _locate(self, text: str) -> tuple[list[int], Offsets]:
         """The ids and offsets of a text without added tokens."""
         pieces = self.processor.encode(text, out_type=str)
         # With sampling, another call would give another division.
-        sampling = self._options.get("enable_sampling")
-        ids = self.processor.piece_to_id(pieces) if sampling else self.processor.encode(text)
+        ids = self.processor.piece_to_id(pieces) if self.samples else self.processor.encode(text)
         normalized, begins = self.processor.normalize(text, with_offsets=True)
         ends = begins[1:]
         for place in range(len(ends) - 2, -1, -1):
@@ -214,7 +226,7 @@ class Vocabulary:
     def _check(text: Any) -> None:
         """Refuses what SentencePiece cannot read, in words of ours."""
         if not isinstance(text, str):
-            raise InputError(f"a text is {text!r:.80} ({type(text).__name__}), expected a string")
+            raise InputTypeError(f"a text is {text!r:.80} ({type(text).__name__}), expected a string")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -222,3 +234,29 @@ class Vocabulary:
                 f"a text has the lone surrogate {text[error.start]!r} at character {error.start}, which UTF-8 cannot "
                 "encode; was it decoded with errors='surrogateescape'?"
             ) from None
+
+
+def trained_model(texts: Iterable[str], vocab_size: int, options: dict[str, Any]) -> bytes:
+    """A SentencePiece unigram model of texts, as XGLM's is: NFKC, and each character of the texts has an id.
+
+    Args:
+        texts: what to divide well.
+        vocab_size: most ids, special ones included.
+        options: other arguments of `SentencePieceTrainer`.
+
+    Raises:
+        InputError: SentencePiece refuses.
+    """
+    model = io.BytesIO()
+    usual = {"character_coverage": 1.0, "normalization_rule_name": "nmt_nfkc", "hard_vocab_limit": False}
+    pieces = vocab_size - len(MADEUP_WORDS) - len(FIRST_TOKENS) + 3  # A model has three special pieces of its own.
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=pieces,
+            **{"minloglevel": 2, **usual, **options},
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"no vocabulary of {vocab_size} can be made: {' '.join(str(error).split())}") from None
+    return model.getvalue()
