@@ -81,6 +81,35 @@ def check(config, *, stacked, steps):
     np.testing.assert_allclose(evaluated["loss"], alone_metrics["loss"], rtol=1e-5)
 
 
+def check_optimizers():
+    """Their state lies as the parameters do, whatever they make of the tree; the mesh is one as JAX itself makes it."""
+    model = FlaxXGLMForCausalLM(changed(CONFIG, **SIZES, num_layers=1))
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    kinds = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: "rest" if leaf.ndim < 2 else "factored" if "embed" in str(path) else "muon", model.params
+    )
+    optimizers = {
+        "factored": optax.adafactor(1e-2, min_dim_size_to_factor=8, momentum=0.9),
+        "muon": optax.contrib.muon(1e-2),
+        "rest": optax.masked(optax.adam(1e-2), lambda params: jax.tree.map(lambda leaf: True, params)),
+    }
+    step, state = make_train_step(model, optax.multi_transform(optimizers, kinds), mesh=mesh)
+    alone, alone_state = make_train_step(model, optax.multi_transform(optimizers, kinds))
+    for part in (state.params, state.opt_state):
+        leaves = jax.tree.leaves(part)
+        here = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        assert here < 0.53 * sum(leaf.nbytes for leaf in leaves)
+    for _ in range(3):
+        state, metrics = step(state, BATCH)
+        alone_state, expected = alone(alone_state, BATCH)
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    evaluated = make_eval_step(model, mesh=mesh)(state.params, BATCH)
+    np.testing.assert_allclose(evaluated["loss"], alone(alone_state, BATCH)[1]["loss"], rtol=1e-5)
+    # An optimizer that keeps the parameters themselves: a step cannot take their memory twice.
+    step, state = make_train_step(model, optax.contrib.dog(1.0), mesh=mesh)
+    assert np.isfinite(step(state, BATCH)[1]["loss"])
+
+
 def message_of(call):
     try:
         call()
@@ -105,5 +134,7 @@ if __name__ == "__main__":
     assert jax.device_count() == 8, sys.argv
     check(changed(CONFIG, **SIZES, num_layers=1), stacked=False, steps=0)
     check(changed(CONFIG, **SIZES, num_layers=2, tie_word_embeddings=False), stacked=True, steps=2)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"))):
+        check_optimizers()
     check_messages()
     print("as on one device")

@@ -12,8 +12,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from tests.flax_mesh import SIZES
 from tests.models import CONFIG, IDS, changed
-from xglm_flax import FlaxXGLMForCausalLM, make_mesh, make_train_step
+from xglm_core.errors import CheckpointError
+from xglm_flax import FlaxXGLMForCausalLM, make_mesh, make_train_step, place_params
 
 ROWS = np.tile(IDS, (2, 1))
 # The processes have different numbers of labels, so a mean of their means would be another loss.
@@ -48,6 +50,18 @@ def main(rank: int, port: str, folder: Path, *, dies: bool) -> None:
             print("loss", number, float(metrics["loss"]), flush=True)
             manager.save(number, args=ocp.args.StandardSave(state))
             manager.wait_until_finished()
+    save(folder.parent / "saved")
+
+
+def save(folder: Path) -> None:
+    """Each process has a half of the parameters; the first one writes all of them."""
+    model = FlaxXGLMForCausalLM(changed(CONFIG, **SIZES, num_layers=1))
+    model.params = place_params(model.params, model.config, make_mesh(1, 2))
+    model.save_pretrained(folder, dtype="bfloat16")
+    try:
+        model.save_pretrained(folder / "config.json")
+    except CheckpointError as error:
+        print("not saved:", error, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ if "flax" not in backends_under_test():
 def test_examples():
     text = (ROOT / "docs" / "flax.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)], cwd=ROOT, capture_output=True, text=True, check=False
     )

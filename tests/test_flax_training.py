@@ -426,6 +426,11 @@ def test_two_processes_of_which_one_dies(shallow, quickly_compiled, tmp_path):
     for process, output in zip(processes, outputs, strict=True):
         assert process.wait(timeout=120) == 0, output.read_text()
         assert_losses(output, [3])
+        assert "not saved: " in output.read_text()
+    assert "the first process could not write the checkpoint" in outputs[1].read_text()
+    saved = FlaxXGLMForCausalLM.from_pretrained(tmp_path / "saved")
+    whole = FlaxXGLMForCausalLM(saved.config)
+    assert_same(saved.params, jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype("float32"), whole.params))
 
     with ocp.CheckpointManager(folder) as manager:
         state = manager.restore(3, args=ocp.args.StandardRestore(state))

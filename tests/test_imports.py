@@ -156,6 +156,8 @@ class TestBackends:
         allowed = {"xglm_core", "numpy", backend.package, *backend.frameworks}
         if name == "tf":
             allowed.add("optree")  # Keras' own, by which it takes containers apart.
+        elif name == "flax":
+            allowed.add("optax")  # Flax's own, of which its state of training is made.
         for path in sources(backend.package):
             assert imported(path, backend.package, everywhere=True) <= allowed, path
 

@@ -4,6 +4,7 @@ from xglm_core.backends import require_frameworks
 
 require_frameworks("flax")
 
+import xglm_flax.exporting  # noqa: E402, F401, which tells `jax.export` about our types
 from xglm_flax.causal_lm import FlaxXGLMForCausalLM, FlaxXGLMForCausalLMModule  # noqa: E402
 from xglm_flax.decoder import FlaxXGLMModel, FlaxXGLMModule  # noqa: E402
 from xglm_flax.parallel import make_mesh, partition_specs, place_batch, place_params  # noqa: E402

@@ -15,8 +15,6 @@ from xglm_flax.cache import Length
 from xglm_flax.dropout import FlaxXGLMDropout
 from xglm_flax.initialization import kernel_init
 
-# JAX's default lets accelerators round the factors of float32 products to 10 bits (TF32) or 8 (bfloat16).
-PRECISION = jax.lax.Precision.HIGHEST
 FEW_ROWS = 16  # For how many, but more than one, `few_rows_product` is the faster one.
 
 
@@ -80,7 +78,7 @@ class FlaxXGLMAttention(nn.Module):
         # The backward pass computes the steps to the probabilities again: they have several arrays of that size.
         weights = jax.checkpoint(_probabilities)(query, key, mask)
         dropped = self.dropout(weights, deterministic)
-        context = jnp.einsum("bhqk,bhkd->bhqd", dropped, value, precision=PRECISION)
+        context = jnp.einsum("bhqk,bhkd->bhqd", dropped, value, precision=precision())
         if head_mask is not None:
             # The factor of a head's probabilities is one of its result, which is smaller.
             factors = head_mask.astype(self.dtype)[:, None, None]
@@ -96,7 +94,7 @@ class FlaxXGLMAttention(nn.Module):
 
 def _probabilities(query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
     """[batch, heads, length, keys] in the type of the computation."""
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=PRECISION, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, precision=precision(), preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if mask is not None:
         # Finite, so that a row without any visible key is a mean of values rather than NaN.
@@ -124,9 +122,17 @@ def dense(config: XGLMConfig, features: int, dtype: Any, param_dtype: Any, *, us
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        precision=PRECISION,
+        precision=precision(),
         kernel_init=kernel_init(config),
     )
+
+
+def precision() -> jax.lax.Precision | None:
+    """Of products: the highest, unless `jax.default_matmul_precision` is set, which then decides.
+
+    JAX's own default lets accelerators round the factors of float32 products to 10 bits (TF32) or 8 (bfloat16).
+    """
+    return jax.lax.Precision.HIGHEST if jax.config.jax_default_matmul_precision is None else None
 
 
 def few_rows_product(states: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -136,7 +142,7 @@ def few_rows_product(states: jax.Array, matrix: jax.Array) -> jax.Array:
     half as fast with any other order; which it would choose, were the result not computed before it is transposed.
     """
     rows = states.reshape(-1, states.shape[-1])
-    product = computed(jnp.einsum("ow,nw->on", matrix, rows, precision=PRECISION))
+    product = computed(jnp.einsum("ow,nw->on", matrix, rows, precision=precision()))
     return product.T.reshape(*states.shape[:-1], -1)
 
 

@@ -148,9 +148,11 @@ def extend_cache(
         stacked: whether the layers are scanned.
     """
     if past is None:
-        past = empty_cache(config, len(like), _rounded_up(new), like.dtype, stacked=stacked)
+        # A size that `jax.export` leaves open is one for all.
+        capacity = _rounded_up(new) if isinstance(new, int) else new
+        past = empty_cache(config, like.shape[0], capacity, like.dtype, stacked=stacked)
     if mask is None:
-        mask = jnp.ones((len(like), new), bool)
+        mask = jnp.ones((like.shape[0], new), bool)
     return dataclasses.replace(
         past,
         keys=by_layer(past.keys, stacked=stacked),
@@ -161,7 +163,7 @@ def extend_cache(
 
 def put(states: jax.Array, new: jax.Array, start: Length) -> jax.Array:
     """Keys or values [..., capacity, head_dim] with those of new positions from `start` on."""
-    if len(states) == 1 and states.ndim > 2:
+    if states.shape[0] == 1 and states.ndim > 2:
         # XLA would drop this axis later, and then not see that it could write in place.
         return put(states[0], new[0], start)[None]
     return jax.lax.dynamic_update_slice_in_dim(states, new, start, axis=states.ndim - 2)

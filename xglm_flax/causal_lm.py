@@ -23,7 +23,7 @@ from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
 from xglm_core.scoring.engine import score
 from xglm_core.weight_names import HEAD
-from xglm_flax.attention import FEW_ROWS, PRECISION, dense, few_rows_product
+from xglm_flax.attention import FEW_ROWS, dense, few_rows_product, precision
 from xglm_flax.blocks import Remat
 from xglm_flax.cache import FlaxXGLMCache, as_cache
 from xglm_flax.decoder import FlaxXGLMModule
@@ -144,7 +144,7 @@ class FlaxXGLMForCausalLMModule(nn.Module):
         """[positions, d_model] -> logits [positions, count] of `count` ids from `begin` on."""
         matrix, axis = self._matrix()
         part = jax.lax.dynamic_slice_in_dim(matrix, begin, count, axis).astype(self.dtype)
-        return jnp.einsum("ld,vd->lv" if axis == 0 else "ld,dv->lv", states, part, precision=PRECISION)
+        return jnp.einsum("ld,vd->lv" if axis == 0 else "ld,dv->lv", states, part, precision=precision())
 
     def _matrix(self) -> tuple[jax.Array, int]:
         """The head, and which of its axes is the vocabulary's."""
@@ -163,9 +163,10 @@ class FlaxXGLMForCausalLMModule(nn.Module):
             return self.lm_head(hidden_states)
         # Differs: a tied head is no parameter, so there is nothing to tie again. `nn.Embed.attend` has no precision.
         embedding = self.model.embed_tokens.embedding.astype(self.dtype)
-        if 1 < hidden_states.shape[0] * hidden_states.shape[1] <= FEW_ROWS:
+        rows = hidden_states.shape[0] * hidden_states.shape[1]
+        if isinstance(rows, int) and 1 < rows <= FEW_ROWS:  # `jax.export` may leave sizes open.
             return few_rows_product(hidden_states, embedding)
-        return jnp.einsum("bld,vd->blv", hidden_states, embedding, precision=PRECISION)
+        return jnp.einsum("bld,vd->blv", hidden_states, embedding, precision=precision())
 
 
 class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
@@ -319,8 +320,11 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter again, if the configuration ties them."""
         if self.config.tie_word_embeddings:
-            self.params = {name: tree for name, tree in self._params_or_own(None).items() if name != "lm_head"}
-        self._make_module()
+            params = {name: tree for name, tree in self._params_or_own(None).items() if name != "lm_head"}
+            self._make_module()
+            self.params = params
+        else:
+            self._make_module()
 
     def score(
         self,

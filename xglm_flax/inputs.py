@@ -54,12 +54,13 @@ def check_arguments(config: XGLMConfig, past: FlaxXGLMCache | None, **arguments:
     Raises:
         InputError: see `xglm_core.inputs`.
     """
-    shapes = {name: np.shape(array) for name, array in arguments.items() if array is not None}
+    shapes = {name: known_shape(array) for name, array in arguments.items() if array is not None}
     tokens = shapes.get("input_ids", shapes.get("inputs_embeds", ()))
-    seen, covered = _cached(past, length=tokens[1] if len(tokens) > 1 else 0, mask=shapes.get("attention_mask"))
+    length = np.shape(_tokens(arguments))[1] if len(tokens) > 1 else 0
+    seen, covered = _cached(past, length, mask=shapes.get("attention_mask"))
     check_shapes(config, shapes, past=covered, encoder_length=None if past is None else past.encoder_length)
     if past is not None:
-        check_cache_batch(past.batch, tokens[0])
+        check_cache_batch(known_shape(past.mask)[0], tokens[0])
     input_ids = arguments["input_ids"]
     if input_ids is not None and has_values(input_ids):
         check_input_ids(np.asarray(input_ids), config)
@@ -85,7 +86,7 @@ def check_position_ids(
     elif past is not None and has_values(past.mask):
         known = np.count_nonzero(np.asarray(past.mask)[:, :seen], axis=1).max()
         check_positions(0, int(known) + length - 1, config)
-    elif past is None:
+    elif past is None and isinstance(length, int):
         check_positions(0, length - 1, config)
 
 
@@ -94,11 +95,11 @@ def check_head_arguments(config: XGLMConfig, tokens: Any, labels: Any, logits_to
     if tokens is None:
         return
     if labels is not None:
-        check_labels_shape(labels.shape, tokens.shape)
+        check_labels_shape(known_shape(labels), known_shape(tokens))
         if has_values(labels):
             check_labels(np.asarray(labels), config)
     if has_values(logits_to_keep):
-        check_logits_to_keep(logits_to_keep, tokens.shape[1])
+        check_logits_to_keep(logits_to_keep, known_shape(tokens)[1])
 
 
 def check_dropout(config: XGLMConfig, train: bool, dropout_rng: jax.Array | None) -> None:
@@ -106,6 +107,11 @@ def check_dropout(config: XGLMConfig, train: bool, dropout_rng: jax.Array | None
     rates = (config.dropout, config.attention_dropout, config.activation_dropout, config.layerdrop)
     if train and dropout_rng is None and any(rates):
         raise InputError("train is True but dropout_rng is None, expected a key: dropout_rng=jax.random.key(0)")
+
+
+def known_shape(array: Any) -> tuple[int | None, ...]:
+    """A shape, with None where `jax.export` leaves a size open."""
+    return tuple(size if isinstance(size, int) else None for size in np.shape(array))
 
 
 def has_values(array: Any) -> bool:

@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput, chunk_positions
-from xglm_flax.attention import PRECISION, computed
+from xglm_flax.attention import computed, precision
 from xglm_flax.cache import Length
 
 _PLAIN = LossOptions()
@@ -232,4 +232,4 @@ def _added(static: _Static, gradient: jax.Array, slopes: jax.Array, states: jax.
 
 def _product(formula: str, first: jax.Array, second: jax.Array) -> jax.Array:
     """A float32 sum of products, whatever the type of the factors."""
-    return jnp.einsum(formula, first, second, precision=PRECISION, preferred_element_type=jnp.float32)
+    return jnp.einsum(formula, first, second, precision=precision(), preferred_element_type=jnp.float32)

@@ -6,6 +6,7 @@ inner units and the vocabulary, as `xglm_core.parallel` says. XLA adds what has 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,21 +60,28 @@ def partition_specs(config: XGLMConfig, *, stacked: bool = False, bare: bool = F
 
 
 def specs_like(tree: Any, params: Params, config: XGLMConfig) -> Any:
-    """The `PartitionSpec` of each leaf of a tree that has trees like `params` in it, as an optimizer's state has.
+    """The `PartitionSpec` of each leaf of a tree that has something for each parameter, as an optimizer's state has.
 
-    Any other leaf is on all devices. `tree` may hold shapes in place of arrays.
+    A leaf lies as the parameter whose path its own path ends with, if it has that shape, perhaps with further axes
+    before: so optimizers may wrap, mask and divide the parameters. Any other leaf is on all devices. `tree` may hold
+    shapes in place of arrays.
     """
     layers = params.get("model", params).get("layers", {})
     specs = partition_specs(config, stacked=is_stacked(layers), bare="model" not in params)
-    structure: Any = jax.tree.structure(params)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    known = {
+        _names(path): (leaf.shape, spec) for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs), strict=True)
+    }
 
-    def is_params(node: Any) -> bool:
-        return bool(jax.tree.structure(node) == structure)
+    def of(path: Any, leaf: Any) -> PartitionSpec:
+        names = _names(path)
+        for begin in range(len(names)):
+            shape, spec = known.get(names[begin:], (None, PartitionSpec()))
+            if shape is not None and leaf.shape[len(leaf.shape) - len(shape) :] == shape:
+                return PartitionSpec(*(None,) * (len(leaf.shape) - len(shape)), *spec)
+        return PartitionSpec()
 
-    def of(node: Any) -> Any:
-        return specs if is_params(node) else PartitionSpec()
-
-    return jax.tree.map(of, tree, is_leaf=is_params)
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def place_params(params: Params, config: XGLMConfig, mesh: Mesh) -> Params:
@@ -84,6 +92,7 @@ def place_params(params: Params, config: XGLMConfig, mesh: Mesh) -> Params:
     """
     data_shards(mesh)
     check_tensor_parallel(config, mesh.shape[TENSOR])
+    mesh = automatic(mesh)
 
     def placed(leaf: Any, spec: PartitionSpec) -> jax.Array:
         sharding = NamedSharding(mesh, spec)
@@ -105,7 +114,7 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     Raises:
         InputError: the rows cannot be divided evenly.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(DATA))
+    sharding = NamedSharding(automatic(mesh), PartitionSpec(DATA))
 
     def placed(array: Any) -> jax.Array:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
@@ -131,6 +140,28 @@ def data_shards(mesh: Mesh | None) -> int | None:
             f"the mesh has the axes {list(mesh.axis_names)}, expected ['{DATA}', '{TENSOR}']; see make_mesh"
         )
     return mesh.shape[DATA]
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same mesh, with XLA to find out what lies where; `jax.make_mesh` leaves that to each operation by default."""
+    kinds = _automatic(len(mesh.axis_names))
+    if not kinds or mesh.axis_types == kinds["axis_types"]:
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, **kinds)
+
+
+def within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context of what is computed on a mesh, in place of one that a user has set for the whole program."""
+    enter = getattr(jax, "set_mesh", None)  # JAX 0.5 has none.
+    context: contextlib.AbstractContextManager[Any] = (
+        contextlib.nullcontext() if mesh is None or enter is None else enter(mesh)
+    )
+    return context
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    """The keys, attributes and indices that lead to a leaf."""
+    return tuple(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", None)))) for entry in path)
 
 
 def _axes(spec: WeightSpec) -> tuple[str | None, ...]:

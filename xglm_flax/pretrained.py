@@ -6,12 +6,14 @@ import copy
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, Literal, Self, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import unfreeze
+from flax.traverse_util import unflatten_dict
 
 from xglm_core.checkpoint.dtypes import float_type
 from xglm_core.checkpoint.folder import open_checkpoint
@@ -25,14 +27,17 @@ from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, 
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
 from xglm_flax.blocks import Remat, remat_policy
 from xglm_flax.cache import FlaxXGLMCache, as_cache, empty_cache, is_traced
+from xglm_flax.gathering import first_process_reads
 from xglm_flax.inputs import Arguments, check_dropout, prepared_arguments
 from xglm_flax.stacking import check_stackable, stack_layers, unstack_layers
 from xglm_flax.weights import (
     Params,
     cast,
+    checked_params,
     get_parameter,
     initial_params,
     load_weights,
+    param_shapes,
     read_weight,
     set_parameter,
     weights_dtype,
@@ -45,7 +50,7 @@ class FlaxXGLMPreTrainedModel:
 
     Args:
         config: the architecture.
-        input_shape: has no effect, as the parameters do not depend on it.
+        input_shape: kept, but without effect, as the parameters do not depend on it.
         seed: of the random parameters.
         dtype: type of the computation, by name or as a JAX type.
         _do_init: whether to draw parameters; if not, `params` is None and every call has to pass some.
@@ -61,9 +66,11 @@ class FlaxXGLMPreTrainedModel:
             may be changed here.
         dtype: type of the computation.
         module: the Linen module; another one after a change of the architecture.
-        params: its parameters, or None.
+        key: of the parameters that were drawn.
+        input_shape: as given.
     """
 
+    framework: ClassVar[str] = "flax"
     has_head: ClassVar[bool]
     generation_config: GenerationConfig  # Where there is a head.
     module_class: ClassVar[type[nn.Module]]
@@ -81,13 +88,15 @@ class FlaxXGLMPreTrainedModel:
         remat: Remat = "none",
     ) -> None:
         self.config = config
+        self.input_shape = input_shape
+        self.key = jax.random.key(seed)
         self.dtype = jnp.dtype(float_type(dtype).name)
         self.param_dtype = jnp.dtype(float_type(param_dtype).name)
         self.scan_layers = scan_layers
         remat_policy(remat)
         self.remat = remat
         self._make_module()
-        self.params = self.init_weights(jax.random.key(seed), input_shape) if _do_init else None
+        self._params = self.init_weights(self.key, input_shape) if _do_init else None
 
     def _make_module(self) -> None:
         """Makes the module, and what is compiled of it, as the configuration now is.
@@ -102,31 +111,73 @@ class FlaxXGLMPreTrainedModel:
         # Compiled once for each combination of shapes and static arguments.
         self._apply = jax.jit(functools.partial(_apply, self.module), static_argnames=_STATIC)
 
+    @property
+    def params(self) -> Params | None:
+        """The parameters, a tree of dictionaries; None if there are none yet.
+
+        Another tree may be put here, with blocks one by one or stacked, frozen or not; or shapes in place of arrays.
+
+        Raises:
+            InputError: on setting: parameters are missing, unexpected or of another shape.
+        """
+        return self._params
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        self._params = None if params is None else self._checked(params)
+
+    @property
+    def required_params(self) -> set[tuple[str, ...]]:
+        """The path of each parameter, as `flax.traverse_util.flatten_dict` has it."""
+        return {tuple(name.split("/")) for name in self._shapes()}
+
+    @property
+    def params_shape_tree(self) -> Params:
+        """A `jax.ShapeDtypeStruct` for each parameter, of type `param_dtype`."""
+        leaves = {name: jax.ShapeDtypeStruct(shape, self.param_dtype) for name, shape in self._shapes().items()}
+        tree: Params = unflatten_dict(leaves, sep="/")
+        return tree
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], dtype: Any = ..., *, _do_init: Literal[False], **options: Any
+    ) -> tuple[Self, Params]: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], dtype: Any = ..., *, _do_init: Literal[True] = True, **options: Any
+    ) -> Self: ...
+
     @classmethod
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
-        *,
         dtype: Any = "float32",
+        *,
+        _do_init: bool = True,
         param_dtype: Any = None,
         scan_layers: bool = False,
         remat: Remat = "none",
         weights: str | None = None,
         **hub: Unpack[HubOptions],
-    ) -> Self:
+    ) -> Self | tuple[Self, Params]:
         """Loads a checkpoint.
 
         Args:
             folder: holds `config.json` and the weights, in any of the published formats; or the id of a repository of
                 the Hugging Face Hub.
             dtype: type of the computation, by name or as a JAX type.
+            _do_init: whether the model holds the parameters. If not, they are returned beside it, in the memory of the
+                host, to be spread over devices.
             param_dtype: type of the parameters; None means float32, "auto" keeps the file's.
             scan_layers, remat: see the class.
             weights: the format to read if there are several; see `open_checkpoint`.
             hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
 
         Returns:
-            The model.
+            The model; without `_do_init` the model and its parameters.
 
         Raises:
             CheckpointError: there is no checkpoint, it cannot be downloaded, or it does not fit the model.
@@ -140,7 +191,10 @@ class FlaxXGLMPreTrainedModel:
         )
         if cls.has_head:
             model.generation_config = plan.generation
-        model.params = load_weights(plan, bare=not cls.has_head)
+        if not _do_init:
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                return model, load_weights(plan, bare=not cls.has_head)
+        model._params = load_weights(plan, bare=not cls.has_head)
         return model
 
     def save_pretrained(
@@ -153,6 +207,9 @@ class FlaxXGLMPreTrainedModel:
     ) -> None:
         """Writes `config.json` and safetensors in the published layout.
 
+        If parameters lie in several processes, all of them call it: weight by weight is gathered, and the first process
+        writes.
+
         Args:
             folder: created if it is missing; an older checkpoint there is replaced once the new one is complete.
             params: the parameters to write; None means the model's.
@@ -160,21 +217,17 @@ class FlaxXGLMPreTrainedModel:
             dtype: type to store; None keeps the parameters'.
 
         Raises:
-            InputError: `dtype` or `max_shard_size` is unknown, or there are no parameters.
+            InputError: `dtype` or `max_shard_size` is unknown, or there are no parameters, or those of another model.
+            CheckpointError: the files cannot be written; with several processes, in each.
         """
         params = self._params_or_own(params)
         stored = weights_dtype(params) if dtype is None else float_type(dtype)
         specs = self._specs()
-        save_checkpoint(
-            folder,
-            self.config,
-            tuple(specs.values()),
-            stored,
-            lambda name: read_weight(params, specs[name], stored),
-            max_shard_size,
-        )
-        if self.has_head:
-            self.generation_config.save_pretrained(folder)
+        with first_process_reads(params, tuple(specs), lambda name: read_weight(params, specs[name], stored)) as read:
+            if read is not None:
+                save_checkpoint(folder, self.config, tuple(specs.values()), stored, read, max_shard_size)
+                if self.has_head:
+                    self.generation_config.save_pretrained(folder)
 
     def get_input_embeddings(self) -> jax.Array:
         """The token embedding [vocab_size, d_model]. Differs: parameters are no part of a module, so it is an array."""
@@ -217,9 +270,9 @@ class FlaxXGLMPreTrainedModel:
             dtype = weights_dtype(params, specs[name])
             rows = resized_rows(read_weight(params, specs[name]), dtype, config)
             params = write_weight(params, specs[name], rows, dtype)
-        self.params = params
         self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
         self._make_module()
+        self.params = params
         return self.get_input_embeddings()
 
     def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
@@ -240,9 +293,9 @@ class FlaxXGLMPreTrainedModel:
         params = before = unstack_layers(own)
         for name, value in pruned_weights(self.config, config, lambda name: read_weight(before, specs[name])):
             params = write_weight(params, specs[name], value, weights_dtype(before, specs[name]))
-        self.params = params if before is own else stack_layers(params)
         self.config.pruned_heads = config.pruned_heads
         self._make_module()
+        self.params = params if before is own else stack_layers(params)
 
     def to_bf16(self, params: Params, mask: Any = None) -> Params:
         """A tree with parameters in bfloat16. Differs: here one model may run with any tree.
@@ -289,7 +342,7 @@ class FlaxXGLMPreTrainedModel:
             The parameters; those of the model, and `params`, are left alone.
         """
         specs = tuple(self._specs().values())
-        given = unstack_layers(params) if params else {}
+        given = unstack_layers(unfreeze(params)) if params else {}
         return initial_params(self.config, specs, rng, self.param_dtype, given, bare=not self.has_head)
 
     def _set_matrix(self, name: str, matrix: Any) -> None:
@@ -328,35 +381,53 @@ class FlaxXGLMPreTrainedModel:
             static: further arguments of the module that are part of what is compiled.
             arguments: its other arguments, arrays or None.
         """
-        config, params = self.config, self._params_or_own(params)
+        config, params = self.config, self._params_or_own(params, checked=False)
         past = as_cache(past_key_values, config, self.dtype)
         arguments = prepared_arguments(config, past, arguments)
         check_dropout(config, train, dropout_rng)
-        outputs = self._apply(
-            params,
-            arguments,
-            dropout_rng,
-            train=train,
-            use_cache=config.use_cache if use_cache is None else use_cache,
-            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
-            output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-            **static,
-        )
+        try:
+            outputs = self._apply(
+                params,
+                arguments,
+                dropout_rng,
+                train=train,
+                use_cache=config.use_cache if use_cache is None else use_cache,
+                output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+                output_hidden_states=config.output_hidden_states
+                if output_hidden_states is None
+                else output_hidden_states,
+                **static,
+            )
+        except Exception:
+            # Only now is a tree that does not fit looked for, as it costs some time.
+            try:
+                self._checked(params)
+            except InputError as misfit:
+                raise misfit from None
+            raise
         if past is not None and outputs.attentions is not None and not is_traced(past.length):
             keys = int(past.length) + outputs.attentions[0].shape[2]
             outputs = outputs._replace(attentions=tuple(layer[..., :keys] for layer in outputs.attentions))
         return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
-    def _params_or_own(self, params: Params | None) -> Params:
+    def _params_or_own(self, params: Any, *, checked: bool = True) -> Params:
         """`params`, or the model's own if it is None.
 
         Raises:
-            InputError: the model has none either.
+            InputError: the model has none either; or those given are of another model, unless that is not `checked`.
         """
-        params = self.params if params is None else params
+        if params is None:
+            params, checked = self.params, False
         if params is None:
             raise InputError("params is None, and the model was made with _do_init=False; pass params or set .params")
-        return params
+        tree: Params = self._checked(params) if checked else params
+        return tree
+
+    def _checked(self, params: Any) -> Params:
+        return checked_params(params, tuple(self._specs().values()), bare=not self.has_head)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return param_shapes(tuple(self._specs().values()), bare=not self.has_head)
 
 
 _STATIC = (

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.training.train_state import TrainState
 
 from xglm_core.errors import InputError
@@ -16,9 +17,9 @@ from xglm_core.inputs import IGNORED_LABEL, check_input_ids, check_labels, check
 from xglm_core.loss import LossOutput, check_trainable_type
 from xglm_flax.cache import is_traced
 from xglm_flax.causal_lm import FlaxXGLMForCausalLM
-from xglm_flax.inputs import check_dropout
+from xglm_flax.inputs import check_dropout, check_position_ids
 from xglm_flax.loss import counted_labels
-from xglm_flax.parallel import data_shards, place_batch, place_params, specs_like
+from xglm_flax.parallel import automatic, data_shards, place_batch, place_params, specs_like, within
 from xglm_flax.weights import Params
 
 Batch = Mapping[str, Any]
@@ -95,7 +96,8 @@ def make_train_step(
 
     Args:
         model: what to train; its `loss_options` are read here.
-        optimizer: any `optax.GradientTransformation`.
+        optimizer: any `optax.GradientTransformation`; one that asks for it is given the loss as `value`, the gradients
+            as `grad`, and the loss of other parameters on the same batch as `value_fn`.
         accumulation_steps: into how many parts a batch is divided, to be computed one after the other. The result is
             that of the whole batch: each label counts the same, wherever it is.
         seed: of dropout.
@@ -105,30 +107,46 @@ def make_train_step(
 
     Returns:
         `step(state, batch) -> (state, metrics)`, and the state, a `flax.training.train_state.TrainState`. A batch is
-        that of `make_loss_fn`. The state passed in is gone afterwards, as the new one takes its memory. The metrics are
+        that of `make_loss_fn`. The state passed in is gone afterwards, as the new one takes its memory; after an error
+        it is as it was. It may come from another `make_train_step`, whose optimizer keeps the same. The metrics are
         float32 scalars: `loss`, `accuracy` and `perplexity` of the labels that count, their `count`, and
         `gradient_norm`. After training, `model.params = state.params`.
 
     Raises:
         InputError: parameters are float16, which cannot be trained, or there are none; the mesh does not divide the
-            model. The step raises it for a batch that cannot be divided, or holds ids or labels outside the vocabulary.
+            model. The step raises it for a batch that cannot be divided, or holds ids or labels outside the vocabulary
+            or a text past `max_position_embeddings`, and for the state of an optimizer that keeps something else.
     """
     own = params is None
     params = model._params_or_own(params)
     for leaf in jax.tree.leaves(params):
         check_trainable_type(leaf.dtype.name)
-    if mesh is not None:
-        params = place_params(params, model.config, mesh)
-    elif own:
-        params = jax.tree.map(jnp.copy, params)
-    state, shardings = _initial_state(model, optimizer, params, seed, mesh)
+    mesh = None if mesh is None else automatic(mesh)
+    with within(mesh):
+        if mesh is not None:
+            params = place_params(params, model.config, mesh)
+        elif own:
+            params = jax.tree.map(jnp.copy, params)
+        state, shardings = _initial_state(model, optimizer, params, seed, mesh)
     loss_fn = make_loss_fn(model, has_aux=True, mesh=mesh)
+    apply_fn, kept = state.apply_fn, _layout(state.opt_state)
+    update = optax.with_extra_args_support(optimizer).update
 
     @functools.partial(jax.jit, donate_argnums=0)
     def compiled(state: Any, batch: Batch) -> tuple[Any, Metrics]:
-        output, gradients = _gradients(loss_fn, state.params, batch, state.step_key(), accumulation_steps)
+        params, key = state.params, state.step_key()
+        output, gradients = _gradients(loss_fn, params, batch, key, accumulation_steps)
         metrics = {**metrics_of(output), "gradient_norm": _norm(gradients)}
-        state = state.apply_gradients(grads=gradients)
+        updates, opt_state = update(
+            gradients,
+            state.opt_state,
+            params,
+            value=output.loss,
+            grad=gradients,
+            value_fn=lambda params: _loss(loss_fn, params, batch, key, accumulation_steps),
+        )
+        params = optax.apply_updates(params, updates)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         return state if shardings is None else jax.lax.with_sharding_constraint(state, shardings), metrics
 
     def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
@@ -140,7 +158,14 @@ def make_train_step(
                 f"the batch has {rows} rows, expected a multiple of {parts} (accumulation_steps={accumulation_steps}, "
                 f"over {parts // accumulation_steps} groups of devices)"
             )
-        return compiled(state, batch)
+        if state.tx is not optimizer and _layout(state.opt_state) != kept:
+            raise InputError(
+                "the state is of another optimizer, which keeps something else than this step's; expected what "
+                "make_train_step returned with it, or begin anew from params=state.params"
+            )
+        # The functions that a state refers to are part of what is compiled.
+        with within(mesh):
+            return compiled(state.replace(tx=optimizer, apply_fn=apply_fn), batch)
 
     return step, state
 
@@ -154,12 +179,14 @@ def make_eval_step(
         model: what to evaluate; its `loss_options` are read here.
         mesh: see `make_train_step`.
     """
+    mesh = None if mesh is None else automatic(mesh)
     loss_fn = make_loss_fn(model, train=False, has_aux=True, mesh=mesh)
     compiled = jax.jit(lambda params, batch: metrics_of(loss_fn(params, batch)[1]))
 
     def evaluate(params: Params, batch: Batch) -> Metrics:
         check_batch(model, batch)
-        return compiled(params, _for_devices(batch, mesh))
+        with within(mesh):
+            return compiled(params, _for_devices(batch, mesh))
 
     return evaluate
 
@@ -176,7 +203,7 @@ def metrics_of(output: LossOutput) -> Metrics:
 
 
 def check_batch(model: FlaxXGLMForCausalLM, batch: Batch) -> None:
-    """Checks which arrays there are, their shapes, and the values of ids and labels unless they are traced.
+    """Checks which arrays there are, their shapes, and unless they are traced the values of ids, labels and positions.
 
     Raises:
         InputError: see `xglm_core.inputs`; or something is missing or unknown.
@@ -197,6 +224,15 @@ def check_batch(model: FlaxXGLMForCausalLM, batch: Batch) -> None:
     for name, check in (("input_ids", check_input_ids), ("labels", check_labels)):
         for part in _known_parts(batch[name]):
             check(part, model.config)
+    length = shapes["input_ids"][1]
+    if "position_ids" in batch:
+        for part in _known_parts(batch["position_ids"]):
+            check_position_ids(model.config, part, None, None, 0, length)
+    elif "attention_mask" in batch:
+        for part in _known_parts(batch["attention_mask"]):
+            check_position_ids(model.config, None, part, None, 0, length)
+    else:
+        check_position_ids(model.config, None, None, None, 0, length)
 
 
 def _known_parts(array: Any) -> list[np.ndarray]:
@@ -210,6 +246,9 @@ def _known_parts(array: Any) -> list[np.ndarray]:
 
 def _for_devices(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
     """What the compiled code gets."""
+    rows, positions = len(batch["input_ids"]), batch.get("position_ids")
+    if positions is not None and len(positions) != rows:  # One row serves all, but cannot be divided as they are.
+        batch = {**batch, "position_ids": np.broadcast_to(np.asarray(positions), (rows, np.shape(positions)[1]))}
     if mesh is not None:
         return place_batch(batch, mesh)
     return dict(batch)
@@ -230,11 +269,30 @@ def _initial_state(
         return state.replace(step=jnp.zeros((), jnp.int32))
 
     if mesh is None:
-        return made(params), None
+        return _unshared(made(params)), None
     # The optimizer's state lies where the parameters are that it belongs to.
     specs = specs_like(jax.eval_shape(made, params), params, model.config)
     shardings = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
-    return jax.jit(made, out_shardings=shardings)(params), shardings
+    return _unshared(jax.jit(made, out_shardings=shardings)(params)), shardings
+
+
+def _unshared(tree: Any) -> Any:
+    """The tree with each leaf in memory of its own, for a step to take: some optimizers keep the first parameters."""
+    seen: set[int] = set()
+
+    def own(leaf: jax.Array) -> jax.Array:
+        if id(leaf) in seen:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, tree)
+
+
+def _layout(tree: Any) -> Any:
+    """The structure of a tree and the shapes of its leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [np.shape(leaf) for leaf in leaves]
 
 
 def _norm(tree: Any) -> jax.Array:
@@ -250,11 +308,7 @@ def _gradients(
     if parts == 1:
         (_, output), gradients = compute(params, batch, key)
         return output, gradients
-    counts = counted_labels(batch["labels"], batch.get("attention_mask"))[:, 1:] != IGNORED_LABEL
-    weights = batch["weights"][:, 1:] if "weights" in batch else jnp.ones(())
-    items = jnp.where(counts, weights, 0).sum()
-    # Part i has the rows i, i + parts, ...: some of each device's.
-    divided = {name: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1) for name, array in batch.items()}
+    divided, items = _divided(batch, parts)
 
     def add(state: Any, part: Any) -> tuple[Any, None]:
         rows, index = part
@@ -264,3 +318,27 @@ def _gradients(
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (LossOutput(*[jnp.zeros(())] * 4), params))
     (output, gradients), _ = jax.lax.scan(add, start, (divided, jnp.arange(parts)))
     return output, jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), gradients, params)
+
+
+def _loss(loss_fn: Callable[..., Any], params: Params, batch: Batch, key: jax.Array, parts: int) -> jax.Array:
+    """The loss of `_gradients` alone, for optimizers that try other parameters."""
+    if parts == 1:
+        loss: jax.Array = loss_fn(params, batch, key)[0]
+        return loss
+    divided, items = _divided(batch, parts)
+
+    @jax.checkpoint
+    def add(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
+        rows, index = part
+        return total + loss_fn(params, rows, jax.random.fold_in(key, index), items)[0], None
+
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (divided, jnp.arange(parts)))[0]
+
+
+def _divided(batch: Batch, parts: int) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The parts of a batch, along a first axis, and the sum of the weights of what counts in it."""
+    counts = counted_labels(batch["labels"], batch.get("attention_mask"))[:, 1:] != IGNORED_LABEL
+    weights = batch["weights"][:, 1:] if "weights" in batch else jnp.ones(())
+    items = jnp.where(counts, weights, 0).sum()
+    # Part i has the rows i, i + parts, ...: some of each device's.
+    return {name: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1) for name, array in batch.items()}, items

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT32, FloatType
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.checkpoint.mapped import aligned_empty, copy_numbers
 from xglm_core.config import XGLMConfig
+from xglm_core.errors import InputError
 from xglm_core.weight_names import WeightSpec
 from xglm_flax.initialization import initializer_of
 from xglm_flax.stacking import is_stacked
 
 # Differs: parameters are no part of a module but a tree beside it, as in params["model"]["layers"]["3"]["fc1"]["bias"].
 Params = dict[str, Any]
+
+_NAMED = 5  # How many parameters of a kind an error names.
 
 
 def load_weights(plan: LoadPlan, *, bare: bool) -> Params:
@@ -63,9 +69,15 @@ def initial_params(
 
 
 def read_weight(params: Params, spec: WeightSpec, dtype: FloatType | None = None) -> np.ndarray:
-    """A parameter in canonical shape and in `dtype.storage`; None means its own type."""
+    """A parameter in canonical shape and in `dtype.storage`; None means its own type.
+
+    If it lies in several processes, all of them have to call this.
+    """
     dtype = weights_dtype(params, spec) if dtype is None else dtype
-    array = np.asarray(jnp.asarray(get_parameter(params, spec), dtype.name))
+    parameter = jnp.asarray(get_parameter(params, spec), dtype.name)
+    array = np.asarray(
+        parameter if parameter.is_fully_addressable else multihost_utils.process_allgather(parameter, tiled=True)
+    )
     stored = array.view(np.uint16) if dtype is BFLOAT16 else array
     return stored.T if spec.transposed else stored
 
@@ -109,8 +121,60 @@ def set_parameter(params: Params, spec: WeightSpec, value: Any) -> Params:
     return _replaced(params, _path(spec, bare="model" not in params), value)
 
 
+def checked_params(params: Any, specs: Sequence[WeightSpec], *, bare: bool) -> Params:
+    """Parameters as plain dictionaries, once it is certain that they are those of a model, one by one or stacked.
+
+    Only names and shapes are looked at, so shapes may stand in for arrays.
+
+    Args:
+        params: the tree.
+        specs: the model's weights.
+        bare: whether the model is the bare decoder.
+
+    Raises:
+        InputError: parameters are missing, unexpected or of another shape; all of them are counted, the first named.
+    """
+    if not isinstance(params, Mapping):
+        raise InputError(f"params is a {type(params).__name__}, expected a tree of parameters, as model.params is")
+    tree: Params = unfreeze(params)
+    found = {"/".join(map(str, path)): leaf for path, leaf in flatten_dict(tree).items()}
+    before = "layers/" if bare else "model/layers/"
+    blocks = [name.removeprefix(before) for name in found if name.startswith(before)]
+    expected = param_shapes(specs, bare=bare, stacked=bool(blocks) and not any(name[0].isdecimal() for name in blocks))
+    wrong = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} ({list(shape)}, expected {list(expected[name])})"
+            for name, leaf in found.items()
+            if name in expected and (shape := np.shape(leaf)) != expected[name]
+        ],
+    }
+    if any(wrong.values()):
+        told = (
+            f"{len(names)} {kind}: {', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}"
+            for kind, names in wrong.items()
+            if names
+        )
+        raise InputError(f"params are not those of this model: {'; '.join(told)}")
+    return tree
+
+
+def param_shapes(specs: Sequence[WeightSpec], *, bare: bool, stacked: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its path, "model/layers/0/fc1/bias"; or of those of `stack_layers`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        path, shape = _path(spec, bare=bare), spec.shape[::-1] if spec.transposed else spec.shape
+        if stacked and "layers" in path:
+            index = path.index("layers") + 1
+            count = int(path[index]) + 1  # The last block tells how many there are.
+            path, shape = path[:index] + path[index + 1 :], (count, *shape)
+        shapes["/".join(path)] = shape
+    return shapes
+
+
 def cast(params: Any, dtype: Any, mask: Any = None) -> Any:
-    """A tree with floating-point leaves of another type.
+    """A tree of plain dictionaries with floating-point leaves of another type.
 
     Args:
         params: the tree, which is left alone.
@@ -121,7 +185,8 @@ def cast(params: Any, dtype: Any, mask: Any = None) -> Any:
     def leaf_cast(leaf: jax.Array, wanted: bool) -> jax.Array:
         return leaf.astype(dtype) if wanted and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return jax.tree.map(leaf_cast, params, jax.tree.map(lambda _: True, params) if mask is None else mask)
+    params = unfreeze(params)
+    return jax.tree.map(leaf_cast, params, jax.tree.map(lambda _: True, params) if mask is None else unfreeze(mask))
 
 
 def _find(tree: Any, path: tuple[str, ...]) -> Any:
