@@ -356,14 +356,17 @@ class Encoder(Layout):
             truncation = max_length is not None and not pad
             if max_length is not None and padding is True:
                 warn("max_length has no effect beside padding=True; set truncation=True, or padding='max_length'")
-        added = self.num_special_tokens_to_add(pair) if add_special_tokens else 0
-        how = self._truncation(truncation, max_length, stride, return_overflowing_tokens, added)
-        if how is not None and pad and pad_to_multiple_of and (how.room + added) % pad_to_multiple_of:
-            raise InputError(
-                f"max_length is {how.room + added}, to which texts are truncated, expected a multiple of "
-                f"pad_to_multiple_of, {pad_to_multiple_of}"
-            )
+        how = None
+        if truncation not in (False, "do_not_truncate"):
+            added = self.num_special_tokens_to_add(pair) if add_special_tokens else 0
+            how = self._truncation(truncation, max_length, stride, return_overflowing_tokens, added)
+            if how is not None and pad and pad_to_multiple_of and (how.room + added) % pad_to_multiple_of:
+                raise InputError(
+                    f"max_length is {how.room + added}, to which texts are truncated, expected a multiple of "
+                    f"pad_to_multiple_of, {pad_to_multiple_of}"
+                )
         type_ids = self._wanted(return_token_type_ids, "token_type_ids")
+        mask = self._wanted(return_attention_mask, "attention_mask")
 
         def rows(offsets: bool, sources: bool) -> tuple[dict[str, Any], list[int], list[int] | None]:
             first, second = columns(offsets, sources)
@@ -379,7 +382,7 @@ class Encoder(Layout):
                         part["token_type_ids"] = [list(row) for row in zeros]
             joined: dict[str, Any] = self._joined(first, second, add_special_tokens)
             lengths = [len(row) for row in joined["input_ids"]]
-            if sources or self._wanted(return_attention_mask, "attention_mask"):
+            if sources or mask:
                 joined["attention_mask"] = [[1] * length for length in lengths]
             if pad:
                 joined = batching.pad(
@@ -396,9 +399,9 @@ class Encoder(Layout):
         encodings: Any = lambda: encodings_of(rows(True, True)[0], self.vocabulary.tokens)  # noqa: E731
         if sampling:
             encodings = encodings_of(joined, self.vocabulary.tokens) if "word_ids" in joined else None
-            unasked = {"word_ids": False, "sequence_ids": False, "offset_mapping": return_offsets_mapping}
-            unasked["attention_mask"] = self._wanted(return_attention_mask, "attention_mask")
-            joined = {name: column for name, column in joined.items() if unasked.get(name, True)}
+            asked = {"word_ids": False, "sequence_ids": False, "offset_mapping": return_offsets_mapping}
+            asked["attention_mask"] = mask
+            joined = {name: column for name, column in joined.items() if asked.get(name, True)}
         if verbose and max_length is None:
             self._warn_of_long(max(lengths, default=0))
         if return_length:
@@ -525,9 +528,7 @@ class Encoder(Layout):
     def _truncation(
         self, truncation: bool | str, max_length: int | None, stride: int, overflow: bool, added: int
     ) -> Truncation | None:
-        """How to truncate, so that `added` special tokens have room; None if nothing is to be truncated."""
-        if truncation in (False, "do_not_truncate"):
-            return None
+        """How to truncate, so that `added` special tokens have room; None if there is no limit."""
         strategy = "longest_first" if truncation is True else one_of("truncation", truncation, STRATEGIES)
         if self._no_limit("truncation", max_length):
             return None
