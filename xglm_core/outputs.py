@@ -51,6 +51,18 @@ class ModelOutput(tuple[Any, ...]):
         """The names of the results that are not None."""
         return self._fields
 
+    def values(self) -> tuple[Any, ...]:
+        """The results that are not None."""
+        return tuple(self)
+
+    def items(self) -> tuple[tuple[str, Any], ...]:
+        """Names and results that are not None."""
+        return tuple(zip(self._fields, self, strict=True))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The result of this name, or the default if there is none."""
+        return getattr(self, name) if name in self._fields else default
+
     def __getattr__(self, name: str) -> Any:
         if name in self.names:
             return None
@@ -66,13 +78,24 @@ class ModelOutput(tuple[Any, ...]):
     def __contains__(self, key: object) -> bool:
         return key in self._fields  # Not by comparing with the results, which are arrays.
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What `output.loss += more` assigns is the tensor that it has changed in place.
+        if name not in self._fields or getattr(self, name) is not value:
+            raise AttributeError(
+                f"{name} of a {type(self).__name__} cannot be assigned, as outputs are tuples; make another one: "
+                f"{type(self).__name__}(**{{**outputs, {name!r}: value}})"
+            )
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        setattr(self, name if isinstance(name, str) else self._fields[name], value)
+
     # Two outputs are equal if they are the same: comparing the arrays has no single answer.
     __eq__ = object.__eq__
     __ne__ = object.__ne__
     __hash__ = object.__hash__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (type(self).__bases__[0], dict(zip(self._fields, self.to_tuple(), strict=True)))
+        return _unpickled, (type(self).__bases__[0], dict(self.items()))
 
 
 class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):

@@ -73,7 +73,11 @@ class XGLMCache:
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
         """Stores a layer's new keys and values, each [batch, heads, new, head_dim]; returns those of all positions."""
         past, length = self._past, self.length
-        keys, values = self._storage.keys[layer], self._storage.values[layer]
+        storage = self._storage
+        if storage.keys[layer].device != key.device:  # Blocks may be on several devices.
+            for held in (storage.keys, storage.values):
+                held[layer] = held[layer].to(key.device)
+        keys, values = storage.keys[layer], storage.values[layer]
         keys[:, :, past:length] = key.detach()
         values[:, :, past:length] = value.detach()
         if past == 0:
@@ -196,7 +200,7 @@ def reordered(cache: XGLMCache, config: XGLMConfig, rows: torch.Tensor) -> XGLMC
     storage, length = cache._storage, cache.length
     fresh = _allocated(config, len(rows), storage.capacity, like=storage.keys[0])
     for ours, theirs in zip(fresh.keys + fresh.values, storage.keys + storage.values, strict=True):
-        ours[:, :, :length] = theirs[rows, :, :length]
+        ours[:, :, :length] = theirs[rows.to(theirs.device), :, :length]
     fresh.filled = length
     return XGLMCache(
         fresh,

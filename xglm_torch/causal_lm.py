@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ from xglm_core.loss import LossOptions, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
 from xglm_core.scoring.engine import score
+from xglm_core.weight_names import HEAD
 from xglm_torch.cache import as_cache
-from xglm_torch.decoder import XGLMModel
+from xglm_torch.decoder import XGLMModel, XGLMScaledWordEmbedding
 from xglm_torch.generation import TorchEngine
 from xglm_torch.inputs import as_numpy, check_head_arguments, check_ids, check_trainable
 from xglm_torch.loss import causal_lm_loss, counted_labels
@@ -45,6 +47,10 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
     """
 
     has_head = True
+    _tied_weights_keys = _keys_to_ignore_on_save = (HEAD,)
+    # To transformers' Trainer: `num_items_in_batch` is taken, and counts targets, which are shifted labels.
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
 
     def __init__(self, config: XGLMConfig) -> None:
         super().__init__(config)
@@ -54,6 +60,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()
         self.tie_weights()
+        self.register_state_dict_post_hook(_with_head_of_its_own)
 
     @with_fast_gradients
     def forward(
@@ -104,7 +111,8 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         if labels is not None and self.training:
             check_trainable(self)
         head: nn.Module | torch.Tensor = self.lm_head
-        if labels is not None and input_ids is not None and inputs_embeds is None:
+        own = type(self.model.embed_tokens).forward is XGLMScaledWordEmbedding.forward
+        if labels is not None and input_ids is not None and inputs_embeds is None and own:
             both = table_and_head(self.model.embed_tokens, self.lm_head)
             if both is not None:
                 check_ids(self.config, input_ids)
@@ -187,13 +195,19 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             InputError: the weight has another shape.
         """
         check_embeddings(tuple(new_embeddings.weight.shape), self.config)
-        self.lm_head.weight = new_embeddings.weight
+        self._share(new_embeddings.weight)
         self.config.tie_word_embeddings = new_embeddings.weight is self.model.embed_tokens.weight
 
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter again, if the configuration ties them."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self._share(self.model.embed_tokens.weight)
+
+    def _share(self, weight: torch.Tensor) -> None:
+        """Gives the head a weight, and tells it so: adapters on it ask for its sizes."""
+        self.lm_head.weight = weight
+        if isinstance(self.lm_head, nn.Linear):
+            self.lm_head.out_features, self.lm_head.in_features = weight.shape
 
     def score(
         self, input_ids: Any, attention_mask: Any = None, *, return_likeliest: bool = False
@@ -352,7 +366,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         prompts = Prompts.of(self.config, ids, mask, embeds, length, rows, past_mask)
         preparation = None
         if is_overridden(self, XGLMForCausalLM):
-            cached = torch.from_numpy(prompts.columns[:, :length]).to(self.get_input_embeddings().weight.device)
+            cached = torch.from_numpy(prompts.columns[:, :length]).to(self.device)
             preparation = Preparation(self, cached, options)
         generation = (generation_config or self.generation_config).updated(options)
         return TorchEngine(self, past, preparation), Request(
@@ -364,6 +378,18 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             stopping_criteria or (),
             prefix_allowed_tokens_fn,
         )
+
+
+def _with_head_of_its_own(model: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook for state dicts: a tied head is a copy, in the memory of the host.
+
+    Only where transformers' Trainer is about: it writes state dicts as safetensors, which refuse memory that is shared.
+    """
+    head = state_dict.get(prefix + HEAD)
+    if head is None or isinstance(head, nn.Parameter) or "transformers.trainer" not in sys.modules:
+        return
+    if model.lm_head.weight is model.model.embed_tokens.weight and not (head.is_meta or hasattr(head, "device_mesh")):
+        state_dict[prefix + HEAD] = head.to("cpu", copy=True)
 
 
 def _kept(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

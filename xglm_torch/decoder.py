@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
@@ -186,7 +188,8 @@ class XGLMModel(XGLMPreTrainedModel):
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_states.append(hidden_states)
-            block = functools.partial(self._checkpointed, layer) if checkpointing else layer
+            is_first = index % self.gradient_checkpointing_every == 0
+            block = functools.partial(self._checkpointed, layer) if checkpointing and is_first else layer
             new_states, attentions, cross_attentions = block(
                 hidden_states,
                 attend,
@@ -221,7 +224,9 @@ class XGLMModel(XGLMPreTrainedModel):
 
     def _checkpointed(self, layer: nn.Module, *args: Any) -> Any:
         """Runs a block and computes it again in the backward pass, rather than keeping what is inside it."""
-        return checkpoint(with_fast_gradients(layer), *args, **self.gradient_checkpointing_kwargs)
+        pinned = args[0].device.type != "cpu"
+        with save_on_cpu(pin_memory=pinned) if self.gradient_checkpointing_offload else contextlib.nullcontext():
+            return checkpoint(with_fast_gradients(layer), *args, **self.gradient_checkpointing_kwargs)
 
     def _dropped(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """What follows a block: in training, with probability `config.layerdrop`, what came before it.

@@ -43,20 +43,21 @@ class TorchEngine:
 
     @property
     def _device(self) -> torch.device:
-        return self._model.model.embed_tokens.weight.device
+        return self._model.device
 
     @torch.inference_mode()
     def prefill(self, tokens: np.ndarray, attention_mask: np.ndarray, capacity: int, seen: np.ndarray | None) -> None:
         """See `Engine.prefill`."""
-        weight = self._model.model.embed_tokens.weight
+        dtype = self._model.model.embed_tokens.weight.dtype
         if self._cache is None and self._preparation is None:  # Soft prompts begin where there is no cache.
-            self._cache = empty_cache(self._model.config, len(tokens), capacity, like=weight)
-        if self._cache is not None and self._cache.batch != len(tokens):  # One row, for all of them.
-            self._cache = reordered(self._cache, self._model.config, self._tensor(np.zeros(len(tokens), int)))
+            like = torch.empty(0, dtype=dtype, device=self._device)
+            self._cache = empty_cache(self._model.config, len(tokens), capacity, like)
+        if self._cache is not None and self._cache.batch < len(tokens):  # One row, for all of them.
+            self._cache = reordered(self._cache, self._model.config, self._tensor(np.zeros(len(tokens))))
         given = torch.from_numpy(tokens).to(self._device)
         mask = torch.from_numpy(attention_mask).to(self._device)
         if tokens.ndim == 3:
-            self._read(mask, inputs_embeds=given.to(weight.dtype))
+            self._read(mask, inputs_embeds=given.to(dtype))
         else:
             self._read(mask, input_ids=given)
         if seen is not None:

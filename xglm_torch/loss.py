@@ -17,6 +17,7 @@ from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput
 from xglm_torch.chunked_loss import chunked_loss
 from xglm_torch.products import is_transformed, with_fast_gradients
+from xglm_torch.weights import is_native
 
 _Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -81,9 +82,11 @@ def counted_labels(labels: torch.Tensor, attention_mask: torch.Tensor | None) ->
 
 
 def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the head is a product with its weight and nothing else, neither adapted nor moved in by a hook."""
+    """Whether the head is a product with its weight and nothing else: not adapted, quantized or hooked."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
+    plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
+    checked: Any = head  # As an `nn.Linear`, if it is plain so far.
+    return plain and is_native(checked.weight)
 
 
 def _is_split(head: nn.Module | torch.Tensor) -> TypeGuard[nn.Linear]:

@@ -70,7 +70,8 @@ class Preparation:
             before = self._rows["attention_mask"]
             attention_mask = torch.cat([before, torch.ones_like(before[:, :1])], dim=1)
         self._rows["attention_mask"] = attention_mask
-        new, end = (input_ids if inputs_embeds is None else inputs_embeds).shape[1], attention_mask.shape[1]
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        new, end = given.shape[1], attention_mask.shape[1]
         steps = (
             torch.arange(end - new, end, device=attention_mask.device),
             None if begins and cache is None else new,
@@ -78,7 +79,7 @@ class Preparation:
         )
         method = self._model.prepare_inputs_for_generation
         named = inspect.signature(method).parameters
-        told = {name: value for name, value in zip(_STEP, steps, strict=True) if name in named}
+        told: dict[str, Any] = {name: value for name, value in zip(_STEP, steps, strict=True) if name in named}
         found = method(self._ids, past_key_values=cache, use_cache=True, **told, **self._rows, **self._options)
         if not isinstance(found, Mapping):
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
@@ -19,7 +20,16 @@ from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 from xglm_torch.gathering import first_process_reads, reshard
-from xglm_torch.weights import load_weights, read_weight, weights_dtype, write_weight
+from xglm_torch.weights import (
+    as_array,
+    check_storable,
+    execution_device,
+    load_weights,
+    local_name,
+    read_weight,
+    weights_dtype,
+    write_weight,
+)
 
 if TYPE_CHECKING:
     from xglm_torch.decoder import XGLMModel
@@ -35,16 +45,20 @@ class XGLMPreTrainedModel(nn.Module):
     has_head: ClassVar[bool]
     generation_config: GenerationConfig  # Where there is a head.
 
-    # What accelerate and peft look for.
+    # What accelerate, peft and transformers' Trainer look for.
     _no_split_modules = ("XGLMDecoderLayer",)
-    _tied_weights_keys = ("lm_head.weight",)
+    _tied_weights_keys: ClassVar[tuple[str, ...] | None] = None
+    _keys_to_ignore_on_save: ClassVar[tuple[str, ...] | None] = None
     supports_gradient_checkpointing = True
 
     def __init__(self, config: XGLMConfig) -> None:
         super().__init__()
         self.config = config
-        self.is_gradient_checkpointing = False
-        self.gradient_checkpointing_kwargs: dict[str, Any] = {}
+        # A key of old configurations, which is said in the file of a model that was trained so.
+        self.is_gradient_checkpointing = bool(getattr(config, "gradient_checkpointing", False))
+        self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
+        self.gradient_checkpointing_every, self.gradient_checkpointing_offload = 1, False
+        self._input_grads: Any = None
 
     @classmethod
     def from_pretrained(
@@ -81,7 +95,14 @@ class XGLMPreTrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", dtype: Any = None
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        dtype: Any = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        save_function: Any = None,
     ) -> None:
         """Writes `config.json` and safetensors in the published layout.
 
@@ -91,16 +112,24 @@ class XGLMPreTrainedModel(nn.Module):
             folder: created if it is missing; an older checkpoint there is replaced once the new one is complete.
             max_shard_size: most bytes in one file, as a number or e.g. "500MB".
             dtype: type to store; None keeps the parameters'.
+            state_dict: the weights to write in place of the model's, whole, as `accelerator.get_state_dict` gives them.
+            is_main_process: whether this process writes. Of a sharded model it is the first one, whatever is said.
+            save_function: of no effect: safetensors are written in place, by no function that takes tensors.
 
         Raises:
-            InputError: `dtype` or `max_shard_size` is unknown.
+            InputError: `dtype` or `max_shard_size` is unknown; or the model, or `state_dict`, has weights that a
+                checkpoint has no place for, such as adapters, or none of those that it needs, or quantized ones.
             CheckpointError: the files cannot be written; for a sharded model, in each process.
         """
         reshard(self)
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
         specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
-        with first_process_reads(self, lambda name: read_weight(self, name, stored)) as read:
-            if read is not None:
+        check_storable(self, specs, state_dict)
+        reading: Any = first_process_reads(self, lambda name: read_weight(self, name, stored))
+        if state_dict is not None:
+            reading = contextlib.nullcontext(lambda name: as_array(state_dict[local_name(self, name)], stored))
+        with reading as read:
+            if read is not None and is_main_process:
                 save_checkpoint(folder, self.config, specs, stored, read, max_shard_size)
                 if self.has_head:
                     self.generation_config.save_pretrained(folder)
@@ -112,8 +141,8 @@ class XGLMPreTrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where the parameters are, or, of those that accelerate keeps elsewhere, where it brings them for a call."""
+        return execution_device(self.get_input_embeddings()) or next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,14 +153,22 @@ class XGLMPreTrainedModel(nn.Module):
         """The token embedding. Called with ids it gives what `inputs_embeds` takes: scaled embeddings."""
         return self.decoder.embed_tokens
 
-    def set_input_embeddings(self, new_embeddings: nn.Embedding | nn.Linear) -> None:
+    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         """Shares the weight [vocab_size, d_model] of another embedding; a tied head follows.
 
+        A module with a `forward` of its own takes the embedding's place: what it gives for ids are `inputs_embeds`,
+        which nothing scales.
+
         Raises:
-            InputError: the weight has another shape.
+            InputError: there is no weight, or it has another shape.
         """
-        check_embeddings(tuple(new_embeddings.weight.shape), self.config)
-        self.get_input_embeddings().weight = new_embeddings.weight
+        weight: Any = getattr(new_embeddings, "weight", None)
+        check_embeddings(() if weight is None else tuple(weight.shape), self.config)
+        plain = type(new_embeddings).forward in (nn.Embedding.forward, nn.Linear.forward)
+        if plain or hasattr(new_embeddings, "embed_scale"):  # One of ours, or of transformers, is scaled as ours is.
+            self.get_input_embeddings().weight = weight
+        else:
+            self.decoder.embed_tokens = new_embeddings  # type: ignore[assignment]
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -184,28 +221,66 @@ class XGLMPreTrainedModel(nn.Module):
             attention.heads = config.kept_heads(index)
         self.config.pruned_heads = config.pruned_heads
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Has training keep no more than the input of each block, and compute the rest again in the backward pass.
 
         Args:
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False by default.
+            every_n_layers: does so in the first of so many blocks; the others keep what they need.
+            offload: whether the inputs wait in the memory of the host.
         """
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         for model in {self, self.decoder}:
             model.is_gradient_checkpointing, model.gradient_checkpointing_kwargs = True, options
+            model.gradient_checkpointing_every, model.gradient_checkpointing_offload = every_n_layers, offload
 
     def gradient_checkpointing_disable(self) -> None:
         """Undoes `gradient_checkpointing_enable`."""
         for model in {self, self.decoder}:
             model.is_gradient_checkpointing = False
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` by its newer name."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable` by its newer name."""
+        self.gradient_checkpointing_disable()
+
     def enable_input_require_grads(self) -> None:
         """Gives the embeddings' output a gradient, which adapters of a frozen model need with reentrant checkpoints."""
-        self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        self.disable_input_require_grads()
+        self._input_grads = self.get_input_embeddings().register_forward_hook(_with_gradient)
 
-    def num_parameters(self) -> int:
-        """Number of parameters; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def disable_input_require_grads(self) -> None:
+        """Undoes `enable_input_require_grads`."""
+        if self._input_grads is not None:
+            self._input_grads.remove()
+        self._input_grads = None
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters; a tied head counts once.
+
+        Args:
+            only_trainable: leaves out those that need no gradient.
+            exclude_embeddings: leaves out the token embedding, and with it a tied head.
+        """
+        table = self.get_input_embeddings().weight
+        return sum(
+            parameter.numel()
+            for parameter in self.parameters()
+            if (parameter.requires_grad or not only_trainable) and not (exclude_embeddings and parameter is table)
+        )
 
     def tie_weights(self) -> None:
         """Does nothing: the bare decoder has no head."""
@@ -220,3 +295,8 @@ class XGLMPreTrainedModel(nn.Module):
                 module.bias.zero_()
             if isinstance(module, nn.Embedding) and self.config.pad_token_id is not None:
                 module.weight[self.config.pad_token_id].zero_()
+
+
+def _with_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """A hook that gives what a module returns a gradient; no closure, so that models with it can be pickled."""
+    return output.requires_grad_(True)

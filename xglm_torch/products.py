@@ -122,7 +122,9 @@ def _linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     """The product `states @ weight.T + bias` of what `is_plain`."""
     tensors = states, weight, bias
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return _Linear.apply(*tensors)
+        # As a matrix: what the library reshapes inside is a view, which code behind it could not change in place.
+        rows = _Linear.apply(states.reshape(-1, states.shape[-1]), weight, bias)
+        return rows.view(*states.shape[:-1], len(weight))
     return _product(*tensors)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -9,6 +12,8 @@ from torch import nn
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FloatType
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.checkpoint.mapped import copy_numbers
+from xglm_core.errors import InputError
+from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec
 
 
 def load_weights(model: nn.Module, plan: LoadPlan) -> None:
@@ -35,7 +40,13 @@ def load_weights(model: nn.Module, plan: LoadPlan) -> None:
 def read_weight(model: nn.Module, name: str, dtype: FloatType) -> np.ndarray:
     """A parameter by canonical name, in canonical shape and in `dtype.storage`; gathered if it is sharded."""
     module, parameter = _owner(model, name)
-    tensor = getattr(module, parameter).detach()
+    tensor = getattr(module, parameter)
+    return as_array(_offloaded(model, local_name(model, name)) if tensor.is_meta else tensor, dtype)
+
+
+def as_array(tensor: Any, dtype: FloatType) -> np.ndarray:
+    """The numbers of a tensor in `dtype.storage`; gathered if it is sharded."""
+    tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     tensor = tensor.to("cpu", getattr(torch, dtype.name)).contiguous()
@@ -52,6 +63,11 @@ def write_weight(model: nn.Module, name: str, value: np.ndarray) -> None:
     """
     module, parameter = _owner(model, name)
     old = getattr(module, parameter)
+    if old.is_meta or parameter not in module._parameters:
+        state = "kept elsewhere (accelerate: remove_hook_from_submodules)" if old.is_meta else "adapted or computed"
+        raise InputError(
+            f"{name} is {state}; change the shapes of a model's weights before that, or after it is undone"
+        )
     new = _from_numpy(np.ascontiguousarray(value), weights_dtype(model)).clone().to(old.device)
     setattr(module, parameter, nn.Parameter(new, requires_grad=old.requires_grad))
     if isinstance(module, nn.Linear):
@@ -65,11 +81,96 @@ def weights_dtype(model: nn.Module) -> FloatType:
     return DTYPES[str(next(model.parameters()).dtype).removeprefix("torch.")]
 
 
+def local_name(model: nn.Module, name: str) -> str:
+    """The name of a parameter in the model: the bare decoder is what canonical names call "model"."""
+    return name if hasattr(model, "model") else name.removeprefix("model.")
+
+
+def check_storable(
+    model: nn.Module, specs: Sequence[WeightSpec], given: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Checks that a checkpoint can hold all weights of a model, or those that are given in their place.
+
+    Raises:
+        InputError: it has no place for one, one is missing, of another shape, or no plain numbers, or a head that
+            differs from the embedding would be lost.
+    """
+    found: Mapping[str, Any] = dict(model.named_parameters(remove_duplicate=False)) if given is None else given
+    shapes = {local_name(model, spec.name): spec.shape for spec in specs}
+    table, head = (found.get(local_name(model, name)) for name in (EMBEDDING, HEAD))
+    # A parametrized weight is computed, and read as such.
+    extra = [
+        name
+        for name in found
+        if name not in {*shapes, HEAD} and ".parametrizations." not in name and not name.endswith("_orig")
+    ]
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise InputError(
+            f"a checkpoint has no place for {extra[0]}{more}; merge adapters into the model before (peft: "
+            "merge_and_unload), or save them alone (peft: its model's own save_pretrained, get_peft_model_state_dict)"
+        )
+    if given is not None:
+        for name, shape in shapes.items():
+            if tuple(getattr(given.get(name), "shape", ())) != tuple(shape):
+                actual = list(given[name].shape) if name in given else "missing"
+                raise InputError(f"state_dict: {name} is {actual}, expected {list(shape)}; give the whole weights")
+    for name, tensor in found.items():
+        if not (is_native(tensor) and tensor.is_floating_point()):
+            raise InputError(
+                f"{name} is a {type(tensor).__name__} of {tensor.dtype}, not plain numbers; save the model before it "
+                "is quantized, or its state_dict() with torch.save"
+            )
+    if HEAD not in shapes and head is not None and table is not None and not _same(table, head):
+        raise InputError(
+            f"{HEAD} differs from the embedding, but config.tie_word_embeddings is True and it would be lost; "
+            "set config.tie_word_embeddings=False, or call tie_weights()"
+        )
+
+
+def is_native(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is none of another package's, which may hold numbers in its own way, such as quantized ones.
+
+    To a compiler, which does not follow the names of classes, every one is.
+    """
+    return torch.compiler.is_compiling() or type(tensor).__module__.partition(".")[0] == "torch"
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the weights of a module for a call; None if it keeps none elsewhere."""
+    for hook in _hooks(module):
+        if getattr(hook, "offload", False) and hook.execution_device is not None:
+            return torch.device(hook.execution_device)
+    return None
+
+
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
+    """A weight that accelerate keeps elsewhere, while the module has none: in a mapping of the hook that brings it."""
+    path = name.split(".")
+    for depth in reversed(range(len(path))):
+        for hook in _hooks(model.get_submodule(".".join(path[:depth]))):
+            if getattr(hook, "weights_map", None) is not None:
+                return hook.weights_map[".".join(path[depth:])]
+    raise InputError(f"{name} is on the meta device and has no numbers; load weights before")
+
+
+def _hooks(module: nn.Module) -> Sequence[Any]:
+    """The hooks of accelerate on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+def _same(table: Any, head: Any) -> bool:
+    """Whether a head is its embedding, as far as can be seen here."""
+    if table is head or any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in (table, head)):
+        return True
+    return table.data_ptr() == head.data_ptr() or torch.equal(table.to(head.device), head)
+
+
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter, and its attribute name there."""
-    path, _, parameter = name.rpartition(".")
-    # The bare decoder is what causal-LM names call "model".
-    return model.get_submodule(path if hasattr(model, "model") else path.removeprefix("model.")), parameter
+    path, _, parameter = local_name(model, name).rpartition(".")
+    return model.get_submodule(path), parameter
 
 
 def _from_numpy(array: np.ndarray, dtype: FloatType) -> torch.Tensor:
