@@ -75,8 +75,8 @@ class TFEngine:
         """See `Engine.prefill`."""
         past, capacity = self._past, rounded_up(capacity, self.bucket)
         if past is not None:
-            if past.batch < len(tokens):  # One row, for all of them.
-                past = reordered(past, self._tensor(np.zeros(len(tokens))))
+            if past.batch != len(tokens):  # One row, for all of them.
+                past = reordered(past, self._tensor(np.zeros(len(tokens), int)))
             capacity = max(capacity, int(past.capacity))
             past = with_capacity(past, capacity)
         mask = np.ones((len(tokens), capacity), bool)

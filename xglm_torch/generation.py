@@ -52,8 +52,8 @@ class TorchEngine:
         if self._cache is None and self._preparation is None:  # Soft prompts begin where there is no cache.
             like = torch.empty(0, dtype=dtype, device=self._device)
             self._cache = empty_cache(self._model.config, len(tokens), capacity, like)
-        if self._cache is not None and self._cache.batch < len(tokens):  # One row, for all of them.
-            self._cache = reordered(self._cache, self._model.config, self._tensor(np.zeros(len(tokens))))
+        if self._cache is not None and self._cache.batch != len(tokens):  # One row, for all of them.
+            self._cache = reordered(self._cache, self._model.config, self._tensor(np.zeros(len(tokens), int)))
         given = torch.from_numpy(tokens).to(self._device)
         mask = torch.from_numpy(attention_mask).to(self._device)
         if tokens.ndim == 3:

@@ -124,7 +124,7 @@ class RuleMaker:
                 f"min_length is {generation.min_length}, but the text has at most {columns + limit} columns"
             )
         # By the number of new tokens so far: what each row gets next, and what none may begin with.
-        self._forced = {0: first} if first else {}
+        self._forced: dict[int, tuple[int, ...]] = {0: first} if first else {}
         if generation.last_ids:
             self._forced[limit - 1] = generation.last_ids
         unwanted = generation.begin_suppress_tokens
