@@ -132,7 +132,8 @@ def precision() -> jax.lax.Precision | None:
 
     JAX's own default lets accelerators round the factors of float32 products to 10 bits (TF32) or 8 (bfloat16).
     """
-    return jax.lax.Precision.HIGHEST if jax.config.jax_default_matmul_precision is None else None
+    config: Any = jax.config
+    return jax.lax.Precision.HIGHEST if config.jax_default_matmul_precision is None else None
 
 
 def few_rows_product(states: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -69,7 +69,7 @@ def check_arguments(config: XGLMConfig, past: FlaxXGLMCache | None, **arguments:
 
 def check_position_ids(
     config: XGLMConfig,
-    position_ids: jax.Array | None,
+    position_ids: Any,
     mask: Any,
     past: FlaxXGLMCache | None,
     seen: int,
@@ -123,7 +123,7 @@ def _tokens(arguments: Arguments) -> Any:
     return arguments["inputs_embeds"] if arguments["input_ids"] is None else arguments["input_ids"]
 
 
-def _cached(past: FlaxXGLMCache | None, length: int, mask: tuple[int, ...] | None) -> tuple[int, int]:
+def _cached(past: FlaxXGLMCache | None, length: int, mask: tuple[int | None, ...] | None) -> tuple[int, int]:
     """How many positions are cached, and how many of them a mask has to cover besides the new ones."""
     if past is None:
         return 0, 0

@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, Unpack, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
-from xglm_core.hub import HubOptions
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
 from xglm_flax.blocks import Remat, remat_policy
@@ -161,7 +160,7 @@ class FlaxXGLMPreTrainedModel:
         scan_layers: bool = False,
         remat: Remat = "none",
         weights: str | None = None,
-        **hub: Unpack[HubOptions],
+        **hub: Any,
     ) -> Self | tuple[Self, Params]:
         """Loads a checkpoint.
 

@@ -136,7 +136,8 @@ def checked_params(params: Any, specs: Sequence[WeightSpec], *, bare: bool) -> P
     """
     if not isinstance(params, Mapping):
         raise InputError(f"params is a {type(params).__name__}, expected a tree of parameters, as model.params is")
-    tree: Params = unfreeze(params)
+    given: Any = params
+    tree: Params = unfreeze(given)
     found = {"/".join(map(str, path)): leaf for path, leaf in flatten_dict(tree).items()}
     before = "layers/" if bare else "model/layers/"
     blocks = [name.removeprefix(before) for name in found if name.startswith(before)]
