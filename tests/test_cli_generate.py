@@ -49,6 +49,13 @@ class TestText:
         assert "fish" in stopped
         assert len(stopped) < len(LITTLE)
 
+    def test_a_seed_that_was_drawn_is_told(self, run):
+        sample = ("The", "Every", "--do-sample", "--temperature", 2, "--top-k", 0)
+        code, texts, errors = run(*sample)
+        seed = errors.split("xglm: --seed ")[1].split(" gives the same texts again\n")[0]
+        assert (code, run(*sample, "--seed", seed)) == (0, (0, texts, ""))
+        assert "--seed" not in run("The", "--max-new-tokens", 2)[2]
+
     def test_line_breaks(self, run):
         """A sentence of the corpus ends with </s>, its line break."""
         one = run("The little", "--max-new-tokens", 40)[1]

@@ -128,7 +128,7 @@ class TestText:
     @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.uint64])
     def test_ids_of_another_type(self, dtype):
         result = run(np.array([[5, 130]], dtype))
-        assert result.dtype == np.int64
+        assert result.dtype == (np.int64 if dtype is np.uint8 else dtype)  # Which cannot hold all ids.
         assert result.tolist() == [[5, 130, *continuation([5, 130], 20)]]
 
     def test_padding_id_among_the_tokens_counts_as_a_token(self):

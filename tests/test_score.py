@@ -165,7 +165,7 @@ class TestCall:
         [
             (IDS + 120, None, r"input_ids\[0, \d+\] is \d+, expected 0 to 130"),
             (-IDS, None, r"input_ids\[0, \d+\] is -\d+, expected 0 to 130"),
-            (IDS[0], None, r"input_ids is int64 \[11\], expected integers \[batch, length\], neither 0"),
+            (IDS[0], None, r"input_ids is \[11\], expected integers \[batch, length\], neither 0"),
             (IDS[:, :0], None, r"input_ids is int64 \[2, 0\], expected integers \[batch, length\], neither 0"),
             (IDS / 2, None, r"input_ids is float64 \[2, 11\], expected integers \[batch, length\], neither 0"),
             (IDS, LEFT[:, 1:], r"attention_mask is \[2, 10\], expected \[2, 11\]"),

@@ -90,7 +90,7 @@ class TestInputs:
             (
                 ([[5, 6], [7]],),
                 {},
-                "input_ids has rows of different lengths, which fit no tensor; expected padded rows",
+                "input_ids has rows of different lengths, which fit no tensor; pad them",
             ),
         ],
     )

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 from xglm_core.errors import ConfigError
 from xglm_core.files import replacing
 from xglm_core.hub import HubOptions, find_source
+from xglm_core.values import plain
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -170,6 +171,11 @@ class XGLMConfig:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
+    @property
+    def others(self) -> dict[str, Any]:
+        """The keys that are not arguments of the constructor."""
+        return {name: value for name, value in vars(self).items() if name not in _DEFAULTS}
+
     def kept_heads(self, layer: int) -> list[int]:
         """The self-attention heads that a block still has, by their original index."""
         return [head for head in range(self.attention_heads) if head not in self.pruned_heads.get(layer, ())]
@@ -207,6 +213,7 @@ class XGLMConfig:
         setattr(self, key, value)
 
     def _validate(self) -> None:
+        vars(self).update({key: plain(value) for key, value in vars(self).items()})
         for key in _COUNTS:
             value = getattr(self, key)
             if not _is_int(value) or value < 1:

@@ -6,8 +6,10 @@ tensors; a backend that is being traced (jit, export) has none to look at and sk
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +19,95 @@ from xglm_core.errors import InputError
 IGNORED_LABEL = -100  # What every framework's users write where a position does not count.
 
 Shape = Sequence[int | None]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Arguments of a call that are arrays, and so may be given as lists.
+_ARRAYS = (
+    *("input_ids", "inputs", "attention_mask", "position_ids", "inputs_embeds", "labels", "logits_to_keep"),
+    *("encoder_hidden_states", "encoder_attention_mask", "head_mask", "cross_attn_head_mask"),
+)
+
+
+def inputs_as_given(prepared: Callable[[Any, Any], Any] = lambda model, value: value) -> Callable[[Method], Method]:
+    """Has a method of a model take its inputs as people have them.
+
+    The first argument may be a mapping of arguments by name, such as a `BatchEncoding`. Lists of numbers become arrays,
+    and numbers of numpy Python's; see `plain_input`.
+
+    Args:
+        prepared: makes of the model and an array or tensor of an argument what the method takes.
+
+    Raises:
+        InputError: see `plain_input`, or arguments are given beside such a mapping that it has, or by position.
+    """
+
+    def decorate(method: Method) -> Method:
+        names = tuple(inspect.signature(method).parameters)[1:]
+
+        def taken(model: Any, name: str, value: Any) -> Any:
+            value = plain_input(name, value)
+            return prepared(model, value) if name in _ARRAYS else value
+
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            before, after = args[: len(names)], args[len(names) :]
+            if args and isinstance(args[0], Mapping):
+                twice = [name for name in args[0] if name in kwargs]
+                if len(args) > 1 or twice:
+                    what = f"{', '.join(twice)} is given twice" if twice else "arguments follow it by position"
+                    raise InputError(
+                        f"the first argument is a mapping of arguments, and {what}; give each by name, once"
+                    )
+                before, kwargs = (), {**args[0], **kwargs}
+            inputs = [taken(self, name, value) for name, value in zip(names, before, strict=False)]
+            named = {name: taken(self, name, value) for name, value in kwargs.items()}
+            return method(self, *inputs, *after, **named)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def plain_input(name: str, value: Any) -> Any:
+    """An argument of a model's call as an array or a number: of lists and of numpy's scalars; another one as it is.
+
+    Raises:
+        InputError: it is text, or has rows of different lengths, or is a row of ids without the axis of rows.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if name in _ARRAYS and isinstance(value, str | list | tuple | np.ndarray):
+        given = value
+        try:
+            value = np.asarray(given)
+        except (ValueError, TypeError):
+            raise InputError(
+                f"{name} has rows of different lengths, which fit no tensor; pad them: tokenizer(texts, padding=True) "
+                "or tokenizer.pad"
+            ) from None
+        if value.dtype.kind in "US":
+            raise InputError(
+                f"{name} is text, expected integers [batch, length]; encode it: tokenizer(texts, padding=True, "
+                "return_tensors=...)"
+            )
+        if value.dtype == np.float64 and value is not given:  # Of lists, which have no type of their own.
+            value = value.astype(np.float32)
+    if name in ("input_ids", "inputs") and getattr(value, "ndim", None) in (0, 1):
+        raise InputError(
+            f"{name} is {list(value.shape)}, expected integers [batch, length], neither 0; a single row is {name}[None]"
+        )
+    return value
+
+
+def check_not_traced(name: str, traced: bool) -> None:
+    """Raises `InputError` if a framework traces or compiles a method of a model that is a loop of the host."""
+    if traced:
+        instead = {"score": "take the log-softmax of the model's logits"}
+        raise InputError(
+            f"{name} is a loop on the host, which cannot be traced or compiled: call it outside; inside, "
+            + instead.get(name, "loop over the model's own call with use_cache=True")
+        )
 
 
 def check_shapes(

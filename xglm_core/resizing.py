@@ -12,6 +12,7 @@ import numpy as np
 from xglm_core.checkpoint.dtypes import DTYPES, FloatType, convert
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
+from xglm_core.values import plain
 
 _SEED = 0  # New rows are the same in all backends, and the next time.
 
@@ -30,8 +31,8 @@ def resized_config(config: XGLMConfig, new_num_tokens: int | None, pad_to_multip
         InputError: a number is not a positive integer.
         ConfigError: `pad_token_id` would be outside the vocabulary.
     """
-    rows = config.vocab_size if new_num_tokens is None else new_num_tokens
-    multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+    rows = config.vocab_size if new_num_tokens is None else plain(new_num_tokens)
+    multiple = 1 if pad_to_multiple_of is None else plain(pad_to_multiple_of)
     for name, value in (("new_num_tokens", rows), ("pad_to_multiple_of", multiple)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is {value!r}, expected a positive integer or None")

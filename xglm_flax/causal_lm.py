@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 from flax import linen as nn
 
 from xglm_core.config import XGLMConfig
-from xglm_core.generation.config import GenerationConfig, arguments
+from xglm_core.generation.config import GenerationConfig, arguments, given_options
 from xglm_core.generation.engine import Processor, check_not_overridden
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
 from xglm_core.generation.rules import PrefixFunction
 from xglm_core.generation.stopping import Criterion
 from xglm_core.generation.transitions import transition_scores
+from xglm_core.inputs import check_not_traced, inputs_as_given
 from xglm_core.loss import LossOptions, LossOutput, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
@@ -27,8 +29,8 @@ from xglm_flax.attention import FEW_ROWS, dense, few_rows_product, precision
 from xglm_flax.blocks import Remat
 from xglm_flax.cache import FlaxXGLMCache, as_cache
 from xglm_flax.decoder import FlaxXGLMModule
-from xglm_flax.generation import FlaxEngine, compile_engine
-from xglm_flax.inputs import check_head_arguments
+from xglm_flax.generation import FlaxEngine, compile_engine, seed_of
+from xglm_flax.inputs import check_head_arguments, is_any_traced
 from xglm_flax.loss import causal_lm_loss, counted_labels
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
 from xglm_flax.scoring import FlaxScorer, compile_scorer
@@ -187,6 +189,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         self.generation_config = GenerationConfig.from_model(config)
         self.loss_options = LossOptions()
 
+    @inputs_as_given()
     def __call__(
         self,
         input_ids: jax.Array | None = None,
@@ -326,6 +329,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         else:
             self._make_module()
 
+    @inputs_as_given()
     def score(
         self,
         input_ids: Any,
@@ -350,11 +354,13 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         Raises:
             InputError: there are no parameters, or see `xglm_core.scoring.engine.score`.
         """
+        check_not_traced("score", is_any_traced(input_ids, attention_mask, params))
         mask = None if attention_mask is None else np.asarray(attention_mask)
         scorer = FlaxScorer(self._scorer, self._params_or_own(params))
         scores, likeliest = map(jnp.asarray, score(scorer, np.asarray(input_ids), mask, self.config))
         return (scores, likeliest) if return_likeliest else scores
 
+    @inputs_as_given()
     def generate(
         self,
         input_ids: jax.Array | None = None,
@@ -362,6 +368,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         generation_config: GenerationConfig | None = None,
         *,
         params: Params | None = None,
+        prng_key: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
         past_key_values: Any = None,
         logits_processor: Sequence[Processor] = (),
@@ -378,8 +385,10 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
                 `inputs`, too.
             attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
                 it begins or ends a row, unless it ends texts as well.
-            generation_config: the options; None takes `self.generation_config`.
+            generation_config: the options; what is None in it is as in `self.generation_config`. Also one of
+                transformers.
             params: the parameters; None means the model's.
+            prng_key: a key of JAX, to sample by in place of `seed`. Differs: the others have a generator of their own.
             inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
             past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again. A
                 single row serves all prompts that begin with its text.
@@ -393,8 +402,8 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             options: options of `GenerationConfig` that take precedence.
 
         Returns:
-            int32 [rows, length + new]: `input_ids` as given, then the new tokens; rows that ended are filled with
-            padding. With `return_dict_in_generate`, a `GenerateOutput`. Differs: JAX has no int64 unless asked to.
+            [rows, length + new], in the type of `input_ids`: these as given, then the new tokens; rows that ended are
+            filled with padding. With `return_dict_in_generate`, a `GenerateOutput`.
 
         Raises:
             InputError: an option is unknown, impossible or contradicts another one, or the prompts do not fit the model
@@ -405,6 +414,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             attention_mask,
             generation_config,
             params=params,
+            prng_key=prng_key,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             logits_processor=logits_processor,
@@ -445,6 +455,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         found = transition_scores(np.asarray(sequences), map(np.asarray, scores), beams, normalize=normalize_logits)
         return jnp.asarray(found)
 
+    @inputs_as_given()
     def stream(
         self,
         input_ids: jax.Array | None = None,
@@ -469,6 +480,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         generation_config: GenerationConfig | None,
         *,
         params: Params | None = None,
+        prng_key: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
         past_key_values: Any = None,
         logits_processor: Sequence[Processor] = (),
@@ -480,11 +492,14 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
     ) -> tuple[FlaxEngine, Request]:
         """What to run, and on what, with everything checked."""
         input_ids, attention_mask, generation_config = arguments(input_ids, attention_mask, generation_config, inputs)
+        check_not_traced("generate", is_any_traced(input_ids, attention_mask, inputs_embeds, params, prng_key))
         loop = "prepare_inputs_for_generation", "update_inputs_for_generation"
         check_not_overridden(self, FlaxXGLMForCausalLM, *loop)
         params = self._params_or_own(params)
         past = as_cache(past_key_values, self.config, self.dtype)
-        generation = (generation_config or self.generation_config).updated(options)
+        generation = given_options(generation_config, self.generation_config).updated(options)
+        if prng_key is not None:
+            generation = dataclasses.replace(generation, seed=seed_of(prng_key, generation, options))
         length, rows = (0, None) if past is None else (int(past.length), past.batch)
         ids, mask, embeddings = (
             None if array is None else np.asarray(array) for array in (input_ids, attention_mask, inputs_embeds)
@@ -509,8 +524,8 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
 
 
 def _as_jax(array: np.ndarray) -> jax.Array:
-    """A numpy array in 32 bits."""
-    return jnp.asarray(array.astype(np.int32) if array.dtype == np.int64 else array)
+    """A numpy array, in 32 bits unless JAX is told to have more."""
+    return jnp.asarray(array.astype(jax.dtypes.canonicalize_dtype(array.dtype)))
 
 
 def _kept(states: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from xglm_core.config import XGLMConfig
+from xglm_core.inputs import inputs_as_given
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_flax.attention import attention_mask_for
@@ -171,6 +172,7 @@ class FlaxXGLMModel(FlaxXGLMPreTrainedModel):
     has_head = False
     module_class = FlaxXGLMModule
 
+    @inputs_as_given()
     def __call__(
         self,
         input_ids: jax.Array | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from xglm_core.errors import InputError
+from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import BLOCK, Processor, check_processed
 from xglm_core.generation.prompts import rounded_up
 from xglm_core.generation.rules import Rules
@@ -307,3 +309,27 @@ def _candidates(
 @jax.jit
 def _scores(logits: jax.Array, seen: jax.Array | None, rules: TracedRules) -> jax.Array:
     return selection.narrowed(selection.process(logits, seen, rules), rules)
+
+
+def seed_of(prng_key: jax.Array, generation: GenerationConfig, options: Mapping[str, Any]) -> int:
+    """The seed that a key stands for.
+
+    Args:
+        prng_key: a key of JAX, or its words, uint32 [any].
+        generation: the options of the call.
+        options: those that were given beside the key.
+
+    Raises:
+        InputError: it is no key, a seed is given as well, or nothing is drawn.
+    """
+    if options.get("seed") is not None:
+        raise InputError("seed and prng_key are both given, expected one of the two")
+    if not generation.do_sample:
+        raise InputError("prng_key has no effect without do_sample=True")
+    is_key = jnp.issubdtype(getattr(prng_key, "dtype", np.int64), jax.dtypes.prng_key)
+    words = np.asarray(jax.random.key_data(prng_key) if is_key else prng_key)
+    if words.dtype != np.uint32 or words.ndim != 1:
+        raise InputError(
+            f"prng_key is {words.dtype} {list(words.shape)}, expected a single key, such as jax.random.key(0)"
+        )
+    return int.from_bytes(words.astype("<u4").tobytes(), "little")

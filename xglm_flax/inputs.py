@@ -119,6 +119,11 @@ def has_values(array: Any) -> bool:
     return not is_traced(array)
 
 
+def is_any_traced(*trees: Any) -> bool:
+    """Whether JAX traces some of the arrays in these trees."""
+    return any(map(is_traced, jax.tree.leaves(trees)))
+
+
 def _tokens(arguments: Arguments) -> Any:
     return arguments["inputs_embeds"] if arguments["input_ids"] is None else arguments["input_ids"]
 

@@ -106,6 +106,7 @@ def counted_labels(labels: jax.Array, attention_mask: jax.Array | None, past: Le
 
     Differs: behind the new positions, which begin at `past`, the mask may go on to all that a cache has room for.
     """
+    labels = jnp.asarray(labels, jnp.int32)  # Which a label of 8 bits without a sign needs to become -100.
     if attention_mask is None:
         return labels
     padding = jax.lax.dynamic_slice_in_dim(attention_mask, past, labels.shape[1], axis=1) == 0

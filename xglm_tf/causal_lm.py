@@ -12,20 +12,21 @@ import tensorflow as tf
 
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.config import XGLMConfig
-from xglm_core.generation.config import GenerationConfig, arguments
+from xglm_core.generation.config import GenerationConfig, arguments, given_options
 from xglm_core.generation.engine import Processor, check_not_overridden
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
 from xglm_core.generation.rules import PrefixFunction
 from xglm_core.generation.stopping import Criterion
 from xglm_core.generation.transitions import transition_scores
+from xglm_core.inputs import check_not_traced, inputs_as_given
 from xglm_core.loss import LossOutput, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.scoring.engine import score
 from xglm_tf.cache import as_cache
 from xglm_tf.decoder import TFXGLMMainLayer
-from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine
-from xglm_tf.inputs import check_head_arguments
+from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine, draw_seed
+from xglm_tf.inputs import check_head_arguments, is_traced
 from xglm_tf.loss import causal_lm_loss, counted_labels
 from xglm_tf.pretrained import embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
@@ -272,6 +273,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         """The compiled function of `score`; kept as long as the model stays as it is: each shape is compiled once."""
         return compiled(self, "score", compile_scorer)
 
+    @inputs_as_given()
     def score(
         self, input_ids: Any, attention_mask: Any = None, *, return_likeliest: bool = False
     ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
@@ -290,6 +292,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         Raises:
             InputError: see `xglm_core.scoring.engine.score`.
         """
+        check_not_traced("score", is_traced(input_ids, attention_mask))
         mask = None if attention_mask is None else np.asarray(attention_mask)
         found = score(TFScorer(self.compiled_scorer), np.asarray(input_ids), mask, self.config)
         scores, likeliest = map(tf.constant, found)
@@ -300,6 +303,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         """The compiled functions of `generate`, kept as those of `score` are."""
         return compiled(self, "generate", compile_engine)
 
+    @inputs_as_given()
     def generate(
         self,
         input_ids: tf.Tensor | None = None,
@@ -322,7 +326,8 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
                 `inputs`, too.
             attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
                 it begins or ends a row, unless it ends texts as well.
-            generation_config: the options; None takes `self.generation_config`.
+            generation_config: the options; what is None in it is as in `self.generation_config`. Also one of
+                transformers.
             inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
             past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again. A
                 single row serves all prompts that begin with its text.
@@ -336,8 +341,8 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             options: options of `GenerationConfig` that take precedence.
 
         Returns:
-            int64 [rows, length + new]: `input_ids` as given, then the new tokens; rows that ended are filled with
-            padding. With `return_dict_in_generate`, a `GenerateOutput`.
+            [rows, length + new], in the type of `input_ids`: these as given, then the new tokens; rows that ended are
+            filled with padding. With `return_dict_in_generate`, a `GenerateOutput`.
 
         Raises:
             InputError: an option is unknown, impossible or contradicts another one, or the prompts do not fit the model
@@ -387,6 +392,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         found = transition_scores(np.asarray(sequences), map(np.asarray, scores), beams, normalize=normalize_logits)
         return tf.constant(found)
 
+    @inputs_as_given()
     def stream(
         self,
         input_ids: tf.Tensor | None = None,
@@ -421,9 +427,10 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
     ) -> tuple[TFEngine, Request]:
         """What to run, and on what, with everything checked."""
         input_ids, attention_mask, generation_config = arguments(input_ids, attention_mask, generation_config, inputs)
+        check_not_traced("generate", is_traced(input_ids, attention_mask, inputs_embeds))
         check_not_overridden(self, TFXGLMForCausalLM, "prepare_inputs_for_generation")
         past = as_cache(past_key_values, self.config)
-        generation = (generation_config or self.generation_config).updated(options)
+        generation = given_options(generation_config, self.generation_config).updated(options)
         length, rows = (0, None) if past is None else (int(past.length), past.batch)
         ids, mask, embeddings = (
             None if tensor is None else np.asarray(tensor) for tensor in (input_ids, attention_mask, inputs_embeds)
@@ -438,6 +445,7 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
             tokenizer,
             stopping_criteria or (),
             prefix_allowed_tokens_fn,
+            draw_seed,
         )
 
 

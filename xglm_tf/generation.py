@@ -250,3 +250,8 @@ def _candidates(
 def _scores(logits: tf.Tensor, seen: tf.Tensor, rules: TFRules) -> tf.Tensor:
     """See `xglm_tf.selection.narrowed`."""
     return selection.narrowed(selection.process(logits, seen, rules), rules)
+
+
+def draw_seed() -> int:
+    """A seed that `keras.utils.set_random_seed` and `tf.random.set_seed` make repeatable."""
+    return int(tf.random.uniform((), maxval=tf.int64.max, dtype=tf.int64))

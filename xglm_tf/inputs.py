@@ -22,6 +22,7 @@ from xglm_core.inputs import (
     check_logits_to_keep,
     check_positions,
     check_shapes,
+    plain_input,
 )
 from xglm_core.tokenization.encoding import BatchEncoding
 from xglm_tf.cache import TFXGLMCache, register_tree
@@ -68,7 +69,7 @@ def named_arguments(
             raise InputError(f"the argument {name!r} is unknown, expected some of {', '.join(allowed)}")
         if given.count(name) > 1:
             raise InputError(f"{name} is given twice, expected once: among the inputs, by position, or by name")
-    return {name: _as_tensor(name, value) for name, value in {**named, **by_position, **kwargs}.items()}
+    return {name: plain_input(name, value) for name, value in {**named, **by_position, **kwargs}.items()}
 
 
 def check_arguments(config: XGLMConfig, past: TFXGLMCache | None, **arguments: tf.Tensor | None) -> None:
@@ -213,11 +214,6 @@ def has_values(tensor: tf.Tensor) -> bool:
     return tf.executing_eagerly()
 
 
-def _as_tensor(name: str, value: Any) -> Any:
-    """Nested lists of numbers as an array; anything else as it is."""
-    if not isinstance(value, list | tuple) or name == "past_key_values":
-        return value
-    try:
-        return np.asarray(value)
-    except ValueError:
-        raise InputError(f"{name} has rows of different lengths, which fit no tensor; expected padded rows") from None
+def is_traced(*values: Any) -> bool:
+    """Whether this is inside of a `tf.function`, or some of the values are Keras' symbols."""
+    return not tf.executing_eagerly() or any(map(keras.backend.is_keras_tensor, values))

@@ -82,10 +82,11 @@ def causal_lm_loss(
 
 def counted_labels(labels: tf.Tensor, attention_mask: tf.Tensor | None) -> tf.Tensor:
     """See `xglm_core.loss.counted_labels`."""
+    labels = tf.cast(labels, tf.int32)  # Which a label of 8 bits without a sign needs to become -100.
     if attention_mask is None:
         return labels
     padding = tf.convert_to_tensor(attention_mask)[:, -keras.ops.shape(labels)[1] :] == 0
-    return tf.where(tf.pad(padding[:, :-1], ((0, 0), (1, 0))), tf.cast(IGNORED_LABEL, labels.dtype), labels)
+    return tf.where(tf.pad(padding[:, :-1], ((0, 0), (1, 0))), IGNORED_LABEL, labels)
 
 
 def targets_and_weights(labels: tf.Tensor, weights: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import XGLMConfig
-from xglm_core.generation.config import GenerationConfig, arguments
+from xglm_core.generation.config import GenerationConfig, arguments, given_options
 from xglm_core.generation.engine import Processor, is_overridden
 from xglm_core.generation.loop import Request, Streamer, generate, stream
 from xglm_core.generation.prompts import Prompts
 from xglm_core.generation.rules import PrefixFunction
 from xglm_core.generation.stopping import Criterion
 from xglm_core.generation.transitions import transition_scores
+from xglm_core.inputs import check_not_traced, inputs_as_given
 from xglm_core.loss import LossOptions, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
 from xglm_core.resizing import check_embeddings
@@ -26,8 +27,8 @@ from xglm_core.scoring.engine import score
 from xglm_core.weight_names import HEAD
 from xglm_torch.cache import as_cache
 from xglm_torch.decoder import XGLMModel, XGLMScaledWordEmbedding
-from xglm_torch.generation import TorchEngine
-from xglm_torch.inputs import as_numpy, check_head_arguments, check_ids, check_trainable
+from xglm_torch.generation import TorchEngine, draw_seed
+from xglm_torch.inputs import as_numpy, as_tensor, check_head_arguments, check_ids, check_trainable, is_traced
 from xglm_torch.loss import causal_lm_loss, counted_labels
 from xglm_torch.preparing import Preparation
 from xglm_torch.pretrained import XGLMPreTrainedModel
@@ -62,6 +63,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         self.tie_weights()
         self.register_state_dict_post_hook(_with_head_of_its_own)
 
+    @inputs_as_given(as_tensor)
     @with_fast_gradients
     def forward(
         self,
@@ -209,6 +211,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         if isinstance(self.lm_head, nn.Linear):
             self.lm_head.out_features, self.lm_head.in_features = weight.shape
 
+    @inputs_as_given()
     def score(
         self, input_ids: Any, attention_mask: Any = None, *, return_likeliest: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -229,12 +232,14 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         Raises:
             InputError: see `xglm_core.scoring.engine.score`.
         """
+        check_not_traced("score", is_traced(input_ids, attention_mask))
         mask = None if attention_mask is None else as_numpy(attention_mask)
         found = score(TorchScorer(self), as_numpy(input_ids), mask, self.config)
         device = input_ids.device if isinstance(input_ids, torch.Tensor) else "cpu"
         scores, likeliest = (torch.from_numpy(array).to(device) for array in found)
         return (scores, likeliest) if return_likeliest else scores
 
+    @inputs_as_given()
     def generate(
         self,
         input_ids: torch.Tensor | None = None,
@@ -257,7 +262,8 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
                 `inputs`, too.
             attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
                 it begins or ends a row, unless it ends texts as well.
-            generation_config: the options; None takes `self.generation_config`.
+            generation_config: the options; what is None in it is as in `self.generation_config`. Also one of
+                transformers.
             inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
             past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again. A
                 single row serves all prompts that begin with its text.
@@ -272,8 +278,8 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
                 one's own names.
 
         Returns:
-            int64 [rows, length + new]: `input_ids` as given, then the new tokens; rows that ended are filled with
-            padding. With `return_dict_in_generate`, a `GenerateOutput`.
+            [rows, length + new], in the type of `input_ids`: these as given, then the new tokens; rows that ended are
+            filled with padding. With `return_dict_in_generate`, a `GenerateOutput`.
 
         Raises:
             InputError: an option is unknown, impossible or contradicts another one, or the prompts do not fit the model
@@ -323,6 +329,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         found = transition_scores(as_numpy(sequences), map(as_numpy, scores), beams, normalize=normalize_logits)
         return torch.from_numpy(found).to(sequences.device)
 
+    @inputs_as_given()
     def stream(
         self,
         input_ids: torch.Tensor | None = None,
@@ -357,6 +364,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
     ) -> tuple[TorchEngine, Request]:
         """What to run, and on what, with everything checked."""
         input_ids, attention_mask, generation_config = arguments(input_ids, attention_mask, generation_config, inputs)
+        check_not_traced("generate", is_traced(input_ids, attention_mask, inputs_embeds))
         past = as_cache(past_key_values, self.config)
         ids, mask, embeds, past_mask = (
             None if given is None else as_numpy(given)
@@ -368,7 +376,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
         if is_overridden(self, XGLMForCausalLM):
             cached = torch.from_numpy(prompts.columns[:, :length]).to(self.device)
             preparation = Preparation(self, cached, options)
-        generation = (generation_config or self.generation_config).updated(options)
+        generation = given_options(generation_config, self.generation_config).updated(options)
         return TorchEngine(self, past, preparation), Request(
             self.config,
             generation,
@@ -377,6 +385,7 @@ class XGLMForCausalLM(XGLMPreTrainedModel):
             tokenizer,
             stopping_criteria or (),
             prefix_allowed_tokens_fn,
+            draw_seed,
         )
 
 

@@ -15,13 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_core.errors import InputError
+from xglm_core.inputs import inputs_as_given
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_torch.attention import attention_mask_for
 from xglm_torch.blocks import XGLMDecoderLayer
 from xglm_torch.cache import XGLMCache, as_cache, extend_cache, is_foreign, update_foreign
 from xglm_torch.dropout import dropped
-from xglm_torch.inputs import check_arguments, check_position_ids, has_values
+from xglm_torch.inputs import as_tensor, check_arguments, check_position_ids, has_values
 from xglm_torch.pretrained import XGLMPreTrainedModel
 from xglm_torch.products import with_fast_gradients
 
@@ -92,6 +93,7 @@ class XGLMModel(XGLMPreTrainedModel):
         if embed_tokens is not None:
             self.set_input_embeddings(embed_tokens)
 
+    @inputs_as_given(as_tensor)
     @with_fast_gradients
     def forward(
         self,

@@ -158,3 +158,8 @@ class TorchEngine:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         """Integers on the model's device."""
         return torch.from_numpy(array.astype(np.int64)).to(self._device)
+
+
+def draw_seed() -> int:
+    """A seed from PyTorch's own generator of the CPU, so that `torch.manual_seed` makes a call repeatable."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())

@@ -25,6 +25,8 @@ from xglm_core.loss import check_trainable_type
 from xglm_torch.cache import XGLMCache
 from xglm_torch.products import hides_values
 
+_SHORT_INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32)
+
 
 def check_arguments(config: XGLMConfig, past: XGLMCache | None, **arguments: torch.Tensor | None) -> None:
     """Checks which arguments of the decoder are given, their shapes, and the ids.
@@ -89,6 +91,24 @@ def check_trainable(model: nn.Module) -> None:
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor can be looked at."""
     return not (torch.compiler.is_compiling() or hides_values() or tensor.is_meta)
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether this is being compiled, exported or transformed, or some of the values are tensors without values."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or any(isinstance(value, torch.Tensor) and not has_values(value) for value in values)
+
+
+def as_tensor(model: Any, value: Any) -> Any:
+    """A numpy array as a tensor where the model is, and integers in a type that can be an index; another one as it is.
+
+    Differs: in the other backends compiled code takes both.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.tensor(value, device="cpu" if model.device.type == "meta" else model.device)
+    if isinstance(value, torch.Tensor) and value.dtype in _SHORT_INTEGERS:
+        value = value.long()
+    return value
 
 
 def as_numpy(array: Any) -> np.ndarray:

@@ -42,12 +42,14 @@ class LoadPlan:
 
     @property
     def generation(self) -> GenerationConfig:
-        """The options of `generate` that the checkpoint has.
+        """The options of `generate` that the checkpoint has; a warning names those that are not offered.
 
         Raises:
             ConfigError: `generation_config.json` is damaged.
         """
-        return GenerationConfig.from_model(self.config, self._checkpoint.folder)
+        options = GenerationConfig.from_model(self.config, self._checkpoint.folder)
+        options.warn_of_others()
+        return options
 
     def read(self, spec: WeightSpec) -> np.ndarray:
         """A weight in canonical shape and `dtype.storage`: a copy-on-write view of the file where the type allows."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from xglm_core.cli.outputs import Output
 from xglm_core.compare.report import json_line
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
+from xglm_core.generation.randomness import drawn_seed
 from xglm_core.generation.streaming import GrowingText
 from xglm_core.scoring.texts import Item
 from xglm_core.tokenization.base import Tokenizer
@@ -88,6 +91,9 @@ def _run(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(Output(arguments.output, "")) if arguments.output else None
         _, model = load_model(arguments)
+        if generation.do_sample and generation.seed is None:
+            generation = dataclasses.replace(generation, seed=drawn_seed())
+            print(f"xglm: --seed {generation.seed} gives the same texts again", file=sys.stderr)
         options |= {"generation_config": generation, "tokenizer": tokenizer}
         continuer = _Continuer(model, tokenizer, arguments.newline, options)
         if output is None:

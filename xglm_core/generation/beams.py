@@ -97,7 +97,7 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
     count, groups = generation.num_beams, len(prompts.tokens)
     # At least `count` of them go on, even if each beam may end in each of the ends.
     kept = max(2, 1 + len(generation.eos_ids)) * count
-    keys = Keys(generation.seed, prompts.contents)
+    keys = Keys(request.seed, prompts.contents)
     searches = [_Search(generation, request.limit) for _ in range(groups)]
     read = prompts.as_read(generation.filler)
     engine.reorder(np.repeat(np.arange(groups), count))

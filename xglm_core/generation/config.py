@@ -6,6 +6,7 @@ import dataclasses
 import json
 import numbers
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +16,22 @@ from xglm_core.config import GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import ConfigError, InputError
 from xglm_core.files import replacing
 from xglm_core.hub import HubOptions, find_source
+from xglm_core.values import plain
 
 _DEFAULT_NEW_TOKENS = 20
 _PUBLISHED_VOCABULARY = 256_008
+_OLD_MAX_LENGTH = 20  # In a config.json a default, which nobody chose.
 _MADEUP_WORDS = 7  # The last ids of that vocabulary, which no text contains.
 
 _AS_FUNCTION = "write it as a function for logits_processor"
 _FEW_BEAMS = "take num_beams with num_return_sequences, or do_sample=True"
+_SAME_TEXT = "the text is the same without it"
 _AFTERWARDS = "call the model with the sequences that come out, and with this option"
 
 # Options of transformers that would change the result and are not here: the value, beside None and False, at which they
 # have no effect, and what to do instead.
 NOT_OFFERED: dict[str, tuple[Any, str]] = {
-    "assistant_model": (None, "the text is the same without it"),
+    "assistant_model": (None, _SAME_TEXT),
     "constraints": (None, "take prefix_allowed_tokens_fn"),
     "custom_generate": (None, "write the loop with the model's own calls"),
     "diversity_penalty": (0, _FEW_BEAMS),
@@ -46,7 +50,7 @@ NOT_OFFERED: dict[str, tuple[Any, str]] = {
     "output_hidden_states": (None, _AFTERWARDS),
     "penalty_alpha": (0, "take do_sample=True or num_beams"),
     "position_ids": (None, "positions follow attention_mask"),
-    "prompt_lookup_num_tokens": (None, "the text is the same without it"),
+    "prompt_lookup_num_tokens": (None, _SAME_TEXT),
     "remove_invalid_values": (None, "logits that are no numbers are an error; mend them by a logits_processor"),
     "token_healing": (None, "leave the last token away from the prompt, and allow what begins with it"),
     "top_h": (None, "take top_p or min_p"),
@@ -153,7 +157,9 @@ class GenerationConfig:
 
     @classmethod
     def from_model(cls, config: XGLMConfig, folder: str | os.PathLike[str] | None = None) -> GenerationConfig:
-        """The options for a model: its special ids, and what `generation_config.json` in `folder`, if any, says.
+        """The options for a model: its special ids, and what `generation_config.json` in `folder` says.
+
+        Without that file, the options that the model's own configuration has besides, as old checkpoints do, count.
 
         Raises:
             ConfigError: see `from_pretrained`.
@@ -163,6 +169,11 @@ class GenerationConfig:
             options["suppress_tokens"] = list(range(_PUBLISHED_VOCABULARY - _MADEUP_WORDS, _PUBLISHED_VOCABULARY))
         if folder is not None and (Path(folder) / GENERATION_CONFIG_FILE).is_file():
             options |= _read(Path(folder) / GENERATION_CONFIG_FILE)
+        else:
+            names = {item.name for item in dataclasses.fields(cls)} | {*NOT_OFFERED}
+            options |= {name: value for name, value in config.others.items() if name in names and value is not None}
+            if options.get("max_length") == _OLD_MAX_LENGTH:
+                del options["max_length"]
         return cls.from_dict(options)
 
     @classmethod
@@ -178,7 +189,10 @@ class GenerationConfig:
             CheckpointError: there is no such folder, or the file cannot be downloaded.
             BackendError: the hub needs a package that is not installed.
         """
-        return cls.from_dict(_read(find_source(folder, **hub).fetch([GENERATION_CONFIG_FILE]) / GENERATION_CONFIG_FILE))
+        path = find_source(folder, **hub).fetch([GENERATION_CONFIG_FILE]) / GENERATION_CONFIG_FILE
+        options = cls.from_dict(_read(path))
+        options.warn_of_others()
+        return options
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GenerationConfig:
@@ -186,6 +200,17 @@ class GenerationConfig:
         known = {item.name for item in dataclasses.fields(cls)} - {"other"}
         options = {name: value for name, value in values.items() if name in known and value is not None}
         return cls(**options, other={name: value for name, value in values.items() if name not in known})
+
+    def warn_of_others(self) -> None:
+        """Warns of keys of the file that would change the text in transformers and have no effect here."""
+        found = {k: v for k, v in not_offered(self.other).items() if v not in (_SAME_TEXT, _AFTERWARDS)}
+        if found:
+            ways = "; ".join(f"{name}: {instead}" for name, instead in found.items())
+            warnings.warn(
+                f"{GENERATION_CONFIG_FILE} (or an old config.json) has {', '.join(found)}, which generate does not "
+                f"offer and leaves out ({ways})",
+                stacklevel=2,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The options that differ from the defaults, and `other`."""
@@ -202,11 +227,12 @@ class GenerationConfig:
             file.write((json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode())
 
     def updated(self, options: dict[str, Any]) -> GenerationConfig:
-        """A copy with the options of a call.
+        """A copy with the options of a call. None switches an option off, as in transformers.
 
         Raises:
             InputError: an option is unknown, has an impossible value, or contradicts another one.
         """
+        options = plain(options)
         known = {item.name for item in dataclasses.fields(self)} - {"other"}
         for name, instead in not_offered(options).items():
             raise InputError(f"{name} is not offered here; {instead}")
@@ -214,14 +240,22 @@ class GenerationConfig:
         for name in options:
             if name not in known:
                 raise InputError(f"{name} is no option of generate; expected some of {', '.join(sorted(known))}")
-        result = dataclasses.replace(self, **options)
+        values: dict[str, Any] = {k: _OFF.get(k) if v is None else v for k, v in options.items()}
+        result = dataclasses.replace(self, **values)
         if options.get("max_length") is not None:
             if options.get("max_new_tokens") is not None:
                 raise InputError("max_length and max_new_tokens are both given, expected one of the two")
             result.max_new_tokens = None
         result.check()
-        _check_effects(result, options)
+        _check_effects(result, {name: value for name, value in options.items() if value is not None})
         return result
+
+    def over(self, base: GenerationConfig) -> GenerationConfig:
+        """A copy in which options that are None are those of another configuration."""
+        unset = {item.name for item in dataclasses.fields(self) if getattr(self, item.name) is None}
+        if self.max_length is not None:  # Which an inherited number of new tokens would outdo.
+            unset -= {"max_new_tokens"}
+        return dataclasses.replace(self, **{name: getattr(base, name) for name in unset})
 
     def check(self) -> None:
         """Checks each option by itself.
@@ -231,6 +265,8 @@ class GenerationConfig:
         """
         for name, (allowed, expected) in _ALLOWED.items():
             value = getattr(self, name)
+            if name in _FOR_SAMPLING and not self.do_sample:
+                continue  # As in transformers, where a file may have temperature 0 to say that nothing is drawn.
             if not allowed(value):
                 raise InputError(f"{name} is {value!r}, expected {expected}")
         if self.min_new_tokens > (self.max_new_tokens or self.min_new_tokens):
@@ -316,6 +352,33 @@ def arguments(input_ids: Any, attention_mask: Any, generation_config: Any, input
             raise InputError("generation_config is given twice; attention_mask comes second")
         attention_mask, generation_config = None, attention_mask
     return input_ids, attention_mask, generation_config
+
+
+def given_options(given: Any, own: GenerationConfig) -> GenerationConfig:
+    """What a call's `generation_config` stands for.
+
+    Args:
+        given: options, of which those that are None are the model's; an object of transformers' class, which leaves to
+            the model what it does not set; or None.
+        own: the model's options.
+
+    Raises:
+        InputError: it is something else, or has options that are not offered.
+    """
+    if given is None:
+        return own
+    if isinstance(given, GenerationConfig):
+        return given.over(own)
+    if not hasattr(given, "to_diff_dict"):
+        raise InputError(f"generation_config is a {type(given).__name__}, expected a GenerationConfig")
+    values = plain(given.to_diff_dict())
+    for name, instead in not_offered(values).items():
+        raise InputError(f"generation_config has {name}, which is not offered here; {instead}")
+    known = {item.name for item in dataclasses.fields(own)}
+    values = {name: value for name, value in values.items() if name in known and value is not None}
+    if "max_length" in values:
+        values.setdefault("max_new_tokens", None)
+    return dataclasses.replace(own, **values)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -417,13 +480,16 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_cache": _FLAG,
 }
 
+_DEFAULTS = vars(GenerationConfig())
 _FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+# What None says of an option, where that is not its default: as in transformers, no limit.
+_OFF = {**_DEFAULTS, "top_k": 0}
 _FOR_BEAMS = ("length_penalty", "early_stopping")
 
 
 def _check_effects(config: GenerationConfig, options: dict[str, Any]) -> None:
     """Refuses options of a call that could not have the effect that the caller expects of them."""
-    asked = {name for name, value in options.items() if value != getattr(GenerationConfig(), name)}
+    asked = {name for name, value in options.items() if value != _DEFAULTS[name]}
     for names, needed, is_met in (
         (_FOR_SAMPLING, "do_sample=True", config.do_sample),
         (_FOR_BEAMS, "num_beams of 2 or more", config.num_beams > 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from xglm_core.generation.beams import search
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import BLOCK, Engine, Processor, no_token
 from xglm_core.generation.prompts import Prompts, filled, rounded_up
-from xglm_core.generation.randomness import Keys
+from xglm_core.generation.randomness import Keys, drawn_seed
 from xglm_core.generation.rules import PrefixFunction, RuleMaker, allowed_ids
 from xglm_core.generation.stopping import Criterion, StopStrings, stopped
 from xglm_core.inputs import check_positions
@@ -45,6 +45,8 @@ class Request:
         tokenizer: for `stop_strings`.
         criteria: functions that end rows.
         prefix: which ids may follow a text; None if all.
+        draw: makes the seed of sampling if the options have none.
+        seed: of this call; None if nothing is drawn.
 
     Raises:
         InputError: the options do not fit the model or each other, the text would grow past `max_position_embeddings`,
@@ -58,6 +60,8 @@ class Request:
     tokenizer: Any = None
     criteria: Sequence[Criterion] = ()
     prefix: PrefixFunction | None = None
+    draw: Callable[[], int] = drawn_seed
+    seed: int | None = field(init=False)
     limit: int = field(init=False)
     maker: RuleMaker = field(init=False)
     stops: StopStrings = field(init=False)
@@ -73,6 +77,9 @@ class Request:
             raise InputError(f"stopping_criteria is a {type(self.criteria).__name__}, expected a list of functions")
         if self.prefix is not None and not callable(self.prefix):
             raise InputError(f"prefix_allowed_tokens_fn is a {type(self.prefix).__name__}, expected a function")
+        self.seed = self.generation.seed
+        if self.generation.do_sample and self.seed is None:
+            self.seed = self.draw()
 
     @property
     def stepwise(self) -> bool:
@@ -146,7 +153,7 @@ def generate(engine: Engine, request: Request, streamer: Streamer | None = None)
         if generation.return_dict_in_generate and generation.use_cache:
             cache = _cache(engine, request, lengths)
     return GenerateOutput(
-        sequences=np.concatenate([columns, rows], axis=1),
+        sequences=np.concatenate([columns, rows], axis=1).astype(request.prompts.dtype),
         sequences_scores=found,
         past_key_values=cache,
         beam_indices=parents,
@@ -201,7 +208,7 @@ def steps(
         engine.reorder(np.repeat(np.arange(len(prompts.tokens)), copies))
     texts = [list(text) for text in prompts.texts for _ in range(copies)]
     begins = [len(text) for text in texts]
-    keys = Keys(generation.seed, [content for content in prompts.contents for _ in range(copies)])
+    keys = Keys(request.seed, [content for content in prompts.contents for _ in range(copies)])
     blocks = [np.repeat(prompts.as_read(generation.filler), copies, axis=0)]  # What the model has read of each row.
     ended = np.zeros(len(texts), bool)
     eos = generation.eos_ids

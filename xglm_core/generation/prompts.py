@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Prompts:
         mask: 1 for tokens, 0 for padding, int64 [rows, past + length].
         past: positions that a given cache holds.
         masked: whether the caller said what is padding.
+        dtype: of the result: that of the given ids, if it can hold all ids.
     """
 
     columns: np.ndarray
@@ -31,6 +33,7 @@ class Prompts:
     mask: np.ndarray
     past: int
     masked: bool
+    dtype: np.dtype[Any]
 
     @classmethod
     def of(
@@ -91,7 +94,10 @@ class Prompts:
             check_attention_mask(attention_mask.shape, rows, 0, length)
             mask = (np.asarray(attention_mask) != 0).astype(np.int64)
         check_has_tokens(mask[:, past:])
-        return cls(columns, tokens, mask, past, attention_mask is not None)
+        dtype: np.dtype[Any] = np.dtype(np.int64)
+        if input_ids is not None and np.iinfo(input_ids.dtype).max >= config.vocab_size - 1:
+            dtype = input_ids.dtype
+        return cls(columns, tokens, mask, past, attention_mask is not None, dtype)
 
     def without(self, padding: int | None) -> Prompts:
         """The prompts with this id as padding where it begins or ends a row, if the caller did not say what is padding.

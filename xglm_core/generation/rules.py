@@ -163,7 +163,8 @@ class RuleMaker:
                 bias = only if bias is None else bias + only
         # As in transformers: of each beam one more than may end.
         least = max(2, 1 + len(generation.eos_ids)) if generation.num_beams > 1 else 1
-        top_k = max(generation.top_k, least) if generation.top_k else 0
+        limits = generation if generation.do_sample else GenerationConfig()
+        top_k = max(limits.top_k, least) if limits.top_k else 0
         return Rules(
             banned=self._padded(banned),
             bias=bias,
@@ -172,11 +173,11 @@ class RuleMaker:
             renormalized=generation.renormalize_logits,
             repetition_penalty=float(generation.repetition_penalty),
             sample=generation.do_sample,
-            temperature=float(generation.temperature),
+            temperature=float(limits.temperature),
             top_k=top_k if top_k < self._vocab_size else 0,
-            top_p=float(generation.top_p),
-            min_p=float(generation.min_p or 0),
-            typical_p=float(generation.typical_p),
+            top_p=float(limits.top_p),
+            min_p=float(limits.min_p or 0),
+            typical_p=float(limits.typical_p),
             least=least,
         )
 

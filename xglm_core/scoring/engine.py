@@ -83,7 +83,7 @@ def score(
     if scored.any():
         padded_ids, padded_mask = (_padded(array, engine.bucket) for array in (input_ids, is_token))
         sources = (last + np.arange(rows)[:, None] * padded_ids.shape[1])[scored]
-        targets = input_ids[:, 1:][scored]
+        targets = input_ids[:, 1:][scored].astype(np.int64)
         scores[scored], likeliest[scored] = engine.log_probabilities(padded_ids, padded_mask, sources, targets)
     return scores, likeliest
 

@@ -18,6 +18,7 @@ from xglm_core.tokenization.encoding import BatchEncoding, as_ids, as_tensors, t
 from xglm_core.tokenization.layout import Layout
 from xglm_core.tokenization.memory import without_collection
 from xglm_core.tokenization.pretrained import NO_LIMIT
+from xglm_core.values import plain
 
 _SIDES = ("right", "left")
 
@@ -529,7 +530,7 @@ class Encoder(Layout):
         self, truncation: bool | str, max_length: int | None, stride: int, overflow: bool, added: int
     ) -> Truncation | None:
         """How to truncate, so that `added` special tokens have room; None if there is no limit."""
-        strategy = "longest_first" if truncation is True else one_of("truncation", truncation, STRATEGIES)
+        strategy = "longest_first" if plain(truncation) is True else one_of("truncation", truncation, STRATEGIES)
         if self._no_limit("truncation", max_length):
             return None
         length = self._max_length(max_length)
