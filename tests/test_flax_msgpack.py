@@ -125,7 +125,7 @@ HOSTILE = {
     "name is no text": (b"\x81\xa1\xff" + array(), "a text that is not UTF-8"),
     "name of two lines": (mapping(**{"a\nb": array()}), r"the tensor name 'a\\nb' is no printable text"),
     "unknown type": (
-        mapping(a=array(dtype="int64", data=bytes(16))),
+        mapping(a=array(dtype="complex64", data=bytes(16))),
         "parameter 'a': has another type, expected one of",
     ),
     "object type": (mapping(a=array(dtype="object", data=bytes(16))), "has another type"),

@@ -413,7 +413,7 @@ class TestNames:
         assert open_checkpoint(TOY, revision="v9").folder == type(tmp_path)(TOY)
         XGLMTokenizer.from_pretrained(TOY, revision="v9", local_files_only=True)
         (tmp_path / SMALL).touch()
-        with pytest.raises(CheckpointError, match=r"^small: no such folder"):
+        with pytest.raises(CheckpointError, match=r"^small: is a file, expected the folder"):
             open_checkpoint(SMALL)
         assert hub.requests == []
 

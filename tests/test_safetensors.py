@@ -196,7 +196,7 @@ HOSTILE = {
     "entry is a list": ({"a": ["F32", [1], [0, 4]]}, VALUES[:4], "expected dtype, shape and data_offsets"),
     "no dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, VALUES[:4], "expected dtype, shape and data_offsets"),
     "another key": ({"a": {**entry(), "more": 1}}, VALUES[:4], "expected dtype, shape and data_offsets"),
-    "unknown dtype": ({"a": entry(dtype="I64", end=8)}, VALUES, "dtype is 'I64', expected one of F32, F16, BF16, F64"),
+    "unknown dtype": ({"a": entry(dtype="C64", end=8)}, VALUES, "dtype is 'C64', expected one of F32, F16, BF16, F64"),
     "dtype in lower case": ({"a": entry(dtype="f32")}, VALUES[:4], "dtype is 'f32'"),
     "dtype is a number": ({"a": entry(dtype=32)}, VALUES[:4], "dtype is 32"),
     "dtype is a list": ({"a": entry(dtype=["F32"])}, VALUES[:4], "dtype is"),

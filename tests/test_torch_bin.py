@@ -174,8 +174,8 @@ class TestRefusedContents:
             save(value)
 
     def test_integers(self, torch, save):
-        with pytest.raises(CheckpointError, match="tensor 'i': is of LongStorage, expected one of DoubleStorage, Flo"):
-            save({"w": torch.ones(2), "i": torch.arange(3)})
+        file = save({"w": torch.ones(2), "i": torch.arange(3)})
+        assert (file.tensors.keys(), file.others.keys()) == ({"w"}, {"i"})
 
     def test_repeated_elements(self, torch, save):
         """A few bytes that would be terabytes."""

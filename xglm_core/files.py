@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+# How the file begins that git checks out in place of a large one, where Git LFS is not installed.
+POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER_REASON = (
+    "is a Git LFS pointer, not the file that it stands for; run: git lfs install && git lfs pull, or download the file"
+)
+
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 

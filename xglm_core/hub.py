@@ -94,6 +94,10 @@ def find_source(
     """
     if os.path.isdir(name):
         return _Folder(Path(name))
+    if os.path.isfile(name):
+        raise CheckpointError(
+            f"{name}: is a file, expected the folder that it is in, with config.json; give {Path(name).parent}"
+        )
     if not isinstance(name, str) or not _REPO_ID.fullmatch(name) or os.path.exists(name):
         raise CheckpointError(
             f"{name}: no such folder; expected a checkpoint folder with config.json and model.safetensors, or the name "

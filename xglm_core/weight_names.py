@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from xglm_core.config import XGLMConfig
@@ -18,6 +18,7 @@ HEAD = "lm_head.weight"
 
 # Names that checkpoints may hold and no model needs: the position table is computed from the configuration.
 IGNORED = frozenset({"model.embed_positions.weights"})
+_IGNORED_INTEGERS = ("position_ids", "num_batches_tracked")  # The last word of their names.
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,26 @@ def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ..
                 )
             )
     return tuple(specs)
+
+
+def is_ignored_integer(name: str) -> bool:
+    """Whether a tensor of integers is known to have no meaning for the numbers: positions in order, and counters."""
+    return name.rpartition(".")[2] in _IGNORED_INTEGERS
+
+
+def stored_prefix(names: Collection[str]) -> str:
+    """What stands before each name: `DistributedDataParallel`, `torch.compile` and others put the way to a model there.
+
+    Args:
+        names: all names of a checkpoint. Without its "model.", as of the bare decoder, they have no prefix.
+    """
+    name = EMBEDDING.removeprefix("model.")
+    found = [stored for stored in names if f".{stored}".endswith(f".{name}")]
+    if len(found) != 1:
+        return ""
+    way = found[0].split(".")[:-2]
+    prefix = "".join(f"{part}." for part in (way[:-1] if way[-1:] == ["model"] else way))
+    return prefix if all(stored.startswith(prefix) for stored in names) else ""
 
 
 def canonical_name(path: Sequence[str]) -> tuple[str, bool]:

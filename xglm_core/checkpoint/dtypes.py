@@ -17,7 +17,7 @@ from xglm_core.errors import InputError
 
 @dataclass(frozen=True)
 class FloatType:
-    """A floating-point type.
+    """A type of numbers, a floating-point one unless it is one of `INTEGERS`.
 
     Attributes:
         name: the name users give, e.g. "bfloat16".
@@ -41,7 +41,13 @@ FLOAT8_E5M2 = FloatType("float8_e5m2", "F8_E5M2", np.dtype("u1"))
 DTYPES = {dtype.name: dtype for dtype in (FLOAT32, FLOAT16, BFLOAT16)}
 STORED = {**DTYPES, FLOAT64.name: FLOAT64}
 FLOAT8 = (FLOAT8_E4M3, FLOAT8_E5M2)
-BY_CODE = {dtype.code: dtype for dtype in (*STORED.values(), *FLOAT8)}
+# What tensors have that are no weights: counters, masks, lists of positions.
+INTEGERS = (
+    *(FloatType(f"int{8 * size}", f"I{8 * size}", np.dtype(f"<i{size}")) for size in (8, 4, 2, 1)),
+    FloatType("uint8", "U8", np.dtype("u1")),
+    FloatType("bool", "BOOL", np.dtype("?")),
+)
+BY_CODE = {dtype.code: dtype for dtype in (*STORED.values(), *FLOAT8, *INTEGERS)}
 
 _BLOCK = 2**16  # Numbers to convert at a time: what is temporary stays small, and within the processor's cache.
 

@@ -16,7 +16,7 @@ from typing import Any, Never
 
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import STORED, FloatType
+from xglm_core.checkpoint.dtypes import INTEGERS, STORED, FloatType
 from xglm_core.checkpoint.mapped import (
     Buffers,
     TensorFile,
@@ -30,6 +30,7 @@ from xglm_core.checkpoint.mapped import (
 )
 from xglm_core.weight_names import canonical_name
 
+_TYPES = STORED | {dtype.name: dtype for dtype in INTEGERS}
 CHUNKED = "__msgpack_chunked_array__"
 ARRAY_TYPE = 1
 
@@ -182,12 +183,12 @@ class FlaxFile(TensorFile):
             self._refuse(place, f"is of the extension type {kind}, expected an array (type {ARRAY_TYPE})")
         parts, dimensions = self._expect("array", place), self._expect("array", place)
         shape = [self._expect("int", place) for _ in range(min(dimensions, 64))]
-        dtype, length = STORED.get(self._text(place)), self._expect("bin", place)
+        dtype, length = _TYPES.get(self._text(place)), self._expect("bin", place)
         begin = self._position
         if parts != 3 or not is_shape(shape):
             self._refuse(place, "expected shape, type and numbers")
         if dtype is None:
-            self._refuse(place, f"has another type, expected one of {', '.join(STORED)}")
+            self._refuse(place, f"has another type, expected one of {', '.join(_TYPES)}")
         array = _Array(dtype, tuple(shape), begin)
         if array.end - begin != length or begin + length != end:
             self._refuse(place, f"shape {shape} of {dtype.name} needs {array.end - begin} bytes, found {length}")

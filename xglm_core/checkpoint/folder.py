@@ -16,7 +16,7 @@ from xglm_core.checkpoint.mapped import Buffers, TensorFile, TensorInfo
 from xglm_core.config import CONFIG_FILE, GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.hub import HubOptions, Source, find_source
-from xglm_core.weight_names import HEAD
+from xglm_core.weight_names import HEAD, is_ignored_integer, stored_prefix
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -28,18 +28,24 @@ class Checkpoint:
         folder: where it lies.
         config: its configuration.
         format: the format of its weights, as `open_checkpoint` calls it.
+        others: the types of tensors that are no weights, by name, without those that mean nothing.
     """
 
     def __init__(self, folder: Path, config: XGLMConfig, format: str, files: Sequence[TensorFile]) -> None:
         self.folder = folder
         self.config = config
         self.format = format
-        stored = {name: file for file in files for name in file.tensors}
-        # A checkpoint of the bare decoder (`XGLMModel`) has the same names without "model.".
-        bare = not any(name.startswith("model.") for name in stored)
-        self._where = {
-            name if not bare or name == HEAD else f"model.{name}": (file, name) for name, file in stored.items()
+        prefix = stored_prefix([name for file in files for name in (*file.tensors, *file.others)])
+        stored = {name.removeprefix(prefix): (file, name) for file in files for name in file.tensors}
+        self.others = {
+            name: info.dtype.name
+            for file in files
+            for name, info in file.others.items()
+            if not is_ignored_integer(name)
         }
+        # A checkpoint of the bare decoder (`XGLMModel`) has the same names without "model.".
+        bare = not any("model." in name for name in stored)
+        self._where = {name if not bare or name == HEAD else f"model.{name}": at for name, at in stored.items()}
 
     @property
     def names(self) -> frozenset[str]:

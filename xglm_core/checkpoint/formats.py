@@ -137,7 +137,7 @@ def open_files(folder: Path, format: Format) -> list[TensorFile]:
         if not (folder / name).is_file():
             raise _not_in_folder(path, name)
     files = [format.open(folder / name) for name in shards]
-    stored = [(name, file.path.name) for file in files for name in file.tensors]
+    stored = [(name, file.path.name) for file in files for name in (*file.tensors, *file.others)]
     listed = [(format.open.canonical_name(name), file) for name, file in weight_map.items()]
     different = sorted({*stored} ^ {*listed})
     if different or len({name for name, _ in stored}) < len(stored):

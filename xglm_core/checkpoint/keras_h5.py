@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import FLOAT16, FLOAT32, FLOAT64
+from xglm_core.checkpoint.dtypes import FLOAT16, FLOAT32, FLOAT64, INTEGERS
 from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, is_shape, matrix_info, shown
 from xglm_core.errors import BackendError, CheckpointError
 from xglm_core.weight_names import canonical_name
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_TYPES = {dtype.storage: dtype for dtype in (FLOAT16, FLOAT32, FLOAT64)}
+_TYPES = {dtype.storage: dtype for dtype in (FLOAT16, FLOAT32, FLOAT64, *INTEGERS)}
 _MOST_DEPTH = 16
 _MOST_ENTRIES = 20_000  # Groups and datasets; the largest XGLM has 4,000.
 
@@ -94,7 +94,7 @@ class KerasFile(TensorFile):
 
     def _check_overlaps(self) -> None:
         position = 0
-        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+        for name, info in sorted({**self.tensors, **self.others}.items(), key=lambda item: item[1].begin):
             if info.begin < position and info.nbytes:
                 raise self._damaged(f"tensor {shown(name)}: begins at byte {info.begin}, within another tensor")
             position = max(position, info.end)

@@ -164,7 +164,10 @@ def compare_weights(
     return specs, {
         "missing": [name for name in expected if name not in checkpoint.names],
         # A head is never unexpected: the bare decoder does not use it, and a tied one repeats the embedding.
-        "unexpected": sorted(checkpoint.names - expected.keys() - IGNORED - {HEAD}),
+        "unexpected": sorted(
+            [*(checkpoint.names - expected.keys() - IGNORED - {HEAD})]
+            + [f"{name} (of {dtype})" for name, dtype in checkpoint.others.items()]
+        ),
         "wrong shape": misshaped,
     }
 

@@ -13,8 +13,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import FloatType
+from xglm_core.checkpoint.dtypes import INTEGERS, FloatType
 from xglm_core.errors import CheckpointError
+from xglm_core.files import POINTER, POINTER_REASON
 
 LARGEST = 2**48  # Of a size, an offset or a number of elements; far from any overflow.
 
@@ -70,6 +71,7 @@ class TensorFile:
     Attributes:
         path: the file.
         tensors: the tensors by name; a subclass fills it with names and shapes of the published PyTorch checkpoints.
+        others: those of integers, which are no weights.
 
     Raises:
         CheckpointError: the file cannot be read, is damaged, or holds something else than tensors.
@@ -78,6 +80,7 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike[str], least: int) -> None:
         self.path = Path(path)
         self.tensors: dict[str, TensorInfo] = {}
+        self.others: dict[str, TensorInfo] = {}
         try:
             with open(self.path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
@@ -88,6 +91,8 @@ class TensorFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        if self._map[: len(POINTER)] == POINTER:
+            raise self._damaged(POINTER_REASON)
 
     @staticmethod
     def canonical_name(name: str) -> str:
@@ -155,11 +160,11 @@ class TensorFile:
             raise self._damaged(f"tensor {shown(name)}: its name has more than {_LONGEST_NAME} characters")
         if not name.isprintable():  # Names are part of other messages, which must stay one line.
             raise self._damaged(f"the tensor name {shown(name)} is no printable text")
-        if name in self.tensors:
+        if name in self.tensors or name in self.others:
             raise self._damaged(f"the file has two tensors {shown(name)}")
-        if len(self.tensors) == _MOST_TENSORS:
+        if len(self.tensors) + len(self.others) == _MOST_TENSORS:
             raise self._damaged(f"the file has more than {_MOST_TENSORS} tensors")
-        self.tensors[name] = info
+        (self.others if info.dtype in INTEGERS else self.tensors)[name] = info
 
     def _damaged(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {reason if len(reason) <= 300 else reason[:300] + '...'}")

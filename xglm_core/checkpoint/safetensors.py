@@ -91,7 +91,9 @@ class SafetensorsFile(TensorFile):
     def _check_coverage(self, start: int) -> None:
         """Each byte after the header belongs to exactly one tensor."""
         position = start
-        for name, info in sorted(self.tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        for name, info in sorted(
+            {**self.tensors, **self.others}.items(), key=lambda item: (item[1].begin, item[1].end)
+        ):
             if info.begin != position:
                 kind = "overlaps another tensor" if info.begin < position else "leaves unnamed bytes before it"
                 raise self._damaged(f"tensor {name!r}: begins at byte {info.begin}, expected {position}: it {kind}")

@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INTEGERS
 from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, are_sizes, is_shape, shown
 from xglm_core.checkpoint.stored_zip import stored_members
 from xglm_core.checkpoint.tensor_pickle import MOST_BYTES, Storage, StoredTensor, TensorPickle
 from xglm_core.weight_names import HEAD
 
 _FLOATS = {"DoubleStorage": FLOAT64, "FloatStorage": FLOAT32, "HalfStorage": FLOAT16, "BFloat16Storage": BFLOAT16}
-_INTEGERS = {"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1}
-_ITEM_BYTES = {**{kind: dtype.storage.itemsize for kind, dtype in _FLOATS.items()}, **_INTEGERS}
+_INTEGERS = ("LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage", "BoolStorage")
+_TYPES = {**_FLOATS, **dict(zip(_INTEGERS, INTEGERS, strict=True))}
+_ITEM_BYTES = {kind: dtype.storage.itemsize for kind, dtype in _TYPES.items()}
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
@@ -49,7 +50,8 @@ class TorchFile(TensorFile):
                 raise self._damaged(f"{shown(name)}: is a {type(tensor).__name__}, expected a tensor")
             self._add(name, self._tensor_info(name, tensor))
         # Tensors may share numbers, as a tied head does; but a small file must not become large in memory.
-        claimed = sum(info.nbytes for name, info in self.tensors.items() if name != HEAD)
+        sizes = {name: info.nbytes for name, info in (*self.tensors.items(), *self.others.items())}
+        claimed = sum(sizes.values()) - max((size for name, size in sizes.items() if name.endswith(HEAD)), default=0)
         if claimed > self._size:
             raise self._damaged(f"the tensors have {claimed} bytes, but the file has {self._size}: they overlap")
 
@@ -126,8 +128,6 @@ class TorchFile(TensorFile):
 
     def _tensor_info(self, name: str, tensor: StoredTensor) -> TensorInfo:
         storage, offset, shape, strides = tensor.storage, tensor.offset, tensor.shape, tensor.strides
-        if storage.kind not in _FLOATS:
-            raise self._damaged(f"tensor {shown(name)}: is of {storage.kind}, expected one of {', '.join(_FLOATS)}")
         if tensor.flags:
             raise self._damaged(
                 f"tensor {shown(name)}: is stored with the flags {shown(', '.join(map(str, tensor.flags)))}, which are "
@@ -135,7 +135,7 @@ class TorchFile(TensorFile):
             )
         if not is_shape(shape) or not are_sizes(strides) or not are_sizes([offset]) or len(shape) != len(strides):
             raise self._damaged(f"tensor {shown(name)}: expected offset, shape and strides as integers that fit")
-        dtype, count = _FLOATS[storage.kind], math.prod(shape)
+        dtype, count = _TYPES[storage.kind], math.prod(shape)
         # Of the elements, each at `offset` plus the sum of index times stride.
         after = offset + (1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if count else 0)
         # A tensor with repeated elements could be larger in memory than any file.

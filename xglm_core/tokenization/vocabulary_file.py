@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xglm_core.errors import CheckpointError
+from xglm_core.files import POINTER, POINTER_REASON
 from xglm_core.tokenization.added_tokens import AddedToken
 from xglm_core.tokenization.model_file import in_order_of_ids, in_published_order
 from xglm_core.tokenization.tokenizer_json import read_tokenizer_json
@@ -41,6 +42,8 @@ class VocabularyFile:
             raise CheckpointError(
                 f"{path}: cannot be read: {error.strerror or error}; expected a SentencePiece model or tokenizer.json"
             ) from None
+        if content.startswith(POINTER):
+            raise CheckpointError(f"{path}: {POINTER_REASON}")
         # No SentencePiece model begins with a brace.
         if content[:1] == b"{":
             try:
