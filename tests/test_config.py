@@ -237,7 +237,7 @@ class TestFiles:
         with pytest.raises(ConfigError, match=r"config\.json: config: num_layers is 0, expected a positive integer"):
             XGLMConfig.from_pretrained(tmp_path)
 
-    @pytest.mark.parametrize("key", ["to_dict", "_validate", "from_pretrained", "__init__"])
+    @pytest.mark.parametrize("key", ["to_dict", "validate", "from_pretrained", "__init__"])
     def test_key_named_like_a_method(self, key, tmp_path):
         write_config(tmp_path, {key: 1})
         with pytest.raises(ConfigError, match=f"the key '{key}' is the name of a method"):

@@ -103,6 +103,17 @@ class TestWhatIsDownloaded:
         assert XGLMConfig.from_pretrained(TOY, cache_dir=cache) == XGLMConfig.from_pretrained(BUNDLED)
         assert hub.downloads() == ["config.json"]
 
+    def test_subfolder(self, hub, cache):
+        """Of the same names elsewhere in the repository nothing is taken; without a connection neither."""
+        files = {"config.json": b"{}", "model.safetensors": b"", "notes/a/config.json": b"{}"}
+        inside = {f"a/b/{name}": data for name, data in hub.repos[SMALL].commits[hub.repos[SMALL].refs["v1"]].items()}
+        hub.repos[SMALL].commit({**files, **inside}, "main")
+        for offline in (False, True):
+            assert_seed(open_checkpoint(SMALL, cache_dir=cache, subfolder="a/b", local_files_only=offline), 1)
+        assert hub.downloads() == ["config.json", "generation_config.json", "model.safetensors"]
+        with pytest.raises(CheckpointError, match=r"has no c/config\.json in its revision"):
+            XGLMConfig.from_pretrained(SMALL, cache_dir=cache, subfolder="c")
+
     @pytest.mark.parametrize(
         ("kind", "offered", "taken"),
         [
@@ -170,7 +181,7 @@ class TestWhatIsDownloaded:
         np.testing.assert_array_equal(fw.embedding_matrix(model), random_weights(CONFIG, seed=1)[EMBEDDING])
         decoder = fw.decoder.from_pretrained(SMALL, revision="v1", cache_dir=cache, local_files_only=True)
         assert fw.numpy(fw.call(decoder, IDS)[0]).shape == (*IDS.shape, CONFIG.d_model)
-        with pytest.raises(TypeError, match="revisoin"):
+        with pytest.raises(InputError, match="revisoin: no option of from_pretrained"):
             fw.causal_lm.from_pretrained(SMALL, revisoin="v1")
 
 

@@ -7,13 +7,14 @@ import json
 import operator
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar
 
-from xglm_core.errors import ConfigError
+from xglm_core.errors import ConfigError, InputError
 from xglm_core.files import replacing
-from xglm_core.hub import HubOptions, find_source
+from xglm_core.hub import find_source
+from xglm_core.keywords import UPLOAD, split_options, writes
 from xglm_core.values import plain
 
 CONFIG_FILE = "config.json"
@@ -28,6 +29,22 @@ ALIASES = {
     "num_attention_heads": "attention_heads",
     "num_hidden_layers": "num_layers",
     "n_layers": "num_layers",
+}
+
+# What libraries ask any configuration of transformers for, where `config.json` does not say it.
+_ELSEWHERE: dict[str, Any] = {
+    "_name_or_path": "",
+    "architectures": None,
+    "chunk_size_feed_forward": 0,
+    "dtype": None,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "num_labels": 2,
+    "problem_type": None,
+    "tokenizer_class": None,
+    "torch_dtype": None,
+    "torchscript": False,
+    "transformers_version": None,
 }
 
 # What differs from the defaults of `XGLMConfig`, which are those of the 564M model.
@@ -88,6 +105,9 @@ class XGLMConfig:
     """
 
     model_type = "xglm"
+    attribute_map = ALIASES
+    keys_to_ignore_at_inference = ("past_key_values",)
+    sub_configs: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -156,8 +176,9 @@ class XGLMConfig:
             elif callable(getattr(type(self), key, None)):
                 raise ConfigError(f"config: the key {key!r} is the name of a method of XGLMConfig; rename it")
             else:
-                vars(self)[key] = value  # Not by `setattr`, which properties such as `head_dim` refuse.
-        self._validate()
+                # Not by `setattr`, which properties such as `head_dim` refuse.
+                vars(self)["_name_or_path" if key == "name_or_path" else key] = value
+        self.validate()
 
     @property
     def head_dim(self) -> int:
@@ -182,12 +203,27 @@ class XGLMConfig:
 
     # The aliases read and write the canonical attribute, so that the two can never disagree.
     def __getattr__(self, name: str) -> Any:
-        if name in ALIASES:
-            return getattr(self, ALIASES[name])
+        match name:
+            case _ if name in ALIASES:
+                return getattr(self, ALIASES[name])
+            case "dtype" | "torch_dtype":  # The same key, of newer and of older versions of transformers.
+                return vars(self).get("torch_dtype" if name == "dtype" else "dtype")
+            case "num_labels" if "id2label" in vars(self):
+                return len(self.id2label)
+            case "id2label":
+                return {index: f"LABEL_{index}" for index in range(self.num_labels)}
+            case "label2id":
+                return {label: int(index) for index, label in self.id2label.items()}
+            case "name_or_path":
+                return self._name_or_path
+            case "use_return_dict":
+                return self.return_dict
+            case _ if name in _ELSEWHERE:
+                return _ELSEWHERE[name]
         raise AttributeError(f"XGLMConfig has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(ALIASES.get(name, name), value)
+        super().__setattr__("_name_or_path" if name == "name_or_path" else ALIASES.get(name, name), value)
 
     def __contains__(self, key: object) -> bool:
         """Whether there is such a key."""
@@ -212,7 +248,12 @@ class XGLMConfig:
             raise _contradiction(alias, value, key, current)
         setattr(self, key, value)
 
-    def _validate(self) -> None:
+    def validate(self) -> None:
+        """Checks all values, as the constructor does; a model does so when it is made, as they may have been changed.
+
+        Raises:
+            ConfigError: a value has the wrong type or cannot describe a model.
+        """
         vars(self).update({key: plain(value) for key, value in vars(self).items()})
         for key in _COUNTS:
             value = getattr(self, key)
@@ -321,26 +362,91 @@ class XGLMConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> XGLMConfig:
+    def of(cls, given: Any) -> XGLMConfig:
+        """The configuration that a user gives: as such, as the path of its file or folder, or as transformers' object.
+
+        Raises:
+            ConfigError: it describes no XGLM model.
+            InputError: it is none of these.
+        """
+        if isinstance(given, XGLMConfig):
+            return given
+        if isinstance(given, str | os.PathLike):
+            return cls.from_json_file(given) if os.path.isfile(given) else cls.from_pretrained(given)
+        if not hasattr(given, "to_dict"):
+            raise InputError(
+                f"config is a {type(given).__name__}, expected an XGLMConfig, or the folder of config.json"
+            )
+        return cls.from_dict(given.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> XGLMConfig:
         """Reads `config.json` from a checkpoint folder, or from a repository of the Hugging Face Hub.
 
         Args:
-            folder: the folder, or the id of the repository.
-            hub: see `HubOptions`.
+            pretrained_model_name_or_path: the folder, or the id of the repository.
+            options: see `HubOptions`; and keys of the configuration whose value is to be another one. With
+                `return_unused_kwargs=True`, the result is the configuration and what is neither.
 
         Raises:
             ConfigError: the file cannot be read, is not a JSON object, or describes no XGLM model.
+            InputError: an option is neither.
             CheckpointError: there is no such folder, or the file cannot be downloaded.
             BackendError: the hub needs a package that is not installed.
         """
-        return cls.from_json_file(find_source(folder, **hub).fetch([CONFIG_FILE]) / CONFIG_FILE)
+        wants_unused = options.pop("return_unused_kwargs", False)
+        hub, values = split_options(options)
+        source = find_source(pretrained_model_name_or_path, **hub)
+        config = cls.from_json_file(source.fetch([CONFIG_FILE]) / CONFIG_FILE)
+        unused = {key: values.pop(key) for key in [*values] if wants_unused and not config.has_key(key)}
+        config = config.with_values(values)
+        return (config, unused) if wants_unused else config  # type: ignore[return-value]  # Asked for by few.
+
+    def has_key(self, key: str) -> bool:
+        """Whether there is such a key, or could be one in any `config.json`."""
+        return key in self or key in _ELSEWHERE or key in ("id2label", "label2id", "name_or_path")
+
+    def check_keys(self, keys: Iterable[str]) -> None:
+        """Raises `InputError` for keys that there are not."""
+        if unknown := [key for key in keys if not self.has_key(key)]:
+            raise InputError(f"{', '.join(unknown)}: no option of from_pretrained, nor a key of the configuration")
+
+    def with_values(self, values: Mapping[str, Any]) -> XGLMConfig:
+        """A copy with other values, by their keys or aliases.
+
+        Raises:
+            ConfigError: a value is impossible.
+            InputError: there is no such key.
+        """
+        self.check_keys(values)
+        return type(self).from_dict(
+            {**self.to_dict(), **{ALIASES.get(key, key): value for key, value in values.items()}}
+        )
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Sets values, by their keys or aliases; other keys are added.
+
+        Raises:
+            ConfigError: a value is impossible.
+        """
+        for key, value in values.items():
+            setattr(self, key, value)
+        self.validate()
 
     def to_dict(self) -> dict[str, Any]:
         """All keys with their values, as plain Python objects that share nothing with this configuration."""
         return copy.deepcopy({**vars(self), "model_type": self.model_type})
 
-    def to_json_string(self) -> str:
-        """`to_dict` as JSON with sorted keys.
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The keys of `to_dict` whose value is not the default, and `model_type`."""
+        return {k: v for k, v in self.to_dict().items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> XGLMConfig:
+        """This configuration; `decoder` and `encoder` have no effect."""
+        return self
+
+    def to_json_string(self, use_diff: bool = False) -> str:
+        """`to_dict`, or `to_diff_dict` if `use_diff`, as JSON with sorted keys.
 
         Raises:
             ConfigError: a value is nothing that JSON can hold, for example a callable activation.
@@ -348,16 +454,40 @@ class XGLMConfig:
         if callable(self.activation_function):
             raise ConfigError("config: activation_function is a callable, which config.json cannot hold; name it")
         try:
-            return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+            return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config: a value cannot be saved as JSON: {_one_line(error)}") from None
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `config.json` into `folder`, which is created if it is missing."""
-        text = self.to_json_string()
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with replacing(Path(folder) / CONFIG_FILE) as file:
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = False) -> None:
+        """Writes `to_json_string` into a file.
+
+        Raises:
+            ConfigError: see `to_json_string`.
+        """
+        text = self.to_json_string(use_diff)
+        with replacing(json_file_path) as file:
             file.write(text.encode())
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Writes `config.json` into a folder, which is created if it is missing.
+
+        Raises:
+            ConfigError: see `to_json_string`.
+            InputError: an option is not offered, such as `push_to_hub`.
+        """
+        if writes(options):
+            text = self.to_json_string()
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            with replacing(Path(save_directory) / CONFIG_FILE) as file:
+                file.write(text.encode())
+
+    def push_to_hub(self, *args: Any, **options: Any) -> None:
+        """Is not offered.
+
+        Raises:
+            InputError: says what to do instead.
+        """
+        raise InputError(f"push_to_hub is not offered here; {UPLOAD}")
 
 
 def _is_int(value: object) -> bool:

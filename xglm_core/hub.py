@@ -25,9 +25,10 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # The disk, or t
 
 
 class HubOptions(TypedDict, total=False):
-    """The keyword arguments `**hub` of everything that loads by name. They have no effect on folders.
+    """The keyword arguments `**hub` of everything that loads by name. Only `subfolder` has an effect on folders.
 
     Attributes:
+        subfolder: where the files are within the folder or repository; None or "" for its top.
         revision: branch, tag or commit of the repository; None means "main".
         cache_dir: where downloads are kept; None means the cache of huggingface_hub, which `HF_HOME` moves.
         token: for private and gated repositories; None means the one that `hf auth login` stored, False none.
@@ -35,6 +36,7 @@ class HubOptions(TypedDict, total=False):
         force_download: download files although the cache has them.
     """
 
+    subfolder: str | None
     revision: str | None
     cache_dir: str | os.PathLike[str] | None
     token: str | bool | None
@@ -72,6 +74,7 @@ class Source(Protocol):
 def find_source(
     name: str | os.PathLike[str],
     *,
+    subfolder: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -85,7 +88,7 @@ def find_source(
 
     Args:
         name: a folder, or the id of a repository, e.g. "facebook/xglm-564M".
-        revision, cache_dir, token, local_files_only, force_download: see `HubOptions`.
+        subfolder, revision, cache_dir, token, local_files_only, force_download: see `HubOptions`.
 
     Raises:
         CheckpointError: it is neither, or neither the hub nor the cache can give the revision.
@@ -93,7 +96,10 @@ def find_source(
         InputError: files are to be downloaded without a connection.
     """
     if os.path.isdir(name):
-        return _Folder(Path(name))
+        folder = Path(name, subfolder or "")
+        if not folder.is_dir():
+            raise CheckpointError(f"{name}: there is no folder {subfolder!r} in it, which `subfolder` names")
+        return _Folder(folder)
     if os.path.isfile(name):
         raise CheckpointError(
             f"{name}: is a file, expected the folder that it is in, with config.json; give {Path(name).parent}"
@@ -110,7 +116,10 @@ def find_source(
         )
     if force_download and local_files_only:
         raise InputError("force_download and local_files_only are both True, but nothing is downloaded with the latter")
-    return _Repository(name, revision or "main", cache_dir, token, local_files_only, force_download)
+    within = (subfolder or "").strip("/")
+    return _Repository(
+        name, f"{within}/" if within else "", revision or "main", cache_dir, token, local_files_only, force_download
+    )
 
 
 class _Folder:
@@ -134,6 +143,7 @@ class _Repository:
     def __init__(
         self,
         repo: str,
+        prefix: str,
         revision: str,
         cache_dir: str | os.PathLike[str] | None,
         token: str | bool | None,
@@ -144,6 +154,7 @@ class _Repository:
         from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
 
         self.place = repo
+        self._prefix = prefix  # Of the names in the repository: empty, or a folder with a slash at its end.
         self._revision = revision
         self._cache = Path(HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
         self._token = token
@@ -155,7 +166,8 @@ class _Repository:
             try:
                 info = HfApi(token=token).model_info(repo, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
                 self._commit = str(info.sha)
-                self.names = frozenset(file.rfilename for file in info.siblings or ())
+                names = (file.rfilename for file in info.siblings or ())
+                self.names = frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
                 return
             except Exception as error:  # Which ones depends on the library that huggingface_hub speaks HTTP with.
                 if _status(error) in _REFUSALS:
@@ -168,7 +180,8 @@ class _Repository:
         except FileNotFoundError:  # Among them `LocalEntryNotFoundError`.
             raise self._not_cached(f"the revision {revision!r}") from None
         self._commit = folder.name
-        self.names = frozenset(entry.name for entry in folder.iterdir())
+        folder /= prefix
+        self.names = frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset()
         self.folder = folder
 
     def fetch(self, required: Sequence[str], optional: Iterable[str] = ()) -> Path:
@@ -190,7 +203,7 @@ class _Repository:
         try:
             path = hf_hub_download(
                 self.place,
-                name,
+                self._prefix + name,
                 revision=revision,
                 cache_dir=self._cache,
                 token=self._token,
@@ -203,8 +216,8 @@ class _Repository:
 
     def _not_there(self, name: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.place}: the repository has no {name} in its revision {self._revision!r}; check the name, or give "
-            "another `revision`"
+            f"{self.place}: the repository has no {self._prefix}{name} in its revision {self._revision!r}; check the "
+            "name, or give another `revision`"
         )
 
     def _not_cached(self, what: str) -> CheckpointError:

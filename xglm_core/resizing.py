@@ -16,6 +16,8 @@ from xglm_core.values import plain
 
 _SEED = 0  # New rows are the same in all backends, and the next time.
 
+_NARROW = 1e-9  # Of the old rows' variance: what transformers draws with.
+
 _ROWS, _COLUMNS = 0, 1
 
 
@@ -50,19 +52,27 @@ def check_embeddings(shape: Sequence[int], config: XGLMConfig) -> None:
         )
 
 
-def resized_rows(matrix: np.ndarray, dtype: FloatType, config: XGLMConfig) -> np.ndarray:
+def resized_rows(matrix: np.ndarray, dtype: FloatType, config: XGLMConfig, mean_resizing: bool = False) -> np.ndarray:
     """A matrix [old, d_model] with `config.vocab_size` rows: the old ones, then draws from N(0, init_std).
 
     Args:
         matrix: in `dtype.storage`, and so is the result.
         dtype: the type of its numbers.
         config: the new configuration.
+        mean_resizing: draw around the mean of the old rows instead, with a billionth of their variance.
     """
     old, rows = len(matrix), config.vocab_size
     if rows <= old:
         return matrix[:rows]
     new = np.random.default_rng(_SEED).standard_normal((rows - old, matrix.shape[1]), np.float32)
-    return np.concatenate([matrix, convert(new * np.float32(config.init_std), DTYPES["float32"], dtype)])
+    if mean_resizing:
+        known = convert(matrix, dtype, DTYPES["float32"])
+        mean = known.mean(axis=0, dtype=np.float64)
+        variance = np.einsum("ij,ij->j", known, known, dtype=np.float64) / old - mean**2
+        new = (mean + np.sqrt(_NARROW * variance.clip(0)) * new).astype(np.float32)
+    else:
+        new *= np.float32(config.init_std)
+    return np.concatenate([matrix, convert(new, DTYPES["float32"], dtype)])
 
 
 def pruned_config(config: XGLMConfig, heads: Mapping[int, Sequence[int]]) -> XGLMConfig:

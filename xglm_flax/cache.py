@@ -79,6 +79,10 @@ class FlaxXGLMCache:
             length=self.length + new,
         )
 
+    def get_seq_length(self, layer_idx: int = 0) -> Length:
+        """Positions held, the same in all layers; an array while traced."""
+        return self.length if is_traced(self.length) else int(self.length)
+
     def __len__(self) -> int:
         return len(self.keys)
 

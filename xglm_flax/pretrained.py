@@ -16,13 +16,14 @@ from flax.core import unfreeze
 from flax.traverse_util import unflatten_dict
 
 from xglm_core.checkpoint.dtypes import float_type
-from xglm_core.checkpoint.folder import open_checkpoint
-from xglm_core.checkpoint.loading import plan_loading
+from xglm_core.checkpoint.loading import Loading, plan_loading
 from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
+from xglm_core.keywords import writes
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
+from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
 from xglm_flax.blocks import Remat, remat_policy
 from xglm_flax.cache import FlaxXGLMCache, as_cache, empty_cache, is_traced
@@ -44,7 +45,7 @@ from xglm_flax.weights import (
 )
 
 
-class FlaxXGLMPreTrainedModel:
+class FlaxXGLMPreTrainedModel(ModelSurface):
     """Base of the model classes. Differs: they are no modules, but hold one and, apart from it, its parameters.
 
     Args:
@@ -69,8 +70,7 @@ class FlaxXGLMPreTrainedModel:
         input_shape: as given.
     """
 
-    framework: ClassVar[str] = "flax"
-    has_head: ClassVar[bool]
+    framework = "flax"
     generation_config: GenerationConfig  # Where there is a head.
     module_class: ClassVar[type[nn.Module]]
 
@@ -102,6 +102,7 @@ class FlaxXGLMPreTrainedModel:
 
         The module has a copy: what is compiled must not depend on what may change.
         """
+        self.config.validate()
         if self.scan_layers:
             check_stackable(self.config)
         self.module = self.module_class(
@@ -140,40 +141,42 @@ class FlaxXGLMPreTrainedModel:
     @overload
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], dtype: Any = ..., *, _do_init: Literal[False], **options: Any
+        cls, pretrained_model_name_or_path: Any, dtype: Any = ..., *, _do_init: Literal[False], **options: Any
     ) -> tuple[Self, Params]: ...
 
     @overload
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], dtype: Any = ..., *, _do_init: Literal[True] = True, **options: Any
+        cls, pretrained_model_name_or_path: Any, dtype: Any = ..., *, _do_init: Literal[True] = True, **options: Any
     ) -> Self: ...
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
-        dtype: Any = "float32",
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        dtype: Any = None,
         *,
         _do_init: bool = True,
         param_dtype: Any = None,
         scan_layers: bool = False,
         remat: Remat = "none",
         weights: str | None = None,
-        **hub: Any,
+        **options: Any,
     ) -> Self | tuple[Self, Params]:
         """Loads a checkpoint.
 
         Args:
-            folder: holds `config.json` and the weights, in any of the published formats; or the id of a repository of
-                the Hugging Face Hub.
-            dtype: type of the computation, by name or as a JAX type.
+            pretrained_model_name_or_path: a folder that holds `config.json` and the weights, in any of the published
+                formats; or the id of a repository of the Hugging Face Hub.
+            dtype: type of the computation, by name or as a JAX type; None means float32.
             _do_init: whether the model holds the parameters. If not, they are returned beside it, in the memory of the
                 host, to be spread over devices.
             param_dtype: type of the parameters; None means float32, "auto" keeps the file's.
             scan_layers, remat: see the class.
             weights: the format to read if there are several; see `open_checkpoint`.
-            hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
+            options: which revision of a repository, and how it is downloaded: see `HubOptions`; a whole `config`, or
+                keys of the configuration whose value is to be another one; and what transformers takes: see
+                `xglm_core.keywords`.
 
         Returns:
             The model; without `_do_init` the model and its parameters.
@@ -181,28 +184,36 @@ class FlaxXGLMPreTrainedModel:
         Raises:
             CheckpointError: there is no checkpoint, it cannot be downloaded, or it does not fit the model.
             ConfigError: its configuration is impossible.
-            InputError: a type is unknown.
+            InputError: a type or an option is unknown, or not offered.
         """
+        loading = Loading.of(options, dtype=dtype, weights=weights)
         wanted = "float32" if param_dtype is None else param_dtype
-        plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=wanted)
+        plan = plan_loading(loading.open(pretrained_model_name_or_path), with_head=cls.has_head, dtype=wanted)
         model = cls(
-            plan.config, dtype=dtype, _do_init=False, param_dtype=plan.dtype.name, scan_layers=scan_layers, remat=remat
+            plan.config,
+            dtype=loading.dtype or "float32",
+            _do_init=False,
+            param_dtype=plan.dtype.name,
+            scan_layers=scan_layers,
+            remat=remat,
         )
+        model.name_or_path = str(pretrained_model_name_or_path)
         if cls.has_head:
             model.generation_config = plan.generation
         if not _do_init:
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
                 return model, load_weights(plan, bare=not cls.has_head)
         model._params = load_weights(plan, bare=not cls.has_head)
-        return model
+        return loading.with_info(model)
 
     def save_pretrained(
         self,
-        folder: str | os.PathLike[str],
+        save_directory: str | os.PathLike[str],
         *,
         params: Params | None = None,
         max_shard_size: int | str = "5GB",
         dtype: Any = None,
+        **options: Any,
     ) -> None:
         """Writes `config.json` and safetensors in the published layout.
 
@@ -210,23 +221,27 @@ class FlaxXGLMPreTrainedModel:
         writes.
 
         Args:
-            folder: created if it is missing; an older checkpoint there is replaced once the new one is complete.
+            save_directory: the folder, created if it is missing; an older checkpoint there is replaced once the new one
+                is complete.
             params: the parameters to write; None means the model's.
             max_shard_size: most bytes in one file, as a number or e.g. "500MB".
             dtype: type to store; None keeps the parameters'.
+            options: what transformers takes: see `xglm_core.keywords`. With `is_main_process=False` nothing is written.
 
         Raises:
-            InputError: `dtype` or `max_shard_size` is unknown, or there are no parameters, or those of another model.
+            InputError: `dtype` or `max_shard_size` is unknown, or there are no parameters, or those of another model;
+                or an option is unknown or not offered.
             CheckpointError: the files cannot be written; with several processes, in each.
         """
+        is_writing = writes(options)
         params = self._params_or_own(params)
         stored = weights_dtype(params) if dtype is None else float_type(dtype)
         specs = self._specs()
         with first_process_reads(params, tuple(specs), lambda name: read_weight(params, specs[name], stored)) as read:
-            if read is not None:
-                save_checkpoint(folder, self.config, tuple(specs.values()), stored, read, max_shard_size)
+            if read is not None and is_writing:
+                save_checkpoint(save_directory, self.config, tuple(specs.values()), stored, read, max_shard_size)
                 if self.has_head:
-                    self.generation_config.save_pretrained(folder)
+                    self.generation_config.save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> jax.Array:
         """The token embedding [vocab_size, d_model]. Differs: parameters are no part of a module, so it is an array."""
@@ -245,7 +260,7 @@ class FlaxXGLMPreTrainedModel:
         return None
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = False
     ) -> jax.Array:
         """Changes the vocabulary: old rows are kept, new ones are drawn from N(0, init_std), a tied head stays tied.
 
@@ -255,6 +270,7 @@ class FlaxXGLMPreTrainedModel:
             new_num_tokens: rows wanted; None keeps their number.
             pad_to_multiple_of: round the number up to a multiple of this. The further rows stand for no token, so they
                 are never generated; `config.padding_rows` is their number.
+            mean_resizing: draw new rows closely around the mean of the old ones instead.
 
         Returns:
             The input embeddings; `config.vocab_size` is their number.
@@ -267,7 +283,7 @@ class FlaxXGLMPreTrainedModel:
         params, specs = self._params_or_own(None), self._specs()
         for name in (EMBEDDING, HEAD) if HEAD in specs else (EMBEDDING,):
             dtype = weights_dtype(params, specs[name])
-            rows = resized_rows(read_weight(params, specs[name]), dtype, config)
+            rows = resized_rows(read_weight(params, specs[name]), dtype, config, mean_resizing)
             params = write_weight(params, specs[name], rows, dtype)
         self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
         self._make_module()
@@ -320,9 +336,19 @@ class FlaxXGLMPreTrainedModel:
         """
         return empty_cache(self.config, batch_size, max_length, self.dtype, stacked=self.scan_layers, fixed=True)
 
-    def num_parameters(self) -> int:
-        """Number of parameters; a tied head counts once."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self._params_or_own(None)))
+    @property
+    def dummy_inputs(self) -> dict[str, jax.Array]:
+        """Ids that any model can read, int32 [3, 5]."""
+        return {"input_ids": jnp.array(DUMMY_IDS, jnp.int32)}
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters; a tied head counts once. Differs: all of them are trainable."""
+        count = sum(leaf.size for leaf in jax.tree.leaves(self._params_or_own(None)))
+        return count - self.get_input_embeddings().size if exclude_embeddings else count
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of the parameters, a tied head once."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params_or_own(None)))
 
     def tie_weights(self) -> None:
         """Does nothing: the bare decoder has no head."""

@@ -77,6 +77,10 @@ class TFXGLMCache:
         keys, values = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
         return dataclasses.replace(self, keys=keys, values=values, encoder=encoder, length=length)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int | tf.Tensor:
+        """Positions held, the same in all layers; a scalar tensor if unknown while tracing."""
+        return self.length if self.known_length is None else self.known_length
+
     def __len__(self) -> int:
         return len(self.keys)
 

@@ -12,20 +12,20 @@ import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
 from xglm_core.checkpoint.dtypes import float_type
-from xglm_core.checkpoint.folder import open_checkpoint
-from xglm_core.checkpoint.loading import LoadPlan, plan_loading
+from xglm_core.checkpoint.loading import Loading, LoadPlan, plan_loading
 from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
-from xglm_core.hub import HubOptions
+from xglm_core.keywords import writes
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
+from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
 from xglm_tf.inputs import are_arrays, batches_in_tuples, check_batch, checked_batch, failures_named, named_arguments
 from xglm_tf.tracing import forget, outdated
@@ -40,17 +40,18 @@ _OTHER_FORMATS = {
 _QUANTIZATION = ("int8", "int4", "float8")  # What Keras offers without examples to calibrate with.
 
 
-class TFXGLMPreTrainedModel(keras.Model):
+class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
     """Base of the model classes.
 
     Attributes:
         config: the architecture.
     """
 
-    has_head: ClassVar[bool]
+    framework = "tf"
     generation_config: GenerationConfig  # Where there is a head.
 
     def __init__(self, config: XGLMConfig, *, dtype: Any = None, **kwargs: Any) -> None:
+        config.validate()
         super().__init__(dtype=dtype, **kwargs)
         if (mode := self.dtype_policy.quantization_mode) is not None:
             raise InputError(
@@ -131,22 +132,24 @@ class TFXGLMPreTrainedModel(keras.Model):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         dtype: Any = None,
         weights: str | None = None,
-        **hub: Unpack[HubOptions],
+        **options: Any,
     ) -> Self:
         """Loads a checkpoint.
 
         Args:
-            folder: holds `config.json` and the weights, in any of the published formats; or the id of a repository of
-                the Hugging Face Hub.
+            pretrained_model_name_or_path: a folder that holds `config.json` and the weights, in any of the published
+                formats; or the id of a repository of the Hugging Face Hub.
             dtype: type of parameters and computation, by name or as a TensorFlow type; "auto" keeps the file's. Or a
                 Keras policy, for example "mixed_bfloat16". None follows Keras' global policy: float32 unless another
                 was set.
             weights: the format to read if there are several; see `open_checkpoint`.
-            hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
+            options: which revision of a repository, and how it is downloaded: see `HubOptions`; a whole `config`, or
+                keys of the configuration whose value is to be another one; and what transformers takes: see
+                `xglm_core.keywords`.
 
         Returns:
             The model.
@@ -154,35 +157,48 @@ class TFXGLMPreTrainedModel(keras.Model):
         Raises:
             CheckpointError: there is no checkpoint, it cannot be downloaded, or it does not fit the model.
             ConfigError: its configuration is impossible.
+            InputError: an option is unknown, or not offered.
         """
-        dtype = keras.config.dtype_policy() if dtype is None else dtype
+        loading = Loading.of(options, dtype=dtype, weights=weights)
+        dtype = keras.config.dtype_policy() if loading.dtype is None else loading.dtype
         is_policy = isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_"))
         policy = keras.dtype_policies.get(dtype) if is_policy else None
         held = dtype if policy is None else policy.variable_dtype
-        plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=held)
+        plan = plan_loading(loading.open(pretrained_model_name_or_path), with_head=cls.has_head, dtype=held)
         model = cls(plan.config, dtype=policy or plan.dtype.name, plan=plan)
         if cls.has_head:
             model.generation_config = plan.generation
-        return model
+        model.name_or_path = str(pretrained_model_name_or_path)
+        return loading.with_info(model)
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", dtype: Any = None
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        dtype: Any = None,
+        **options: Any,
     ) -> None:
         """Writes `config.json` and safetensors in the published layout.
 
         Args:
-            folder: created if it is missing; an older checkpoint there is replaced once the new one is complete.
+            save_directory: the folder, created if it is missing; an older checkpoint there is replaced once the new one
+                is complete.
             max_shard_size: most bytes in one file, as a number or e.g. "500MB".
             dtype: type to store; None keeps the parameters'.
+            options: what transformers takes: see `xglm_core.keywords`. With `is_main_process=False` nothing is written.
 
         Raises:
-            InputError: `dtype` or `max_shard_size` is unknown, or the model is quantized.
+            InputError: `dtype` or `max_shard_size` is unknown, the model is quantized, or an option is unknown or not
+                offered.
         """
+        if not writes(options):
+            return
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
         self._check_not_quantized("save_pretrained")
         specs = self._specs()
         save_checkpoint(
-            folder,
+            save_directory,
             self.config,
             tuple(specs.values()),
             stored,
@@ -190,7 +206,7 @@ class TFXGLMPreTrainedModel(keras.Model):
             max_shard_size,
         )
         if self.has_head:
-            self.generation_config.save_pretrained(folder)
+            self.generation_config.save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> keras.layers.Embedding:
         """The token embedding. Called with ids it gives what `inputs_embeds` takes: scaled embeddings."""
@@ -216,7 +232,7 @@ class TFXGLMPreTrainedModel(keras.Model):
         return None
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = False
     ) -> keras.layers.Embedding:
         """Changes the vocabulary: old rows are kept, new ones are drawn from N(0, init_std), a tied head stays tied.
 
@@ -226,6 +242,7 @@ class TFXGLMPreTrainedModel(keras.Model):
             new_num_tokens: rows wanted; None keeps their number.
             pad_to_multiple_of: round the number up to a multiple of this. The further rows stand for no token, so they
                 are never generated; `config.padding_rows` is their number.
+            mean_resizing: draw new rows closely around the mean of the old ones instead.
 
         Returns:
             The input embeddings; `config.vocab_size` is their number.
@@ -238,7 +255,9 @@ class TFXGLMPreTrainedModel(keras.Model):
         for name in (EMBEDDING, HEAD):
             if name in specs:
                 dtype = weights_dtype(self)
-                write_weight(self, specs[name], resized_rows(read_weight(self, specs[name], dtype), dtype, config))
+                write_weight(
+                    self, specs[name], resized_rows(read_weight(self, specs[name], dtype), dtype, config, mean_resizing)
+                )
         self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
         self.forget_compiled()
         return self.get_input_embeddings()
@@ -356,9 +375,24 @@ class TFXGLMPreTrainedModel(keras.Model):
         """Whether there are adapters."""
         return any(getattr(layer, "lora_enabled", False) for layer in self._flatten_layers())
 
-    def num_parameters(self) -> int:
+    @property
+    def dummy_inputs(self) -> dict[str, tf.Tensor]:
+        """Ids that any model can read, int32 [3, 5]."""
+        return {"input_ids": tf.constant(DUMMY_IDS)}
+
+    def get_decoder(self) -> keras.layers.Layer:
+        """The bare decoder, a layer."""
+        return self.model
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters; a tied head counts once."""
-        return sum(math.prod(weight.shape) for weight in self.weights)
+        weights = self.trainable_weights if only_trainable else self.weights
+        table = self.get_input_embeddings().embeddings
+        return sum(math.prod(weight.shape) for weight in weights if not (exclude_embeddings and weight is table))
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of the parameters, a tied head once."""
+        return sum(math.prod(weight.shape) * tf.as_dtype(weight.dtype).size for weight in self.weights)
 
     def tie_weights(self) -> None:
         """Does nothing: the bare decoder has no head."""

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from xglm_core.checkpoint.dtypes import float_type
-from xglm_core.checkpoint.folder import open_checkpoint
-from xglm_core.checkpoint.loading import plan_loading
+from xglm_core.checkpoint.loading import Loading, plan_loading
 from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
+from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
-from xglm_core.hub import HubOptions
+from xglm_core.keywords import writes
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
+from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 from xglm_torch.gathering import first_process_reads, reshard
 from xglm_torch.weights import (
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
     from xglm_torch.decoder import XGLMModel
 
 
-class XGLMPreTrainedModel(nn.Module):
+class XGLMPreTrainedModel(ModelSurface, nn.Module):
     """Base of the model classes.
 
     Attributes:
         config: the architecture.
     """
 
-    has_head: ClassVar[bool]
+    framework = "pt"
     generation_config: GenerationConfig  # Where there is a head.
 
     # What accelerate, peft and transformers' Trainer look for.
@@ -53,6 +54,7 @@ class XGLMPreTrainedModel(nn.Module):
 
     def __init__(self, config: XGLMConfig) -> None:
         super().__init__()
+        config.validate()
         self.config = config
         # A key of old configurations, which is said in the file of a model that was trained so.
         self.is_gradient_checkpointing = bool(getattr(config, "gradient_checkpointing", False))
@@ -63,20 +65,25 @@ class XGLMPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        dtype: Any = "float32",
+        dtype: Any = None,
         weights: str | None = None,
-        **hub: Unpack[HubOptions],
+        device_map: Any = None,
+        **options: Any,
     ) -> Self:
         """Loads a checkpoint, in inference mode (`eval()`).
 
         Args:
-            folder: holds `config.json` and the weights, in any of the published formats; or the id of a repository of
-                the Hugging Face Hub.
-            dtype: type of the parameters, by name or as a torch type; "auto" keeps the file's.
+            pretrained_model_name_or_path: a folder that holds `config.json` and the weights, in any of the published
+                formats; or the id of a repository of the Hugging Face Hub.
+            dtype: type of the parameters, by name or as a torch type; "auto" keeps the file's, None means float32.
             weights: the format to read if there are several; see `open_checkpoint`.
-            hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
+            device_map: the one device to move the model to, also as `{"": device}`; "auto" is the accelerator, if there
+                is one, and the CPU otherwise.
+            options: which revision of a repository, and how it is downloaded: see `HubOptions`; a whole `config`, or
+                keys of the configuration whose value is to be another one; and what transformers takes: see
+                `xglm_core.keywords`.
 
         Returns:
             The model. Its parameters are views of the mapped file where the types agree: see `load_weights`.
@@ -84,43 +91,55 @@ class XGLMPreTrainedModel(nn.Module):
         Raises:
             CheckpointError: there is no checkpoint, it cannot be downloaded, or it does not fit the model.
             ConfigError: its configuration is impossible.
+            InputError: an option is unknown, or not offered.
         """
-        plan = plan_loading(open_checkpoint(folder, weights, **hub), with_head=cls.has_head, dtype=dtype)
+        device, loading = one_device(device_map), Loading.of(options, dtype=dtype, weights=weights)
+        checkpoint = loading.open(pretrained_model_name_or_path)
+        plan = plan_loading(checkpoint, with_head=cls.has_head, dtype=loading.dtype or "float32")
         with torch.device("meta"):
             model = cls(plan.config)
         if cls.has_head:
             model.generation_config = plan.generation
         load_weights(model, plan)
         model.tie_weights()
-        return model.eval()
+        model.name_or_path = str(pretrained_model_name_or_path)
+        return loading.with_info((model if device is None else model.to(device)).eval())
+
+    @classmethod
+    def _from_config(cls, config: Any, *, dtype: Any = None, **options: Any) -> Self:
+        """A model with random weights; arguments as of `from_pretrained`, `config` in place of the checkpoint."""
+        loading = Loading.of(options, dtype=dtype, weights=None)
+        return cls(loading.configured(config)).to(getattr(torch, float_type(loading.dtype or "float32").name))
 
     def save_pretrained(
         self,
-        folder: str | os.PathLike[str],
+        save_directory: str | os.PathLike[str],
         *,
         max_shard_size: int | str = "5GB",
         dtype: Any = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
-        is_main_process: bool = True,
-        save_function: Any = None,
+        **options: Any,
     ) -> None:
         """Writes `config.json` and safetensors in the published layout.
 
         For a sharded model, all processes call it: weight by weight is gathered, and the first process writes.
 
         Args:
-            folder: created if it is missing; an older checkpoint there is replaced once the new one is complete.
+            save_directory: the folder, created if it is missing; an older checkpoint there is replaced once the new one
+                is complete.
             max_shard_size: most bytes in one file, as a number or e.g. "500MB".
             dtype: type to store; None keeps the parameters'.
             state_dict: the weights to write in place of the model's, whole, as `accelerator.get_state_dict` gives them.
-            is_main_process: whether this process writes. Of a sharded model it is the first one, whatever is said.
-            save_function: of no effect: safetensors are written in place, by no function that takes tensors.
+            options: what transformers takes: see `xglm_core.keywords`. With `is_main_process=False` nothing is written;
+                of a sharded model the first process writes, whatever is said.
 
         Raises:
-            InputError: `dtype` or `max_shard_size` is unknown; or the model, or `state_dict`, has weights that a
-                checkpoint has no place for, such as adapters, or none of those that it needs, or quantized ones.
+            InputError: `dtype` or `max_shard_size` is unknown, or an option is unknown or not offered; or the model, or
+                `state_dict`, has weights that a checkpoint has no place for, such as adapters, or none of those that it
+                needs, or quantized ones.
             CheckpointError: the files cannot be written; for a sharded model, in each process.
         """
+        is_writing = writes(options)
         reshard(self)
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
         specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
@@ -129,15 +148,40 @@ class XGLMPreTrainedModel(nn.Module):
         if state_dict is not None:
             reading = contextlib.nullcontext(lambda name: as_array(state_dict[local_name(self, name)], stored))
         with reading as read:
-            if read is not None and is_main_process:
-                save_checkpoint(folder, self.config, specs, stored, read, max_shard_size)
+            if read is not None and is_writing:
+                save_checkpoint(save_directory, self.config, specs, stored, read, max_shard_size)
                 if self.has_head:
-                    self.generation_config.save_pretrained(folder)
+                    self.generation_config.save_pretrained(save_directory)
 
     @property
     def decoder(self) -> XGLMModel:
         """The bare decoder: this model or its part."""
         return getattr(self, "model", self)  # type: ignore[arg-type]  # One of the two is an `XGLMModel`.
+
+    @property
+    def base_model(self) -> XGLMModel:
+        """The bare decoder: this model or its part."""
+        return self.decoder
+
+    def get_decoder(self) -> XGLMModel:
+        """The bare decoder: this model or its part."""
+        return self.decoder
+
+    def set_decoder(self, decoder: XGLMModel) -> None:
+        """Puts another decoder of the same configuration in place of the part; a tied head follows.
+
+        Raises:
+            InputError: this model has no such part.
+        """
+        if not self.has_head:
+            raise InputError("set_decoder replaces the decoder of a causal language model, and this is the decoder")
+        self.model = decoder
+        self.tie_weights()
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """Ids that any model can read, int64 [3, 5]."""
+        return {"input_ids": torch.tensor(DUMMY_IDS)}
 
     @property
     def device(self) -> torch.device:
@@ -176,7 +220,7 @@ class XGLMPreTrainedModel(nn.Module):
         return None
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = False
     ) -> nn.Embedding:
         """Changes the vocabulary: old rows are kept, new ones are drawn from N(0, init_std), a tied head stays tied.
 
@@ -186,6 +230,7 @@ class XGLMPreTrainedModel(nn.Module):
             new_num_tokens: rows wanted; None keeps their number.
             pad_to_multiple_of: round the number up to a multiple of this. The further rows stand for no token, so they
                 are never generated; `config.padding_rows` is their number.
+            mean_resizing: draw new rows closely around the mean of the old ones instead.
 
         Returns:
             The input embeddings; `config.vocab_size` is their number.
@@ -198,7 +243,7 @@ class XGLMPreTrainedModel(nn.Module):
         has_own_head = self.has_head and not config.tie_word_embeddings
         for name in (EMBEDDING, HEAD) if has_own_head else (EMBEDDING,):
             dtype = weights_dtype(self)
-            write_weight(self, name, resized_rows(read_weight(self, name, dtype), dtype, config))
+            write_weight(self, name, resized_rows(read_weight(self, name, dtype), dtype, config, mean_resizing))
         self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
         self.tie_weights()
         return self.get_input_embeddings()
@@ -282,6 +327,11 @@ class XGLMPreTrainedModel(nn.Module):
             if (parameter.requires_grad or not only_trainable) and not (exclude_embeddings and parameter is table)
         )
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters, a tied head once, and of the buffers."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def tie_weights(self) -> None:
         """Does nothing: the bare decoder has no head."""
 
@@ -300,3 +350,26 @@ class XGLMPreTrainedModel(nn.Module):
 def _with_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
     """A hook that gives what a module returns a gradient; no closure, so that models with it can be pickled."""
     return output.requires_grad_(True)
+
+
+def one_device(device_map: Any) -> torch.device | None:
+    """The device that a `device_map` stands for; None leaves a model where it was loaded.
+
+    Raises:
+        InputError: it stands for several devices, or for none.
+    """
+    if isinstance(device_map, dict) and [*device_map] == [""]:
+        device_map = device_map[""]
+    if device_map is None:
+        return None
+    several = "load the model first, then call accelerate's dispatch_model, or spread it by xglm_torch.parallel"
+    if isinstance(device_map, dict):
+        raise InputError(f"device_map names several places, expected one device; {several}")
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        if torch.accelerator.device_count() > 1:
+            raise InputError(f"device_map is {device_map!r}, and there are several devices; give one, or {several}")
+        device_map = torch.accelerator.current_accelerator() or "cpu"
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device_map is {device_map!r}, expected a device of PyTorch, such as 'cuda'") from None

@@ -4,25 +4,86 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, convert, float_type
 from xglm_core.checkpoint.filling import equal_numbers
-from xglm_core.checkpoint.folder import Checkpoint
+from xglm_core.checkpoint.folder import Checkpoint, open_checkpoint
 from xglm_core.checkpoint.mapped import Buffers, aligned_empty, copy_numbers, is_aligned
 from xglm_core.config import XGLMConfig
-from xglm_core.errors import CheckpointError
+from xglm_core.errors import CheckpointError, InputError
 from xglm_core.generation.config import GenerationConfig
+from xglm_core.hub import HubOptions
+from xglm_core.keywords import split_options
 from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
 
 _COPIED_NUMBERS = 2**19  # By a thread at a time.
 _RELEASED_BLOCKS = 32  # After which the pages of the file are freed.
 MOST_LAYERS = 1000  # Whose weights may be listed, unless a checkpoint has as many tensors.
+
+
+_Model = TypeVar("_Model")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a call of a model's `from_pretrained` asks for.
+
+    Attributes:
+        dtype: the type that was given under any name, or None.
+    """
+
+    dtype: Any
+    _weights: str | None
+    _hub: HubOptions
+    _config: Any
+    _overrides: dict[str, Any]
+    _wants_info: bool
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], *, dtype: Any, weights: str | None) -> Loading:
+        """Understands the further keywords of the call; see `xglm_core.keywords`.
+
+        Raises:
+            InputError: one is unknown, not offered, or given under two names.
+        """
+        hub, rest = split_options(options)
+        theirs = rest.pop("torch_dtype", None)
+        if theirs is not None and dtype is not None:
+            raise InputError("torch_dtype and dtype are both given, expected one of the two")
+        for name, format in (("use_safetensors", "safetensors"), ("from_tf", "tf"), ("from_flax", "flax")):
+            if rest.pop(name, None) and weights is None:
+                weights = format
+        config, wants_info = rest.pop("config", None), bool(rest.pop("output_loading_info", False))
+        XGLMConfig().check_keys(rest)  # Before anything is downloaded.
+        return cls(theirs if dtype is None else dtype, weights, hub, config, rest, wants_info)
+
+    def open(self, folder: str | os.PathLike[str]) -> Checkpoint:
+        """Opens the checkpoint, with the configuration that the call asks for.
+
+        Raises:
+            XGLMError: see `open_checkpoint`; or a value of the configuration is impossible.
+        """
+        checkpoint = open_checkpoint(folder, self._weights, **self._hub)
+        checkpoint.config = self.configured(checkpoint.config if self._config is None else self._config)
+        return checkpoint
+
+    def configured(self, config: Any) -> XGLMConfig:
+        """A configuration, as `XGLMConfig.of` takes it, with the values that the call asks for; see `open`."""
+        return XGLMConfig.of(config).with_values(self._overrides)
+
+    def with_info(self, model: _Model) -> _Model:
+        """What the call returns: the model; with `output_loading_info` also what did not fit, which is nothing."""
+        names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        info: dict[str, list[str]] = {name: [] for name in names}
+        return (model, info) if self._wants_info else model  # type: ignore[return-value]  # Asked for by few.
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from xglm_core.config import GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import ConfigError, InputError
 from xglm_core.files import replacing
-from xglm_core.hub import HubOptions, find_source
+from xglm_core.hub import find_source
+from xglm_core.keywords import split_options, writes
 from xglm_core.values import plain
 
 _DEFAULT_NEW_TOKENS = 20
@@ -177,22 +178,29 @@ class GenerationConfig:
         return cls.from_dict(options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> GenerationConfig:
+    def from_pretrained(
+        cls,
+        pretrained_model_name: str | os.PathLike[str],
+        config_file_name: str | None = None,
+        **options: Any,
+    ) -> GenerationConfig:
         """Reads `generation_config.json` from a folder, or from a repository of the Hugging Face Hub.
 
         Args:
-            folder: the folder, or the id of the repository.
-            hub: see `HubOptions`.
+            pretrained_model_name: the folder, or the id of the repository.
+            config_file_name: the file, if it has another name.
+            options: see `HubOptions`; and options of generation whose value is to be another one.
 
         Raises:
             ConfigError: the file is missing or is no JSON object.
             CheckpointError: there is no such folder, or the file cannot be downloaded.
             BackendError: the hub needs a package that is not installed.
         """
-        path = find_source(folder, **hub).fetch([GENERATION_CONFIG_FILE]) / GENERATION_CONFIG_FILE
-        options = cls.from_dict(_read(path))
-        options.warn_of_others()
-        return options
+        hub, values = split_options(options)
+        name = config_file_name or GENERATION_CONFIG_FILE
+        result = cls.from_dict({**_read(find_source(pretrained_model_name, **hub).fetch([name]) / name), **values})
+        result.warn_of_others()
+        return result
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GenerationConfig:
@@ -220,10 +228,18 @@ class GenerationConfig:
             values["sequence_bias"] = [[list(word), bias] for word, bias in self.sequence_bias.items()]
         return self.other | {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `generation_config.json` into a folder, created if it is missing."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with replacing(Path(folder) / GENERATION_CONFIG_FILE) as file:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], config_file_name: str | None = None, **options: Any
+    ) -> None:
+        """Writes `generation_config.json`, or a file of another name, into a folder, created if it is missing.
+
+        Raises:
+            InputError: an option is not offered, such as `push_to_hub`.
+        """
+        if not writes(options):
+            return
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        with replacing(Path(save_directory) / (config_file_name or GENERATION_CONFIG_FILE)) as file:
             file.write((json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode())
 
     def updated(self, options: dict[str, Any]) -> GenerationConfig:
