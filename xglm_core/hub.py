@@ -98,7 +98,7 @@ def find_source(
     if os.path.isdir(name):
         folder = Path(name, subfolder or "")
         if not folder.is_dir():
-            raise CheckpointError(f"{name}: there is no folder {subfolder!r} in it, which `subfolder` names")
+            raise CheckpointError(f"{folder}: no such folder, which `subfolder` names within {name}")
         return _Folder(folder)
     if os.path.isfile(name):
         raise CheckpointError(

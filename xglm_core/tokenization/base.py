@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from xglm_core.errors import CheckpointError, InputError
-from xglm_core.hub import HubOptions, Source, find_source
+from xglm_core.hub import Source, find_source
+from xglm_core.keywords import split_options
 from xglm_core.tokenization.added_tokens import AddedToken
 from xglm_core.tokenization.arguments import one_of, warn
 from xglm_core.tokenization.decoding import text_of, tidied
@@ -32,7 +33,7 @@ VOCAB_FILE = "sentencepiece.bpe.model"  # The published name, although the model
 TOKENIZER_FILE = "tokenizer.json"
 
 # Keywords of `from_pretrained` for other tokenizers.
-_NOTHING_TO_CHOOSE = ("use_fast", "from_slow", "legacy", "trust_remote_code", "resume_download", "proxies")
+_NOTHING_TO_CHOOSE = ("use_fast", "from_slow", "legacy")
 _REFUSED = {
     "tokenizer_object": "pass tokenizer_file, or a folder to from_pretrained",
     "add_bos_token": "a text begins with sep_token; set that, or add ids to the result",
@@ -103,29 +104,24 @@ class Tokenizer(Encoder, abc.ABC):
         self.init_kwargs = {**roles, **kwargs}
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Opens the tokenizer of a checkpoint.
 
         Args:
-            folder: holds `sentencepiece.bpe.model` or `tokenizer.json`, and may hold `tokenizer_config.json`,
-                `special_tokens_map.json` and `added_tokens.json`. Or the id of a repository of the Hugging Face Hub, of
-                which these alone are downloaded, and only one of the first two.
-            kwargs: constructor arguments that take precedence over these files; those of `HubOptions`; and `subfolder`,
-                a folder inside this one. `use_fast`, `from_slow`, `legacy`, `trust_remote_code`, `resume_download` and
-                `proxies`, which scripts pass to any tokenizer, have nothing to choose here.
+            pretrained_model_name_or_path: a folder that holds `sentencepiece.bpe.model` or `tokenizer.json`, and may
+                hold `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`. Or the id of a
+                repository of the Hugging Face Hub, of which these alone are downloaded, and only one of the first two.
+            kwargs: constructor arguments that take precedence over these files; those of `HubOptions`; and what
+                transformers takes: see `xglm_core.keywords`. `use_fast`, `from_slow` and `legacy` choose nothing.
 
         Raises:
             CheckpointError: a file is missing, damaged, not that of an XGLM tokenizer, or cannot be downloaded.
             BackendError: the hub needs a package that is not installed.
         """
-        hub: Any = {name: kwargs.pop(name) for name in HubOptions.__annotations__ if name in kwargs}
-        for name in _NOTHING_TO_CHOOSE:
-            kwargs.pop(name, None)
-        if subfolder := kwargs.pop("subfolder", None):
-            if not os.path.isdir(folder):
-                raise InputError(f"subfolder is {subfolder!r}, which is for folders; {folder} is none")
-            folder = os.path.join(folder, subfolder)
-        return cls.from_source(find_source(folder, **hub), **{"name_or_path": str(folder), **kwargs})
+        hub, options = split_options({k: v for k, v in kwargs.items() if k not in _NOTHING_TO_CHOOSE})
+        place = os.path.join(pretrained_model_name_or_path, *filter(None, [hub.get("subfolder")]))
+        source = find_source(pretrained_model_name_or_path, **hub)
+        return cls.from_source(source, **{"name_or_path": place, **options})
 
     @classmethod
     def from_source(cls, source: Source, **kwargs: Any) -> Self:
