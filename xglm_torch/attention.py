@@ -12,7 +12,7 @@ from xglm_torch.products import is_transformed
 
 
 class XGLMAttention(nn.Module):
-    """softmax(q k^T / sqrt(head_dim) + mask) v, with biased projections, softmax in float32.
+    """softmax(q k^T / sqrt(head_dim) + mask) v, with biased projections, softmax in at least float32.
 
     Args:
         config: the architecture.
@@ -70,19 +70,20 @@ class XGLMAttention(nn.Module):
             if is_causal:
                 mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
             weights = _probabilities(query, key, mask)
+            # What is returned is what acts, so that it has a gradient.
+            weights, factors = weights if factors is None else weights * factors, None
             context = dropped(weights, self.dropout, self.training) @ value
-            weights = weights if output_attentions else None
         else:
             context = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
         if factors is not None:
             # The factor of a head's probabilities is one of its result, so that the fast path needs no probabilities.
             context = context * factors
-            weights = None if weights is None else weights * factors
-        return self.out_proj(context.transpose(1, 2).flatten(2)), weights
+        return self.out_proj(context.transpose(1, 2).flatten(2)), weights if output_attentions else None
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """[batch, length, width] -> [batch, heads, length, head_dim]."""
-        return states.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        # Not by `unflatten`, at which the compiler ends a graph inside `fast_products`.
+        return states.reshape(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 def attention_mask_for(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:
@@ -107,7 +108,8 @@ def attention_mask_for(mask: torch.Tensor | None, past: int, length: int, device
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """[batch, heads, length, keys] in the type of `query`."""
-    scores = (query @ key.transpose(2, 3)).float() * query.shape[3] ** -0.5
+    scores = query @ key.transpose(2, 3)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * query.shape[3] ** -0.5
     if mask is not None:
         # Finite, so that a row without any visible key is a mean of values rather than NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

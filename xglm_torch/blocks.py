@@ -79,7 +79,7 @@ class XGLMDecoderLayer(nn.Module):
             key,
             value,
             mask,
-            is_causal=mask is None and hidden_states.shape[1] > 1,
+            is_causal=mask is None and bool(hidden_states.shape[1] > 1),  # Traced, a comparison is no bool.
             head_mask=head_mask,
             output_attentions=output_attentions,
         )

@@ -23,7 +23,7 @@ from xglm_core.inputs import (
 )
 from xglm_core.loss import check_trainable_type
 from xglm_torch.cache import XGLMCache
-from xglm_torch.products import hides_values
+from xglm_torch.products import hides_values, is_recorded
 
 _SHORT_INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32)
 
@@ -90,13 +90,12 @@ def check_trainable(model: nn.Module) -> None:
 
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor can be looked at."""
-    return not (torch.compiler.is_compiling() or hides_values() or tensor.is_meta)
+    return not (is_recorded() or hides_values() or tensor.is_meta)
 
 
 def is_traced(*values: Any) -> bool:
     """Whether this is being compiled, exported or transformed, or some of the values are tensors without values."""
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return tracing or any(isinstance(value, torch.Tensor) and not has_values(value) for value in values)
+    return is_recorded() or any(isinstance(value, torch.Tensor) and not has_values(value) for value in values)
 
 
 def as_tensor(model: Any, value: Any) -> Any:

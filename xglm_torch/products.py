@@ -28,7 +28,7 @@ def fast_products() -> Iterator[None]:
     """Within it, `F.linear` in float32 on a CPU goes through oneDNN, if that is there and the faster one.
 
     If gradients are recorded, so do the products of the backward pass. Everything else stays as it is: other devices
-    and types, subclasses of tensors, compiled code, autocast, and function transforms.
+    and types, subclasses of tensors, compiled and traced code, autocast, and function transforms.
     """
     available = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     if not available or (torch.is_grad_enabled() and not _trains_faster()):
@@ -39,11 +39,11 @@ def fast_products() -> Iterator[None]:
 
 
 def with_fast_gradients(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with `fast_products` around it whenever it records gradients and is not being compiled."""
+    """The function with `fast_products` around it whenever it records gradients and is not itself recorded."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if is_recorded() or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         with fast_products():
             return function(*args, **kwargs)
@@ -91,7 +91,7 @@ class _OneDNN(TorchFunctionMode):
             func is F.linear
             and not kwargs
             and all(map(is_plain, args))
-            and not (torch.is_autocast_enabled("cpu") or is_transformed())
+            and not (torch.is_autocast_enabled("cpu") or is_recorded() or is_transformed())
         ):
             states, weight, bias = (*args, None)[:3]
             return _linear(states, weight, bias)
@@ -139,6 +139,11 @@ def is_plain(tensor: torch.Tensor | None) -> bool:
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
     )
+
+
+def is_recorded() -> bool:
+    """Whether operations are being recorded, by compiler, export or trace, to run later with other values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:

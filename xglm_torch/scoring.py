@@ -55,7 +55,7 @@ def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) ->
 
     And the ids with the largest logits, the first ones of equals, int64 [positions].
     """
-    highest = torch.full(targets.shape, -torch.inf, device=states.device)
+    highest = torch.full(targets.shape, -torch.inf, dtype=torch.float32, device=states.device)
     likeliest = torch.zeros_like(targets)
     total = torch.zeros_like(highest)
     of_targets = torch.zeros_like(highest)
