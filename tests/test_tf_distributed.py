@@ -36,7 +36,7 @@ import json, os, sys
 import numpy as np
 import keras
 import tensorflow as tf
-from tests.test_tf_distributed import fitted
+from tests.test_tf_distributed import data, fitted
 from xglm_core.errors import InputError
 from xglm_tf import TFXGLMForCausalLM
 checkpoint, output, name, die = sys.argv[1:]
@@ -62,27 +62,34 @@ with strategy.scope():
     model, losses = fitted(checkpoint, [backup, Die()] if name != "mirrored" else [])
 assert model.lm_head is None
 model.save_pretrained(output)
+if name == "mirrored":
+    with strategy.scope():
+        uneven, losses["uneven"] = fitted(checkpoint, rows=2 * 4 + 1, epochs=1)
+    uneven.save_pretrained(f"{output}/uneven")
+    # Outside of the scope.
+    losses["evaluated"] = uneven.evaluate(data(rows=2 * 4 + 1), verbose=0)
 with open(f"{output}/losses.json", "w") as file:
     json.dump(losses, file)
 """
 
 
-def data():
+def data(rows=ROWS * STEPS):
     """Rows of very different lengths, so that no replica has as many tokens as another."""
     stream = np.random.RandomState(3)
-    ids = stream.randint(4, CONFIG.vocab_size, (ROWS * STEPS, 13)).astype(np.int32)
-    labels = np.where(np.arange(13) < stream.randint(3, 14, (ROWS * STEPS, 1)), ids, -100)
+    ids = stream.randint(4, CONFIG.vocab_size, (rows, 13)).astype(np.int32)
+    labels = np.where(np.arange(13) < stream.randint(3, 14, (rows, 1)), ids, -100)
     weights = stream.random_sample(labels.shape).astype(np.float32)
-    return tf.data.Dataset.from_tensor_slices(({"input_ids": ids}, labels, weights)).batch(ROWS, drop_remainder=True)
+    whole = rows % ROWS == 0
+    return tf.data.Dataset.from_tensor_slices(({"input_ids": ids}, labels, weights)).batch(ROWS, drop_remainder=whole)
 
 
-def fitted(checkpoint, callbacks=()):
+def fitted(checkpoint, callbacks=(), rows=ROWS * STEPS, epochs=EPOCHS):
     """A model, trained, and the metrics of each epoch."""
     model = TFXGLMForCausalLM.from_pretrained(checkpoint)
     # Its state shows whether it was kept. Adam would make a step of the rounding that is the gradient of a key bias.
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), jit_compile=False)
-    options = {"epochs": EPOCHS, "class_weight": CLASSES, "callbacks": list(callbacks)}
-    return model, model.fit(data(), shuffle=False, verbose=0, **options).history
+    options = {"epochs": epochs, "class_weight": CLASSES, "callbacks": list(callbacks)}
+    return model, model.fit(data(rows), shuffle=False, verbose=0, **options).history
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +117,9 @@ def start(checkpoint, output, strategy, die=None, **environment):
     )
 
 
-def assert_same(output, alone, epochs=EPOCHS):
+def assert_same(output, alone, epochs=EPOCHS, losses=None):
     model, history = alone
-    losses = json.loads((output / "losses.json").read_text())
+    losses = losses or json.loads((output / "losses.json").read_text())
     for name in ("loss", "accuracy", "perplexity"):
         np.testing.assert_allclose(losses[name], history[name][-epochs:], rtol=SAME)
     again = TFXGLMForCausalLM.from_pretrained(output)
@@ -126,6 +133,11 @@ def test_two_devices(checkpoint, alone, tmp_path):
     assert worker.returncode == 0, errors
     assert_same(tmp_path / "trained", alone)
     assert "jit_compile is True for 2 replicas" in printed
+    # A last batch of one row, of which the second device gets none.
+    uneven = fitted(checkpoint, rows=2 * ROWS + 1, epochs=1)
+    losses = json.loads((tmp_path / "trained" / "losses.json").read_text())
+    assert_same(tmp_path / "trained" / "uneven", uneven, epochs=1, losses=losses["uneven"])
+    np.testing.assert_allclose(losses["evaluated"], uneven[0].evaluate(data(2 * ROWS + 1), verbose=0), rtol=SAME)
 
 
 def test_one_device_may_be_compiled(checkpoint, alone):

@@ -81,7 +81,7 @@ class FlaxXGLMAttention(nn.Module):
         context = jnp.einsum("bhqk,bhkd->bhqd", dropped, value, precision=precision())
         if head_mask is not None:
             # The factor of a head's probabilities is one of its result, which is smaller.
-            factors = head_mask.astype(self.dtype)[:, None, None]
+            factors = head_mask.astype(self.dtype)[None, :, None, None]
             context = context * factors
             weights = weights * factors
         states = self.out_proj(context.swapaxes(1, 2).reshape(*hidden_states.shape[:2], -1))
@@ -174,5 +174,5 @@ def attention_mask_for(mask: jax.Array | None, past: Length, length: int) -> jax
         bool [batch or 1, 1, length, keys], True = attend.
     """
     slots = jnp.arange(length if mask is None else mask.shape[1])
-    causal = slots <= past + jnp.arange(length)[:, None]
-    return causal[None, None] if mask is None else causal & mask[:, None, None, :]
+    causal = slots[None] <= past + jnp.arange(length)[:, None]
+    return causal[None, None] if mask is None else causal[None, None] & mask[:, None, None, :]

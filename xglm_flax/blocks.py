@@ -305,17 +305,18 @@ class FlaxXGLMLayerNorm(nn.LayerNorm):
     """A norm whose input is computed before it.
 
     Differs: XLA would put all sums that lead to the input into each of its uses, and compile the gradient of 48 blocks
-    for minutes.
+    for minutes. And Flax, too, computes in float32 at least, but leaves the change of type to the promotion of JAX.
     """
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> Any:
         """[batch, length, d_model] -> the same."""
-        return super().__call__(computed(x), mask=mask)
+        return super().__call__(computed(x).astype(self.dtype), mask=mask).astype(x.dtype)
 
 
 def layer_norm(dtype: Any, param_dtype: Any) -> FlaxXGLMLayerNorm:
     """The norm of all blocks. Differs: Flax's default variance, E[x^2] - E[x]^2, cancels digits."""
-    return FlaxXGLMLayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)
+    wide = dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
+    return FlaxXGLMLayerNorm(epsilon=LAYER_NORM_EPS, dtype=wide, param_dtype=param_dtype, use_fast_variance=False)
 
 
 def _wanted(results: BlockResults, hidden_states: jax.Array, wanted: tuple[str, ...]) -> BlockResults:

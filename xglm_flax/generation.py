@@ -264,7 +264,7 @@ def _dense(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return call(*args, **kwargs)
     (states,), own = args, module.variables["params"]
     product = few_rows_product(states.astype(module.dtype), own[_QUICK].astype(module.dtype))
-    return product + own["bias"].astype(module.dtype)
+    return product + own["bias"].astype(module.dtype)[None, None]
 
 
 def _packed(cache: FlaxXGLMCache) -> FlaxXGLMCache:

@@ -74,7 +74,7 @@ def causal_lm_loss(
     """
     after = ((0, 0), (0, 1))
     # The last position stays, with nothing to predict: there is one at least.
-    targets = jnp.pad(labels[:, 1:], after, constant_values=IGNORED_LABEL)
+    targets = jnp.pad(labels[:, 1:], after, constant_values=IGNORED_LABEL).astype(jnp.int32)
     counts = targets != IGNORED_LABEL
     factors = counts.astype(jnp.float32)
     if weights is not None:
@@ -94,7 +94,7 @@ def causal_lm_loss(
     order = jnp.argsort(factors == 0, axis=1, stable=True)
     chunks = -(-(factors != 0).sum(axis=1).max() // chunk)
     places = jnp.pad(order, ((0, 0), (0, -positions % chunk)))
-    factors = jnp.where(jnp.arange(places.shape[1]) < positions, _taken(factors, places), 0)
+    factors = jnp.where(jnp.arange(places.shape[1])[None] < positions, _taken(factors, places), 0)
     static = _Static(options, chunk, vocabulary_axis, shards is not None)
     data = _Data(_taken(targets, places), factors * scale, chunks)
     loss, surprisal, correct = _sums(static, _taken(states, places), head, data)
@@ -109,8 +109,8 @@ def counted_labels(labels: jax.Array, attention_mask: jax.Array | None, past: Le
     labels = jnp.asarray(labels, jnp.int32)  # Which a label of 8 bits without a sign needs to become -100.
     if attention_mask is None:
         return labels
-    padding = jax.lax.dynamic_slice_in_dim(attention_mask, past, labels.shape[1], axis=1) == 0
-    return jnp.where(jnp.pad(padding[:, :-1], ((0, 0), (1, 0))), IGNORED_LABEL, labels)
+    is_token = jax.lax.dynamic_slice_in_dim(attention_mask, past, labels.shape[1], axis=1).astype(bool)
+    return jnp.where(jnp.pad(is_token[:, :-1], ((0, 0), (1, 0)), constant_values=True), labels, IGNORED_LABEL)
 
 
 def _room(vocab_size: int) -> int:
@@ -136,11 +136,11 @@ def _sums(static: _Static, states: jax.Array, head: jax.Array, data: _Data) -> t
 def _sums_and_tangents(static: _Static, primals: Any, tangents: Any) -> tuple[Any, Any]:
     wanted = [not isinstance(tangent, SymbolicZero) for tangent in tangents[:2]]
     sums, *gradients = _in_chunks(static, *primals, of_states=wanted[0], of_head=wanted[1])
-    slope = jnp.zeros(())
+    slope = nothing = jnp.zeros_like(sums[0])
     for gradient, tangent in zip(gradients, tangents, strict=False):
         if gradient is not None:
-            slope = slope + jnp.sum(gradient * tangent, dtype=jnp.float32)
-    return sums, (slope, jnp.zeros(()), jnp.zeros(()))
+            slope = slope + jnp.sum(gradient * tangent.astype(jnp.float32))
+    return sums, (slope, nothing, nothing)
 
 
 def _in_chunks(
@@ -162,18 +162,19 @@ def _in_chunks(
         # The vocabulary comes first, for which none of the three products needs a transposed copy.
         logits = _product(f"{letters},nd->vn", matrix, chunk)
         largest = logits.max(axis=0)
-        total = largest + jnp.log(jnp.exp(logits - largest).sum(axis=0))
+        total = largest + jnp.log(jnp.exp(logits - largest[None]).sum(axis=0))
         of_target = jnp.take_along_axis(logits, targets[None], axis=0)[0]
         surprisal = total - of_target
         losses = surprisal + options.z_loss * total**2
         if options.label_smoothing:
             losses = losses + options.label_smoothing * of_target - of_others * logits.sum(axis=0)
-        sums += (jnp.stack([losses, surprisal, of_target == largest]) * factors).sum(axis=1)
+        correct = (of_target == largest).astype(jnp.float32)
+        sums += (jnp.stack([losses, surprisal, correct]) * factors[None]).sum(axis=1)
         if of_states or of_head:
-            is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) == targets
-            slopes = jnp.exp(logits - total) * (1 + 2 * options.z_loss * total)
+            is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) == targets[None]
+            slopes = jnp.exp(logits - total[None]) * (1 + 2 * options.z_loss * total)[None]
             slopes = slopes - jnp.where(is_target, 1 - options.label_smoothing + of_others, of_others)
-            slopes = computed((slopes * (factors / unit)).astype(states.dtype))
+            slopes = computed((slopes * (factors / unit)[None]).astype(states.dtype))
         if of_states:
             new = _product(f"vn,{letters}->nd", slopes, matrix).reshape(len(states), size, -1)
             states_gradient = jax.lax.dynamic_update_slice_in_dim(states_gradient, new, index * size, axis=1)
@@ -182,10 +183,12 @@ def _in_chunks(
         return sums, states_gradient, head_gradient
 
     shape = (len(states), *head.shape) if static.sharded else head.shape
+    # Sums differ among devices, which `jax.shard_map` asks for, where anything that is added does.
+    zero: Any = sum(jnp.zeros_like(array, jnp.float32, shape=()) for array in (states, head, data.factors))
     start = (
-        jnp.zeros(3),
-        jnp.zeros(states.shape) if of_states else None,
-        jnp.zeros(shape) if of_head else None,
+        jnp.broadcast_to(zero, (3,)),
+        jnp.broadcast_to(zero, states.shape) if of_states else None,
+        jnp.broadcast_to(zero, shape) if of_head else None,
     )
     sums, states_gradient, head_gradient = jax.lax.fori_loop(0, data.chunks, step, start)
     if head_gradient is not None and static.sharded:
@@ -221,7 +224,7 @@ def _added(static: _Static, gradient: jax.Array, slopes: jax.Array, states: jax.
         begin = jnp.minimum(index * width, size - width)
         part = jax.lax.dynamic_slice_in_dim(whole, begin, width, 0 if words else -1)
         new = begin + jnp.arange(width) >= index * width
-        part = jnp.where(new[:, None] if words else new, part, 0)
+        part = jnp.where(jnp.expand_dims(new, (1,) if words else tuple(range(part.ndim - 1))), part, 0)
         factors = (part, states) if words else (slopes, part)
         sums = jax.lax.dynamic_slice_in_dim(gradient, begin, width, axis) + _product(
             f"v{terms},{terms}d->{letters}", *factors

@@ -59,7 +59,7 @@ def _log_probabilities(
         scores, likeliest = _of_targets(module, params, states[sources[index]], targets[index])
         return found[0].at[index].set(scores), found[1].at[index].set(likeliest)
 
-    nothing = (jnp.zeros(sources.shape), jnp.zeros(sources.shape, jnp.int32))
+    nothing = (jnp.zeros(sources.shape, jnp.float32), jnp.zeros(sources.shape, jnp.int32))
     return jax.lax.fori_loop(0, filled, step, nothing)
 
 
@@ -74,8 +74,8 @@ def _of_targets(module: Any, params: Params, states: jax.Array, targets: jax.Arr
     def step(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         total, of_targets, highest, likeliest = sums
         # The last block is a full one, too, and repeats some of the one before.
-        begin = jnp.minimum(index * block, vocabulary - block)
-        ids = begin + jnp.arange(block)
+        begin = jnp.minimum(index * block, vocabulary - block).astype(jnp.int32)
+        ids = begin + jnp.arange(block, dtype=jnp.int32)[None]
         logits = module.apply({"params": params}, states, begin, block, method="logits_of").astype(jnp.float32)
         of_targets = jnp.where(
             (targets >= begin) & (targets < begin + block),
@@ -90,7 +90,7 @@ def _of_targets(module: Any, params: Params, states: jax.Array, targets: jax.Arr
         total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=1))
         return total, of_targets, jnp.maximum(highest, of_block), likeliest
 
-    nothing, blocks = jnp.zeros(targets.shape), -(-vocabulary // block)
+    nothing, blocks = jnp.zeros(targets.shape, jnp.float32), -(-vocabulary // block)
     start = (nothing - jnp.inf, nothing, nothing - jnp.inf, jnp.zeros(targets.shape, jnp.int32))
     total, of_targets, _, likeliest = jax.lax.fori_loop(0, blocks, step, start)
     return of_targets - total, likeliest

@@ -122,7 +122,7 @@ def narrow(scores: jax.Array, rules: TracedRules) -> tuple[jax.Array, jax.Array]
         scores = jnp.where(scores < scores.max(axis=-1, keepdims=True) + rules.log_min_p, _IMPOSSIBLE, scores)
     elif rules.width < scores.shape[1]:
         scores, ids = jax.lax.top_k(scores, rules.width)
-        scores = jnp.where(jnp.arange(rules.width) < _count(scores, rules), scores, _IMPOSSIBLE)
+        scores = jnp.where(jnp.arange(rules.width)[None] < _count(scores, rules), scores, _IMPOSSIBLE)
     else:
         values = _descending(scores)
         scores = jnp.where(_first(scores, values, _count(values, rules)), scores, _IMPOSSIBLE)
@@ -132,7 +132,7 @@ def narrow(scores: jax.Array, rules: TracedRules) -> tuple[jax.Array, jax.Array]
         information = jnp.where(probabilities > 0, probabilities * log_probabilities, 0)
         distance = jnp.abs(log_probabilities - information.sum(axis=-1, keepdims=True))
         _, scores, ids, probabilities = jax.lax.sort((distance, scores, ids, probabilities), num_keys=1, is_stable=True)
-        dropped = (_mass_before(probabilities) >= rules.typical_p) & (jnp.arange(scores.shape[1]) >= rules.least)
+        dropped = (_mass_before(probabilities) >= rules.typical_p) & (jnp.arange(scores.shape[1])[None] >= rules.least)
         scores = jnp.where(dropped, _IMPOSSIBLE, scores)
     return renormalized(scores, rules), ids
 
@@ -201,7 +201,7 @@ def choose_candidates(
         scores, ids = narrow(scores, rules)
     else:
         scores, ids = jax.lax.top_k(renormalized(scores, rules), min(count, vocab_size))
-    index = ids.reshape(groups, beams, -1) + jnp.arange(beams)[:, None] * vocab_size
+    index = ids.reshape(groups, beams, -1) + jnp.arange(beams, dtype=jnp.int32)[None, :, None] * vocab_size
     sums = (scores.reshape(index.shape) + totals[:, :, None]).reshape(groups, -1)
     index = index.reshape(groups, -1)
     _, place = jax.lax.top_k(sums + gumbel(keys, index) if rules.sample else sums, count)
@@ -231,7 +231,7 @@ def _first_largest(scores: jax.Array) -> jax.Array:
 
 def _count(values: jax.Array, rules: TracedRules) -> jax.Array:
     """How many `top_k`, `top_p` and `min_p` keep of the largest scores [rows, any], descending: int32 [rows, 1]."""
-    values = jnp.where(jnp.arange(values.shape[1]) < rules.top_k, values, _IMPOSSIBLE)
+    values = jnp.where(jnp.arange(values.shape[1])[None] < rules.top_k, values, _IMPOSSIBLE)
     probable = (_mass_before(jax.nn.softmax(values, axis=-1)) < rules.top_p).sum(axis=-1, keepdims=True)
     near = (values >= values[:, :1] + rules.log_min_p).sum(axis=-1, keepdims=True)
     return jnp.minimum(jnp.maximum(jnp.minimum(probable, near), rules.least), rules.top_k)

@@ -313,7 +313,7 @@ def _gradients(
     def add(state: Any, part: Any) -> tuple[Any, None]:
         rows, index = part
         (_, output), gradients = compute(params, rows, jax.random.fold_in(key, index), items)
-        return jax.tree.map(jnp.add, state, (output, gradients)), None
+        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), state, (output, gradients)), None
 
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (LossOutput(*[jnp.zeros(())] * 4), params))
     (output, gradients), _ = jax.lax.scan(add, start, (divided, jnp.arange(parts)))

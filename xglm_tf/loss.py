@@ -60,11 +60,17 @@ def causal_lm_loss(
     targets, factors = targets_and_weights(labels, weights)
     count = tf.reduce_sum(factors)
     divisor = count if num_items_in_batch is None else tf.cast(num_items_in_batch, tf.float32)
+    states = tf.reshape(hidden_states, (-1, hidden_states.shape[-1]))
+    targets, factors = tf.reshape(targets, (-1,)), tf.reshape(factors, (-1,))
+    if not states.shape[0]:  # Unknown, or none: what a replica gets of few rows. Then one that does not count.
+        more = tf.cast(tf.shape(states)[0] == 0, tf.int32)
+        states = tf.pad(states, ((0, more), (0, 0)))
+        targets, factors = tf.pad(targets, ((0, more),)), tf.pad(factors, ((0, more),))
     loss, surprisal, correct = (_sums_eager if tf.executing_eagerly() else _sums_traced)(
-        tf.reshape(hidden_states, (-1, hidden_states.shape[-1])),
+        states,
         matrix,
-        tf.reshape(targets, (-1,)),
-        tf.reshape(factors, (-1,)),
+        targets,
+        factors,
         tf.math.divide_no_nan(1.0, divisor),
         shape=tuple(matrix.shape),
         tied=tied,

@@ -408,5 +408,6 @@ def _weights_of_labels(sample_weight: tf.Tensor, labels: tf.Tensor) -> tf.Tensor
     # Keras traces one function for weights of both kinds, which knows of no shape.
     if not any(shape.is_compatible_with(fitting) for fitting in (expected[:1], [expected[0], 1], expected)):
         raise InputError(f"sample_weight is {list(shape)}, expected {list(expected[:1])} or {list(expected)}")
-    rows = tf.reshape(sample_weight, (tf.shape(labels)[0], -1))
-    return tf.broadcast_to(rows, tf.shape(labels))
+    rows = tf.shape(labels)[0]  # May be 0, for which TensorFlow infers no other size.
+    columns = tf.maximum(tf.size(sample_weight) // tf.maximum(rows, 1), 1)
+    return tf.broadcast_to(tf.reshape(sample_weight, (rows, columns)), tf.shape(labels))
