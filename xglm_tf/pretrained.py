@@ -124,8 +124,9 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
             return checked_batch(self.config, inputs, self.labels_to_check(inputs, y)), y, sample_weight
 
         def run(data: Any) -> Any:
-            outside = tf.distribute.in_cross_replica_context()  # Of what `fit` and `evaluate` run on each device.
-            return step_func(self.distribute_strategy.run(checked, args=(data,)) if outside else checked(data))
+            # Parts of several devices, in the scope of the strategy or not: to be checked on each.
+            apart = any(isinstance(part, tf.distribute.DistributedValues) for part in tf.nest.flatten(data))
+            return step_func(self.distribute_strategy.run(checked, args=(data,)) if apart else checked(data))
 
         return super()._autoconvert_optionals(run)
 
