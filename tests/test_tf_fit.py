@@ -236,3 +236,5 @@ class TestLimits:
         decoder.config.return_dict = False
         decoder.config.use_cache = False
         assert np.isfinite(decoder.fit(INPUTS, np.full((ROWS, 1), 1e9), verbose=0).history["loss"])
+        with pytest.raises(InputError, match=TOO_LONG):
+            decoder.fit({"input_ids": LONG}, np.zeros((len(LONG), 1)), verbose=0)

@@ -75,6 +75,16 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         """The arguments of a call by name; see `xglm_tf.inputs.named_arguments`."""
         return named_arguments(*_parameters_of(type(self).call), args, kwargs)
 
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """See `keras.Model.fit`; and `predict` for the checks."""
+        with failures_named(self.config):
+            return super().fit(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """See `keras.Model.evaluate`; and `predict` for the checks."""
+        with failures_named(self.config):
+            return super().evaluate(*args, **kwargs)
+
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.predict`: the outputs as numpy arrays, that is, all logits unless told otherwise.
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import keras
@@ -18,7 +18,7 @@ from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.loss import LossOptions, LossOutput, check_trainable_type
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
-from xglm_tf.inputs import are_arrays, batches_in_tuples, check_batch, check_head_arguments, failures_named
+from xglm_tf.inputs import are_arrays, batches_in_tuples, check_batch, check_head_arguments
 from xglm_tf.loss import counted_labels, targets_and_weights
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
 from xglm_tf.tying import table_and_head
@@ -89,8 +89,7 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
             InputError: the trainable variables are float16 and the optimizer is no `LossScaleOptimizer`; or
                 `jit_compile` is True, with a distribution strategy that TensorFlow cannot compile.
         """
-        given = inspect.signature(super().compile).bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = _by_name("compile", args, kwargs)
         self._compile_loss = self._compile_metrics = self.loss = None  # Keras would keep those of an earlier call.
         if given.get("loss") is None:
             metrics = keras.tree.flatten([given.pop("metrics", None), given.pop("weighted_metrics", None)])
@@ -212,32 +211,30 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
             InputError: there are no labels, or ids, labels or positions are outside what the model can read: before
                 any step if they are arrays, else before that of their batch. Or `class_weight` is not by token id.
         """
-        given = self._given(super().fit, args, kwargs)
+        given = self._given("fit", args, kwargs)
         class_weight = given.pop("class_weight", None)
         if (validation := given.get("validation_data")) is not None and are_arrays(validation):
             given["validation_data"] = self._prepared(*keras.utils.unpack_x_y_sample_weight(validation))
-        with self._weighing(class_weight), failures_named(self.config):
+        with self._weighing(class_weight):
             return super().fit(**given)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.evaluate`, and `fit`."""
-        with failures_named(self.config):
-            return super().evaluate(**self._given(super().evaluate, args, kwargs))
+        return super().evaluate(**self._given("evaluate", args, kwargs))
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.train_on_batch`, and `fit`."""
-        given = self._given(super().train_on_batch, args, kwargs)
+        given = self._given("train_on_batch", args, kwargs)
         with self._weighing(given.pop("class_weight", None)):
             return super().train_on_batch(**given)
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.test_on_batch`, and `fit`."""
-        return super().test_on_batch(**self._given(super().test_on_batch, args, kwargs))
+        return super().test_on_batch(**self._given("test_on_batch", args, kwargs))
 
-    def _given(self, method: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _given(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a method of Keras by name, with labels apart from inputs, and arrays checked."""
-        given = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
+        given = _by_name(method, args, kwargs)
         data = [given.get(name) for name in ("x", "y", "sample_weight")]
         return {**given, **dict(zip(("x", "y", "sample_weight"), self._prepared(*data), strict=True))}
 
@@ -368,6 +365,14 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         if sample_weight is None:
             return weights
         return weights * tf.cast(_weights_of_labels(tf.convert_to_tensor(sample_weight), labels), tf.float32)
+
+
+def _by_name(method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a method of `keras.Model` by name."""
+    given = dict(inspect.signature(getattr(keras.Model, method)).bind(None, *args, **kwargs).arguments)
+    more = given.pop("kwargs", {})
+    del given["self"]
+    return given | more
 
 
 def _check_compilable(strategy: tf.distribute.Strategy) -> None:
