@@ -201,3 +201,21 @@ def test_adalora(model):
     plain = model(IDS, MASK, labels=IDS).loss
     regularized = adapted(input_ids=IDS, attention_mask=MASK, labels=IDS).loss
     assert regularized > plain  # By how far the factors are from orthogonal.
+
+
+class TestGivenWeights:
+    def test_in_place_of_a_checkpoint(self, model):
+        made = XGLMForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+        torch.testing.assert_close(made(IDS, MASK).logits, model(IDS, MASK).logits, rtol=0, atol=0)
+        assert not made.training
+
+    def test_in_place_of_its_weights(self, model, tmp_path):
+        model.config.save_pretrained(tmp_path / "without weights")
+        made = XGLMForCausalLM.from_pretrained(tmp_path / "without weights", state_dict=model.state_dict())
+        torch.testing.assert_close(made(IDS, MASK).logits, model(IDS, MASK).logits, rtol=0, atol=0)
+
+    def test_nothing_to_load(self, model):
+        with pytest.raises(InputError, match="the checkpoint is None, expected a folder or the id of a repository"):
+            XGLMForCausalLM.from_pretrained(None, config=model.config)
+        with pytest.raises(InputError, match="there is neither a checkpoint nor a config"):
+            XGLMForCausalLM.from_pretrained(None, state_dict=model.state_dict())

@@ -59,7 +59,7 @@ LOADED_NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "offload_folder": ((), _ACCELERATE),
     "proxies": (({},), "set the environment variable HTTPS_PROXY"),
     "quantization_config": ((), _QUANTIZED),
-    "state_dict": ((), "make the model of its configuration, then call load_state_dict"),
+    "state_dict": ((), "set the parameters after the model was made, or load them in PyTorch and save"),
     "tp_plan": ((), _PARALLEL),
     "tp_size": ((), _PARALLEL),
     "use_kernels": ((), "attention is computed in one way, by the framework's own operations"),

@@ -329,6 +329,11 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         """As `to_bf16`, in float32."""
         return cast(params, jnp.float32, mask)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Has training keep no more than the input of each block: `remat="full"`, set after the model was made."""
+        self.remat = "full"
+        self._make_module()
+
     def init_cache(self, batch_size: int, max_length: int) -> FlaxXGLMCache:
         """An empty cache with room for `max_length` tokens in each row; it does not grow, so no shape ever changes.
 

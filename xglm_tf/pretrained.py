@@ -48,6 +48,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
     """
 
     framework = "tf"
+    supports_xla_generation = False  # By a `tf.function` around it: it compiles by itself.
     generation_config: GenerationConfig  # Where there is a head.
 
     def __init__(self, config: XGLMConfig, *, dtype: Any = None, **kwargs: Any) -> None:
@@ -365,8 +366,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
             return {outputs.keys()[0]: outputs[0]}
 
         if input_signature is None:
-            names = ("input_ids", "attention_mask")
-            input_signature = [tf.TensorSpec((None, None), tf.int32, name) for name in names]
+            input_signature = list(self.input_signature.values())
         archive = keras.export.ExportArchive()
         archive.track(self)
         archive.add_endpoint("serve", serve, input_signature)
@@ -385,6 +385,11 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
     def has_lora(self) -> bool:
         """Whether there are adapters."""
         return any(getattr(layer, "lora_enabled", False) for layer in self._flatten_layers())
+
+    @property
+    def input_signature(self) -> dict[str, tf.TensorSpec]:
+        """What `export` asks for by default: ids and mask, int32 [batch, length] of any size."""
+        return {name: tf.TensorSpec((None, None), tf.int32, name) for name in ("input_ids", "attention_mask")}
 
     @property
     def dummy_inputs(self) -> dict[str, tf.Tensor]:

@@ -65,22 +65,24 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
         dtype: Any = None,
         weights: str | None = None,
         device_map: Any = None,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
         **options: Any,
     ) -> Self:
         """Loads a checkpoint, in inference mode (`eval()`).
 
         Args:
             pretrained_model_name_or_path: a folder that holds `config.json` and the weights, in any of the published
-                formats; or the id of a repository of the Hugging Face Hub.
+                formats; or the id of a repository of the Hugging Face Hub. None if there are `config` and `state_dict`.
             dtype: type of the parameters, by name or as a torch type; "auto" keeps the file's, None means float32.
             weights: the format to read if there are several; see `open_checkpoint`.
             device_map: the one device to move the model to, also as `{"": device}`; "auto" is the accelerator, if there
                 is one, and the CPU otherwise.
+            state_dict: the weights to take in place of the checkpoint's, by the names of `model.state_dict()`.
             options: which revision of a repository, and how it is downloaded: see `HubOptions`; a whole `config`, or
                 keys of the configuration whose value is to be another one; and what transformers takes: see
                 `xglm_core.keywords`.
@@ -94,6 +96,11 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
             InputError: an option is unknown, or not offered.
         """
         device, loading = one_device(device_map), Loading.of(options, dtype=dtype, weights=weights)
+        if state_dict is not None:
+            model = cls(loading.config_of(pretrained_model_name_or_path))
+            model.load_state_dict(state_dict)
+            model.to(device, getattr(torch, float_type(loading.dtype or "float32").name))
+            return loading.with_info(model.eval())
         checkpoint = loading.open(pretrained_model_name_or_path)
         plan = plan_loading(checkpoint, with_head=cls.has_head, dtype=loading.dtype or "float32")
         with torch.device("meta"):

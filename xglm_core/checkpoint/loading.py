@@ -65,12 +65,26 @@ class Loading:
         XGLMConfig().check_keys(rest)  # Before anything is downloaded.
         return cls(theirs if dtype is None else dtype, weights, hub, config, rest, wants_info)
 
-    def open(self, folder: str | os.PathLike[str]) -> Checkpoint:
+    def config_of(self, folder: str | os.PathLike[str] | None) -> XGLMConfig:
+        """The configuration that the call asks for, which may be that of a checkpoint without weights.
+
+        Raises:
+            XGLMError: there is none, or a value is impossible.
+        """
+        if self._config is not None:
+            return self.configured(self._config)
+        if folder is None:
+            raise InputError("there is neither a checkpoint nor a config, expected one of the two")
+        return self.configured(XGLMConfig.from_pretrained(folder, **self._hub))
+
+    def open(self, folder: str | os.PathLike[str] | None) -> Checkpoint:
         """Opens the checkpoint, with the configuration that the call asks for.
 
         Raises:
-            XGLMError: see `open_checkpoint`; or a value of the configuration is impossible.
+            XGLMError: see `open_checkpoint`; or there is none, or a value of the configuration is impossible.
         """
+        if folder is None:
+            raise InputError("the checkpoint is None, expected a folder or the id of a repository")
         checkpoint = open_checkpoint(folder, self._weights, **self._hub)
         checkpoint.config = self.configured(checkpoint.config if self._config is None else self._config)
         return checkpoint
