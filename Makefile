@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 comma := ,
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help demo test fuzz lint format conformance golden tiny-model test-core test-torch test-tf test-flax clean
+.PHONY: help demo test fuzz lint format conformance nightly hf-suite golden tiny-model test-core test-torch test-tf test-flax clean
 
 help: ## list the targets
 	@grep -hE '^(# )?[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^(# )?([a-z-]+):.*## (.*)/  make \2|\3/' | column -t -s '|'
@@ -38,6 +38,18 @@ conformance: $(READY) ## compare the three backends with the float64 oracle and 
 
 tiny-model: $(READY) ## train the bundled checkpoint again
 	$(BIN)/python examples/tiny_model/train.py
+
+nightly: $(READY) ## compare 2,000 random calls with transformers' PyTorch classes, other ones each day
+	$(BIN)/python -m conformance.random_calls --count 2000 --seed $$(date +%Y%m%d)0000
+
+# hf-suite: ## run transformers' own tests of its XGLM classes against ours, in two environments of their own
+hf-suite: hf-suite-4.57.6 hf-suite-4.49.0
+hf-suite-4.57.6: PARTS = tokenizers torch
+hf-suite-4.49.0: PARTS = tf flax
+hf-suite-%:
+	$(PYTHON) -m venv .venv-hf-$*
+	.venv-hf-$*/bin/pip install --quiet --disable-pip-version-check -r conformance/hf_suite/requirements-$*.txt
+	.venv-hf-$*/bin/python -m conformance.hf_suite $(PARTS)
 
 golden: ## compute the golden numbers again, in an environment with transformers
 	$(PYTHON) -m venv .venv-golden

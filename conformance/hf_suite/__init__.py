@@ -1,0 +1,1 @@
+"""transformers' own tests of its model and tokenizer classes, run against ours."""
