@@ -71,7 +71,7 @@ def drawn(seed: int) -> Call:
         "tie_word_embeddings": choose.random() < 0.8,
         "num_layers": choose.randint(1, 3),
     }
-    common = {
+    common: dict[str, Any] = {
         "seed": seed,
         "model": model,
         "rows": choose.randint(1, 4),
@@ -160,7 +160,13 @@ def _models(call: Call) -> tuple[Any, Any]:
     """Both models with the same random weights."""
     import transformers
 
-    sizes = {"vocab_size": VOCAB, "max_position_embeddings": 61, "d_model": 28, "ffn_dim": 37, "attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 61,
+        "d_model": 28,
+        "ffn_dim": 37,
+        "attention_heads": 4,
+    }
     config = XGLMConfig(**sizes, **call.model)
     weights = {name: torch.from_numpy(value) for name, value in random_weights(config, 5).items()}
     if config.tie_word_embeddings:

@@ -115,7 +115,7 @@ class Adapter:
 
         So the ids of a text begin with those of its parts, apart from a token that reaches across the end of a part.
         """
-        options = {"add_special_tokens": False, "newline": self._newline, "verbose": False}
+        options: dict[str, Any] = {"add_special_tokens": False, "newline": self._newline, "verbose": False}
         ids: list[int] = self.tokenizer(string, **options).input_ids
         wants = (not ids or ids[0] != self._end) if add_special_tokens is None else add_special_tokens
         return [self._end, *ids] if wants else ids
