@@ -40,7 +40,12 @@ def test_numbers_and_types_are_the_same(expected, flags):
     run = subprocess.run(
         [sys.executable, "-m", "tests.flax_flags", str(folder), json.dumps(texts)],
         cwd=ROOT,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **flags},
+        env={
+            **os.environ,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            **flags,
+        },
         capture_output=True,
         text=True,
         check=False,

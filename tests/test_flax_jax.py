@@ -195,7 +195,7 @@ class TestLoss:
         labels[1, 4:6] = -100
         logits = np.asarray(model(TOKENS, LEFT).logits, np.float64)[:, :-1]
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        counts = labels[:, 1:] != -100
+        counts = (labels[:, 1:] != -100) & (LEFT[:, :-1] == 1)  # Padding predicts nothing.
         total = -np.take_along_axis(logs, np.where(counts, labels[:, 1:], 0)[..., None], -1)[..., 0][counts].sum()
         # Float32 sums of 16 terms, each from 131 logits.
         assert float(model(TOKENS, LEFT, labels=labels).loss) == pytest.approx(total / counts.sum(), rel=1e-6)

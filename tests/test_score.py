@@ -98,10 +98,11 @@ class TestLikeliest:
             head = np.zeros((131, 35), np.float32)
             head[[first, *others]] = row
             set_head(fw, model, head)
-            logits = fw.logits(model, IDS)[:, :-1]
-            # Where the logit of these is negative, id 0, or the first other one, is the likeliest.
-            assert {first} < {*logits.argmax(axis=-1).flat}
-            assert np.array_equal(likeliest(fw, model, IDS), logits.argmax(axis=-1))
+            # Where the logit of these is negative, id 0, whose logit is 0, is the likeliest. A product of all ids at
+            # once may round equal columns in different ways, so it is not asked for more than a sign.
+            expected = np.where(fw.logits(model, IDS)[:, :-1, first] > 0, first, 0)
+            assert {first} < {*expected.flat}
+            assert np.array_equal(likeliest(fw, model, IDS), expected)
 
 
 def likeliest(fw, model, ids, mask=None):
