@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -12,18 +11,13 @@ import tensorflow as tf
 
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.config import XGLMConfig
-from xglm_core.generation.config import GenerationConfig, arguments, given_options
-from xglm_core.generation.engine import Processor, check_not_overridden
-from xglm_core.generation.loop import Request, Streamer, generate, stream
+from xglm_core.generation.config import GenerationConfig
+from xglm_core.generation.engine import check_not_overridden
 from xglm_core.generation.prompts import Prompts
-from xglm_core.generation.rules import PrefixFunction
-from xglm_core.generation.stopping import Criterion
-from xglm_core.generation.transitions import transition_scores
-from xglm_core.inputs import check_not_traced, inputs_as_given
+from xglm_core.generation.surface import GenerationSurface
 from xglm_core.loss import LossOutput, wants_logits
-from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
-from xglm_core.scoring.engine import score
-from xglm_tf.cache import as_cache
+from xglm_core.outputs import CausalLMOutputWithCrossAttentions
+from xglm_tf.cache import TFXGLMCache, as_cache
 from xglm_tf.decoder import TFXGLMMainLayer
 from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine, draw_seed
 from xglm_tf.inputs import check_head_arguments, is_traced
@@ -44,7 +38,7 @@ class TFXGLMHead(keras.layers.Dense):
 
 
 @keras.saving.register_keras_serializable(package="xglm")
-class TFXGLMForCausalLM(TFXGLMTrainable):
+class TFXGLMForCausalLM(GenerationSurface, TFXGLMTrainable):
     """Decoder and head: logits of the next token. The head is the embedding matrix if `config.tie_word_embeddings`.
 
     Args:
@@ -273,180 +267,33 @@ class TFXGLMForCausalLM(TFXGLMTrainable):
         """The compiled function of `score`; kept as long as the model stays as it is: each shape is compiled once."""
         return compiled(self, "score", compile_scorer)
 
-    @inputs_as_given()
-    def score(
-        self, input_ids: Any, attention_mask: Any = None, *, return_likeliest: bool = False
-    ) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
-        """The log-probability of each token given those before it, without gradients and without holding all logits.
-
-        Args:
-            input_ids: integers [batch, length], a tensor or a numpy array, padded on either side.
-            attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
-            return_likeliest: whether to return a pair.
-
-        Returns:
-            float32 [batch, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding
-            before it. With `return_likeliest` also the likeliest id in that place, int32 [batch, length - 1]; -1 where
-            there is nothing to predict.
-
-        Raises:
-            InputError: see `xglm_core.scoring.engine.score`.
-        """
-        check_not_traced("score", is_traced(input_ids, attention_mask))
-        mask = None if attention_mask is None else np.asarray(attention_mask)
-        found = score(TFScorer(self.compiled_scorer), np.asarray(input_ids), mask, self.config)
-        scores, likeliest = map(tf.constant, found)
-        return (scores, likeliest) if return_likeliest else scores
-
     @property
     def compiled_engine(self) -> CompiledEngine:
-        """The compiled functions of `generate`, kept as those of `score` are."""
+        """The compiled functions of `generate`, kept as that of `score` is."""
         return compiled(self, "generate", compile_engine)
 
-    @inputs_as_given()
-    def generate(
-        self,
-        input_ids: tf.Tensor | None = None,
-        attention_mask: tf.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *,
-        inputs_embeds: tf.Tensor | None = None,
-        past_key_values: Any = None,
-        logits_processor: Sequence[Processor] = (),
-        stopping_criteria: Sequence[Criterion] = (),
-        prefix_allowed_tokens_fn: PrefixFunction | None = None,
-        streamer: Streamer | None = None,
-        tokenizer: Any = None,
-        **options: Any,
-    ) -> tf.Tensor | GenerateOutput:
-        """Continues each row: with its likeliest tokens, with drawn ones, or with the best beams.
-
-        Args:
-            input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them; as
-                `inputs`, too.
-            attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
-                it begins or ends a row, unless it ends texts as well.
-            generation_config: the options; what is None in it is as in `self.generation_config`. Also one of
-                transformers.
-            inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
-            past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again. A
-                single row serves all prompts that begin with its text.
-            logits_processor: functions of ids [rows, length] and logits [rows, vocab_size] that return other logits.
-            stopping_criteria: functions of ids [rows, length] and the scores so far, a tuple with `output_scores` and
-                else None; they return whether to end, for all rows or each.
-            prefix_allowed_tokens_fn: a function of the number of a prompt and its ids so far [length] that returns the
-                ids that may follow; of copies by `num_return_sequences`, each counts as a prompt of its own.
-            streamer: is told the prompt and each new token, as numpy arrays.
-            tokenizer: for `stop_strings`.
-            options: options of `GenerationConfig` that take precedence.
-
-        Returns:
-            [rows, length + new], in the type of `input_ids`: these as given, then the new tokens; rows that ended are
-            filled with padding. With `return_dict_in_generate`, a `GenerateOutput`.
-
-        Raises:
-            InputError: an option is unknown, impossible or contradicts another one, or the prompts do not fit the model
-                or its window; before anything is computed. Or logits are not numbers.
-        """
-        engine, request = self._generation(
-            input_ids,
-            attention_mask,
-            generation_config,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            tokenizer=tokenizer,
-            **options,
-        )
-        output = generate(engine, request, streamer)
-        tensors = {
-            name: tf.constant(value) if isinstance(value, np.ndarray) else value
-            for name, value in zip(output.keys(), output, strict=True)
-        }
-        return GenerateOutput(**tensors) if request.generation.return_dict_in_generate else tensors["sequences"]
-
-    def compute_transition_scores(
-        self,
-        sequences: tf.Tensor,
-        scores: Sequence[tf.Tensor],
-        beam_indices: tf.Tensor | None = None,
-        normalize_logits: bool = False,
-    ) -> tf.Tensor:
-        """The score of each new token of a text that `generate` has made.
-
-        Args:
-            sequences: ids [rows, prompt + new].
-            scores: those of `output_scores=True`, or logits, one [rows or beams, vocab_size] for each step.
-            beam_indices: of a beam search, as `generate` returned them.
-            normalize_logits: whether to make log-probabilities of the scores.
-
-        Returns:
-            float32 [rows, new].
-
-        Raises:
-            InputError: the arguments do not belong together.
-        """
-        beams = None if beam_indices is None else np.asarray(beam_indices)
-        found = transition_scores(np.asarray(sequences), map(np.asarray, scores), beams, normalize=normalize_logits)
-        return tf.constant(found)
-
-    @inputs_as_given()
-    def stream(
-        self,
-        input_ids: tf.Tensor | None = None,
-        attention_mask: tf.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        **arguments: Any,
-    ) -> Iterator[np.ndarray]:
-        """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is there.
-
-        Args:
-            input_ids, attention_mask, generation_config, arguments: see `generate`, which has `streamer` beside them.
-
-        Raises:
-            InputError: see `generate`; or beams are asked for, of which none is final before the end.
-        """
-        return stream(*self._generation(input_ids, attention_mask, generation_config, **arguments))
-
-    def _generation(
-        self,
-        input_ids: tf.Tensor | None,
-        attention_mask: tf.Tensor | None,
-        generation_config: GenerationConfig | None,
-        *,
-        inputs_embeds: tf.Tensor | None = None,
-        past_key_values: Any = None,
-        logits_processor: Sequence[Processor] = (),
-        stopping_criteria: Sequence[Criterion] = (),
-        prefix_allowed_tokens_fn: PrefixFunction | None = None,
-        tokenizer: Any = None,
-        inputs: Any = None,
-        **options: Any,
-    ) -> tuple[TFEngine, Request]:
-        """What to run, and on what, with everything checked."""
-        input_ids, attention_mask, generation_config = arguments(input_ids, attention_mask, generation_config, inputs)
-        check_not_traced("generate", is_traced(input_ids, attention_mask, inputs_embeds))
+    def _engine(self, past: Any, prompts: Prompts, options: dict[str, Any], **own: Any) -> TFEngine:
+        """See `GenerationSurface._engine`."""
         check_not_overridden(self, TFXGLMForCausalLM, "prepare_inputs_for_generation")
-        past = as_cache(past_key_values, self.config)
-        generation = given_options(generation_config, self.generation_config).updated(options)
-        length, rows = (0, None) if past is None else (int(past.length), past.batch)
-        ids, mask, embeddings = (
-            None if tensor is None else np.asarray(tensor) for tensor in (input_ids, attention_mask, inputs_embeds)
-        )
-        past_mask = None if past is None else past.mask[:, :length].numpy()
-        prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask)
-        return TFEngine(self.compiled_engine, past), Request(
-            self.config,
-            generation,
-            prompts,
-            logits_processor,
-            tokenizer,
-            stopping_criteria or (),
-            prefix_allowed_tokens_fn,
-            draw_seed,
-        )
+        return TFEngine(self.compiled_engine, past)
+
+    def _scorer(self, **own: Any) -> TFScorer:
+        return TFScorer(self.compiled_scorer)
+
+    def _as_cache(self, past_key_values: Any) -> TFXGLMCache | None:
+        return as_cache(past_key_values, self.config)
+
+    def _to_numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+    def _from_numpy(self, array: np.ndarray, like: Any) -> tf.Tensor:
+        return tf.constant(array)
+
+    def _is_traced(self, *values: Any) -> bool:
+        return is_traced(*values)
+
+    def _draw_seed(self) -> int:
+        return draw_seed()
 
 
 def _kept(states: tf.Tensor, logits_to_keep: int | tf.Tensor) -> tf.Tensor:
