@@ -22,7 +22,7 @@ test: $(READY) ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 fuzz: $(READY) ## change checkpoint files at random, 20,000 times: each must load or be rejected
-	$(BIN)/python -m tests.fuzz 20000
+	$(BIN)/python -m tests.checkpoint.fuzz 20000
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

@@ -4,8 +4,8 @@ import tempfile
 import pytest
 
 from conformance.random_weights import write_checkpoint
-from tests.frameworks import Framework, backends_under_test
-from tests.models import CONFIG, CROSS_CONFIG
+from tests.helpers.frameworks import Framework, backends_under_test
+from tests.helpers.models import CONFIG, CROSS_CONFIG
 from xglm_core.backends import require_frameworks
 from xglm_core.errors import BackendError
 

@@ -1,0 +1,23 @@
+"""The examples of docs/flax.md run as they stand."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.commands import ROOT
+from tests.helpers.frameworks import backends_under_test
+
+if "flax" not in backends_under_test():
+    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
+
+
+def test_examples():
+    text = (ROOT / "docs" / "flax.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 7
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
