@@ -298,6 +298,59 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         self.config.pruned_heads = config.pruned_heads
         self.forget_compiled()
 
+    def prepare_tf_dataset(
+        self,
+        dataset: Any,
+        batch_size: int = 8,
+        shuffle: bool = True,
+        tokenizer: Any = None,
+        collate_fn: Callable[..., Mapping[str, Any]] | None = None,
+        collate_fn_args: Mapping[str, Any] | None = None,
+        drop_remainder: bool | None = None,
+        prefetch: bool = True,
+    ) -> tf.data.Dataset:
+        """Makes batches for `fit`, `evaluate` and `predict` of a `datasets.Dataset`.
+
+        Args:
+            dataset: rows of what a call takes by name; its other columns are left out.
+            batch_size: rows of a batch.
+            shuffle: whether each epoch has the rows in another order.
+            tokenizer: pads the rows of a batch; labels are not padded. None means that all rows have one length.
+            collate_fn: makes a batch of a list of rows, in place of `tokenizer`, and may add labels.
+            collate_fn_args: its further arguments, by name.
+            drop_remainder: whether to leave out a last batch that is not full; None means if `shuffle`.
+            prefetch: whether a batch is made while the one before is in use.
+
+        Returns:
+            Batches of inputs by name, or pairs of these and the labels. A single input is a tensor without its name.
+
+        Raises:
+            InputError: it is no such dataset, is empty, or has no column that a call takes.
+        """
+        known = _parameters_of(type(self).call)[1]
+        columns = [name for name in getattr(dataset, "column_names", ()) if name in known]
+        if not hasattr(dataset, "to_tf_dataset") or not columns or not len(dataset):
+            raise InputError(
+                "dataset has no rows of input_ids, expected a datasets.Dataset of encoded texts; encode it: "
+                "dataset.map(lambda row: tokenizer(row['text']))"
+            )
+        if collate_fn is None and tokenizer is not None:
+            collate_fn = functools.partial(tokenizer.pad, return_tensors="np")
+        if collate_fn is not None:  # Which may make others of them.
+            row = dataset.select_columns(columns)[0]
+            columns = [name for name in collate_fn([row], **(collate_fn_args or {})) if name in known]
+        inputs = [name for name in columns if name != "labels"]
+        return dataset.to_tf_dataset(
+            columns=inputs if len(inputs) > 1 else inputs[0],  # Of a list of one, `datasets` warns.
+            label_cols="labels" if "labels" in columns else None,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            collate_fn=collate_fn,
+            collate_fn_args=collate_fn_args,
+            drop_remainder=shuffle if drop_remainder is None else drop_remainder,
+            prefetch=prefetch,
+        )
+
     def labels_to_check(self, inputs: Mapping[str, Any], y: Any) -> Any:
         """The labels of a batch, if they are tokens; None for what else there may be to learn."""
         return None

@@ -329,7 +329,7 @@ class TestErrors:
         with pytest.raises(InputError, match=r"input_ids\[0, 0\] is 131, expected 0 to 130"):
             fw.generate(model, np.full((1, 3), 131))
         with pytest.raises(InputError, match="neither input_ids nor inputs_embeds is given"):
-            fw.generate(model)
+            fw.generate(model, None, np.ones_like(IDS))
         with pytest.raises(InputError, match=r"attention_mask\[0\] is all 0"):
             fw.generate(model, IDS, np.zeros_like(IDS))
 

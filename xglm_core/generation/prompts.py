@@ -50,7 +50,8 @@ class Prompts:
 
         Args:
             config: the model's configuration.
-            input_ids: integers [rows, length], those that a cache holds included.
+            input_ids: integers [rows, length], those that a cache holds included. None with nothing in its place is one
+                row of `first_id(config)`.
             attention_mask: [rows, length], of embeddings [rows, past + length]; None for what the cache has and no
                 other padding, but see `without`.
             inputs_embeds: [rows, length, d_model], in place of ids, without what a cache holds.
@@ -62,6 +63,10 @@ class Prompts:
             InputError: the shapes do not fit, ids are outside the vocabulary, a row has no token, or there is nothing
                 beyond what the cache holds.
         """
+        if input_ids is None and inputs_embeds is None and attention_mask is None and not past:
+            first = first_id(config)
+            if first is not None:
+                input_ids, attention_mask = np.array([[first]]), np.ones((1, 1), np.int64)
         check_shapes(
             config,
             {
@@ -175,6 +180,13 @@ class Prompts:
         result = np.zeros_like(self.mask)
         result[self.mask != 0] = np.nonzero(mask)[1]  # Row by row, in order.
         return result, mask.shape[1]
+
+
+def first_id(config: XGLMConfig) -> int | None:
+    """What the tokenizer puts before every text, and training did: `</s>`. None if the configuration has no such id."""
+    ends = config.eos_token_id
+    end = ends[0] if isinstance(ends, Sequence) else ends
+    return end if config.decoder_start_token_id is None else config.decoder_start_token_id
 
 
 def rounded_up(count: int, multiple: int) -> int:
