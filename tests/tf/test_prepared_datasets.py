@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from tests.frameworks import backends_under_test
+from tests.helpers.frameworks import backends_under_test
 
 if "tf" not in backends_under_test():
     pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)

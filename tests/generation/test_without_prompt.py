@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.models import CONFIG, changed
+from tests.helpers.models import CONFIG, changed
 from xglm_core import XGLMTokenizer
 from xglm_core.errors import InputError
 
