@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,18 +11,14 @@ import numpy as np
 from flax import linen as nn
 
 from xglm_core.config import XGLMConfig
-from xglm_core.generation.config import GenerationConfig, arguments, given_options
-from xglm_core.generation.engine import Processor, check_not_overridden
-from xglm_core.generation.loop import Request, Streamer, generate, stream
+from xglm_core.generation.config import GenerationConfig
+from xglm_core.generation.engine import check_not_overridden
 from xglm_core.generation.prompts import Prompts
-from xglm_core.generation.rules import PrefixFunction
-from xglm_core.generation.stopping import Criterion
-from xglm_core.generation.transitions import transition_scores
-from xglm_core.inputs import check_not_traced, inputs_as_given
+from xglm_core.generation.surface import GenerationSurface
+from xglm_core.inputs import inputs_as_given
 from xglm_core.loss import LossOptions, LossOutput, wants_logits
-from xglm_core.outputs import CausalLMOutputWithCrossAttentions, GenerateOutput
+from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_core.resizing import check_embeddings
-from xglm_core.scoring.engine import score
 from xglm_core.weight_names import HEAD
 from xglm_flax.attention import FEW_ROWS, dense, few_rows_product, precision
 from xglm_flax.blocks import Remat
@@ -171,7 +166,7 @@ class FlaxXGLMForCausalLMModule(nn.Module):
         return jnp.einsum("bld,vd->blv", hidden_states, embedding, precision=precision())
 
 
-class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
+class FlaxXGLMForCausalLM(GenerationSurface, FlaxXGLMPreTrainedModel):
     """Decoder and head: logits of the next token. The head is the embedding matrix if `config.tie_word_embeddings`.
 
     See `FlaxXGLMPreTrainedModel` for the arguments. It may be called inside `jax.jit`, `jax.grad` and `jax.vmap`; what
@@ -182,6 +177,7 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
     """
 
     has_head = True
+    own_arguments = ("params", "prng_key")
     module_class = FlaxXGLMForCausalLMModule
 
     def __init__(self, config: XGLMConfig, *args: Any, **options: Any) -> None:
@@ -330,6 +326,29 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
             self._make_module()
 
     @inputs_as_given()
+    def generate(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        params: Params | None = None,
+        prng_key: jax.Array | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Continues each row; see `GenerationSurface.generate`.
+
+        Args:
+            input_ids, attention_mask, generation_config, arguments: see there.
+            params: the parameters; None means the model's.
+            prng_key: a key of JAX, to sample by in place of `seed`. Differs: PyTorch and Keras hold the state of their
+                generators; JAX has none.
+        """
+        return super().generate(
+            input_ids, attention_mask, generation_config, params=params, prng_key=prng_key, **arguments
+        )
+
+    @inputs_as_given()
     def score(
         self,
         input_ids: Any,
@@ -337,195 +356,46 @@ class FlaxXGLMForCausalLM(FlaxXGLMPreTrainedModel):
         *,
         return_likeliest: bool = False,
         params: Params | None = None,
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """The log-probability of each token given those before it, without gradients and without holding all logits.
+    ) -> Any:
+        """The log-probability of each token; see `GenerationSurface.score`. Without `params`, the model's are used."""
+        return super().score(input_ids, attention_mask, return_likeliest=return_likeliest, params=params)
 
-        Args:
-            input_ids: integers [batch, length], a tensor or a numpy array, padded on either side.
-            attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
-            return_likeliest: whether to return a pair.
-            params: the parameters; None means the model's.
-
-        Returns:
-            float32 [batch, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding
-            before it. With `return_likeliest` also the likeliest id in that place, int32 [batch, length - 1]; -1 where
-            there is nothing to predict.
-
-        Raises:
-            InputError: there are no parameters, or see `xglm_core.scoring.engine.score`.
-        """
-        check_not_traced("score", is_any_traced(input_ids, attention_mask, params))
-        mask = None if attention_mask is None else np.asarray(attention_mask)
-        scorer = FlaxScorer(self._scorer, self._params_or_own(params))
-        scores, likeliest = map(jnp.asarray, score(scorer, np.asarray(input_ids), mask, self.config))
-        return (scores, likeliest) if return_likeliest else scores
-
-    @inputs_as_given()
-    def generate(
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        generation_config: GenerationConfig | None = None,
-        *,
-        params: Params | None = None,
-        prng_key: jax.Array | None = None,
-        inputs_embeds: jax.Array | None = None,
-        past_key_values: Any = None,
-        logits_processor: Sequence[Processor] = (),
-        stopping_criteria: Sequence[Criterion] = (),
-        prefix_allowed_tokens_fn: PrefixFunction | None = None,
-        streamer: Streamer | None = None,
-        tokenizer: Any = None,
-        **options: Any,
-    ) -> jax.Array | GenerateOutput:
-        """Continues each row: with its likeliest tokens, with drawn ones, or with the best beams.
-
-        Args:
-            input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them; as
-                `inputs`, too.
-            attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
-                it begins or ends a row, unless it ends texts as well.
-            generation_config: the options; what is None in it is as in `self.generation_config`. Also one of
-                transformers.
-            params: the parameters; None means the model's.
-            prng_key: a key of JAX, to sample by in place of `seed`. Differs: the others have a generator of their own.
-            inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
-            past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again. A
-                single row serves all prompts that begin with its text.
-            logits_processor: functions of ids [rows, length] and logits [rows, vocab_size] that return other logits.
-            stopping_criteria: functions of ids [rows, length] and the scores so far, a tuple with `output_scores` and
-                else None; they return whether to end, for all rows or each.
-            prefix_allowed_tokens_fn: a function of the number of a prompt and its ids so far [length] that returns the
-                ids that may follow; of copies by `num_return_sequences`, each counts as a prompt of its own.
-            streamer: is told the prompt and each new token, as numpy arrays.
-            tokenizer: for `stop_strings`.
-            options: options of `GenerationConfig` that take precedence.
-
-        Returns:
-            [rows, length + new], in the type of `input_ids`: these as given, then the new tokens; rows that ended are
-            filled with padding. With `return_dict_in_generate`, a `GenerateOutput`.
-
-        Raises:
-            InputError: an option is unknown, impossible or contradicts another one, or the prompts do not fit the model
-                or its window, or there are no parameters; before anything is computed. Or logits are not numbers.
-        """
-        engine, request = self._generation(
-            input_ids,
-            attention_mask,
-            generation_config,
-            params=params,
-            prng_key=prng_key,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            tokenizer=tokenizer,
-            **options,
-        )
-        output = generate(engine, request, streamer)
-        arrays = {
-            name: _as_jax(value) if isinstance(value, np.ndarray) else value
-            for name, value in zip(output.keys(), output, strict=True)
-        }
-        return GenerateOutput(**arrays) if request.generation.return_dict_in_generate else arrays["sequences"]
-
-    def compute_transition_scores(
-        self,
-        sequences: jax.Array,
-        scores: Sequence[jax.Array],
-        beam_indices: jax.Array | None = None,
-        normalize_logits: bool = False,
-    ) -> jax.Array:
-        """The score of each new token of a text that `generate` has made.
-
-        Args:
-            sequences: ids [rows, prompt + new].
-            scores: those of `output_scores=True`, or logits, one [rows or beams, vocab_size] for each step.
-            beam_indices: of a beam search, as `generate` returned them.
-            normalize_logits: whether to make log-probabilities of the scores.
-
-        Returns:
-            float32 [rows, new].
-
-        Raises:
-            InputError: the arguments do not belong together.
-        """
-        beams = None if beam_indices is None else np.asarray(beam_indices)
-        found = transition_scores(np.asarray(sequences), map(np.asarray, scores), beams, normalize=normalize_logits)
-        return jnp.asarray(found)
-
-    @inputs_as_given()
-    def stream(
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        generation_config: GenerationConfig | None = None,
-        **arguments: Any,
-    ) -> Iterator[np.ndarray]:
-        """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is there.
-
-        Args:
-            input_ids, attention_mask, generation_config, arguments: see `generate`, which has `streamer` beside them.
-
-        Raises:
-            InputError: see `generate`; or beams are asked for, of which none is final before the end.
-        """
-        return stream(*self._generation(input_ids, attention_mask, generation_config, **arguments))
-
-    def _generation(
-        self,
-        input_ids: jax.Array | None,
-        attention_mask: jax.Array | None,
-        generation_config: GenerationConfig | None,
-        *,
-        params: Params | None = None,
-        prng_key: jax.Array | None = None,
-        inputs_embeds: jax.Array | None = None,
-        past_key_values: Any = None,
-        logits_processor: Sequence[Processor] = (),
-        stopping_criteria: Sequence[Criterion] = (),
-        prefix_allowed_tokens_fn: PrefixFunction | None = None,
-        tokenizer: Any = None,
-        inputs: Any = None,
-        **options: Any,
-    ) -> tuple[FlaxEngine, Request]:
-        """What to run, and on what, with everything checked."""
-        input_ids, attention_mask, generation_config = arguments(input_ids, attention_mask, generation_config, inputs)
-        check_not_traced("generate", is_any_traced(input_ids, attention_mask, inputs_embeds, params, prng_key))
+    def _engine(
+        self, past: FlaxXGLMCache | None, prompts: Prompts, options: dict[str, Any], *, params: Any = None, **own: Any
+    ) -> FlaxEngine:
+        """See `GenerationSurface._engine`."""
         loop = "prepare_inputs_for_generation", "update_inputs_for_generation"
         check_not_overridden(self, FlaxXGLMForCausalLM, *loop)
-        params = self._params_or_own(params)
-        past = as_cache(past_key_values, self.config, self.dtype)
-        generation = given_options(generation_config, self.generation_config).updated(options)
-        if prng_key is not None:
-            generation = dataclasses.replace(generation, seed=seed_of(prng_key, generation, options))
-        length, rows = (0, None) if past is None else (int(past.length), past.batch)
-        ids, mask, embeddings = (
-            None if array is None else np.asarray(array) for array in (input_ids, attention_mask, inputs_embeds)
-        )
-        past_mask = None if past is None else np.asarray(past.mask)[:, :length]
-        prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask)
-        request = Request(
-            self.config,
-            generation,
-            prompts,
-            logits_processor,
-            tokenizer,
-            stopping_criteria or (),
-            prefix_allowed_tokens_fn,
-        )
-        return FlaxEngine(self.compiled_engine, params, past), request
+        return FlaxEngine(self.compiled_engine, self._params_or_own(params), past)
+
+    def _scorer(self, params: Params | None = None) -> FlaxScorer:
+        return FlaxScorer(self.compiled_scorer, self._params_or_own(params))
+
+    def _as_cache(self, past_key_values: Any) -> FlaxXGLMCache | None:
+        return as_cache(past_key_values, self.config, self.dtype)
+
+    def _to_numpy(self, array: Any) -> np.ndarray:
+        return np.asarray(array)
+
+    def _from_numpy(self, array: np.ndarray, like: Any) -> jax.Array:
+        # In 32 bits unless JAX is told to have more.
+        return jnp.asarray(array.astype(jax.dtypes.canonicalize_dtype(array.dtype)))
+
+    def _is_traced(self, *values: Any) -> bool:
+        return is_any_traced(*values)
+
+    def _seeded(
+        self, generation: GenerationConfig, options: dict[str, Any], *, prng_key: Any = None, **own: Any
+    ) -> GenerationConfig:
+        """The options, with the seed that a key of JAX stands for."""
+        if prng_key is None:
+            return generation
+        return dataclasses.replace(generation, seed=seed_of(prng_key, generation, options))
 
     def _make_module(self) -> None:
         super()._make_module()
         self.compiled_engine = compile_engine(self.module)
-        self._scorer = compile_scorer(self.module)
-
-
-def _as_jax(array: np.ndarray) -> jax.Array:
-    """A numpy array, in 32 bits unless JAX is told to have more."""
-    return jnp.asarray(array.astype(jax.dtypes.canonicalize_dtype(array.dtype)))
+        self.compiled_scorer = compile_scorer(self.module)
 
 
 def _kept(states: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:

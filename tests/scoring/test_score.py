@@ -197,7 +197,7 @@ class TestCall:
         count = {
             "torch": lambda: 0,  # Nothing is compiled.
             "tf": lambda: model.compiled_scorer.experimental_get_tracing_count(),
-            "flax": lambda: model._scorer._cache_size(),
+            "flax": lambda: model.compiled_scorer._cache_size(),
         }[fw.name]
         model.score(IDS)
         before = count()
@@ -247,7 +247,7 @@ def _flax_shapes(model):
     import jax
 
     zeros, positions = np.zeros((2, 64), np.int32), engine.in_chunks(np.zeros(0), 128)
-    todo = [jax.make_jaxpr(model._scorer)(model.params, zeros, zeros, positions, positions, 1).jaxpr]
+    todo = [jax.make_jaxpr(model.compiled_scorer)(model.params, zeros, zeros, positions, positions, 1).jaxpr]
     shapes = set()
     while todo:
         jaxpr = todo.pop()
