@@ -16,7 +16,7 @@ from conformance.random_weights import random_weights, write_checkpoint
 from tests.cli.test_commands import assert_refused
 from tests.helpers.checkpoint_files import fairseq_checkpoint, library, write_safetensors
 from tests.helpers.commands import ROOT, run_xglm
-from tests.helpers.frameworks import backends_under_test
+from tests.helpers.frameworks import needs
 from tests.helpers.models import CONFIG, changed
 from xglm_core import XGLMConfig, convert_checkpoint, open_checkpoint
 from xglm_core.checkpoint import plan_loading, writing
@@ -428,8 +428,8 @@ class TestCommand:
     def test_without_a_checkpoint(self, tmp_path):
         assert_refused(run_xglm("convert", tmp_path, tmp_path / "new", "--to", "torch"), "no checkpoint here")
 
-    @pytest.mark.skipif("torch" not in backends_under_test(), reason="one backend suffices")
     def test_verify(self, source, tmp_path):
+        needs("torch")
         others = "import xglm_core.cli.convert as c; c.installed_backends = lambda: (['torch'], []);"
         run = run_xglm("convert", source, tmp_path / "new", "--to", "flax", "--verify", before=others)
         assert run.returncode == 0, run.stderr

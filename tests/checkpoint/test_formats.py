@@ -19,7 +19,7 @@ from tests.helpers.checkpoint_files import (
     write_shards,
     write_torch,
 )
-from tests.helpers.frameworks import Framework, backends_under_test
+from tests.helpers.frameworks import Framework, needs
 from tests.helpers.models import CONFIG, IDS, LEFT, changed
 from xglm_core import open_checkpoint
 from xglm_core.checkpoint import plan_loading
@@ -135,8 +135,7 @@ class TestEveryLayout:
 
     def test_memory_layout(self, written):
         """PyTorch's kernels expect rows of numbers, on addresses of numbers."""
-        if "torch" not in backends_under_test():
-            pytest.skip("not in XGLM_TEST_BACKENDS")
+        needs("torch")
         torch_lm = Framework("torch").causal_lm
         for dtype in ("float32", "float16"):
             for name, parameter in torch_lm.from_pretrained(written, dtype=dtype).named_parameters():

@@ -13,7 +13,7 @@ import pytest
 from conformance.random_weights import random_weights, write_checkpoint
 from tests.helpers.checkpoint_files import write_flax, write_torch
 from tests.helpers.commands import ROOT, run_xglm
-from tests.helpers.frameworks import Framework, backends_under_test
+from tests.helpers.frameworks import Framework, backends_under_test, needs
 from tests.helpers.hub_server import HubServer, Repo
 from tests.helpers.models import CONFIG, IDS
 from xglm_core import XGLMConfig, XGLMTokenizer, XGLMTokenizerFast, open_checkpoint
@@ -207,9 +207,9 @@ class TestCommands:
         assert "the repository has no revision 'v3'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif("torch" not in backends_under_test(), reason="the example is one of PyTorch")
 def test_documented_example(hub, cache, capsys, monkeypatch):
     """It runs as it stands, with the bundled checkpoint under the name of the published one."""
+    needs("torch")
     hub.repos["facebook/xglm-564M"] = hub.repos[TOY]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "hub.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -89,7 +89,7 @@ class TestAgainstTheReferenceLibrary:
         assert bytes(theirs["data"]) == bits.tobytes()
 
     def test_we_read_its_bfloat16(self, path):
-        torch = pytest.importorskip("torch")
+        torch = library("torch")
         tensor = torch.randn(4, 6).to(torch.bfloat16)
         importlib.import_module("safetensors.torch").save_file({"w": tensor}, path)
         file = SafetensorsFile(path)

@@ -10,7 +10,7 @@ import pytest
 
 from conformance.random_weights import write_checkpoint
 from tests.helpers.commands import ROOT, run_xglm
-from tests.helpers.frameworks import backends_under_test
+from tests.helpers.frameworks import backends_under_test, needs_a_backend
 from xglm_core import XGLMConfig, XGLMTokenizer, open_checkpoint
 from xglm_core.compare.adapters import BackendModel
 from xglm_core.compare.oracle import OracleOutput, checkpoint_reader, forward
@@ -435,7 +435,7 @@ def test_worker_reports_errors_of_the_input(backend, tmp_path):
         run_backend(backend, [Job(str(tmp_path / "absent"), [[2]], None, [1])], tmp_path)
 
 
-@pytest.mark.skipif(not backends_under_test(), reason="needs a backend")
+@needs_a_backend
 def test_all_backends(checkpoint):
     """The whole command on real frameworks; the conformance suite judges the numbers in depth."""
     names = ",".join(backends_under_test())

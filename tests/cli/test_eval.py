@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.commands import ROOT, run_xglm
-from tests.helpers.frameworks import backends_under_test
+from tests.helpers.frameworks import backends_under_test, needs_a_backend
 from tests.helpers.models import changed
 from xglm_core import XGLMConfig, XGLMTokenizer, open_checkpoint
 from xglm_core.cli import eval as command
@@ -555,7 +555,7 @@ class TestCommand:
         assert message in err
 
     @needs_harness
-    @pytest.mark.skipif(not backends_under_test(), reason="needs a backend")
+    @needs_a_backend
     def test_as_a_user_runs_it(self, tasks):
         run = run_xglm(
             *("eval", CHECKPOINT, "--include-path", tasks, "--tasks", "tiny_copa,tiny_lines"),

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from tests.helpers.commands import ROOT, run_xglm
-from tests.helpers.frameworks import backends_under_test
+from tests.helpers.frameworks import backends_under_test, needs_a_backend
 from xglm_core.cli import main
 
 TINY = ROOT / "examples" / "tiny_model" / "checkpoint"
 LITTLE = "The little dog found a fish near the river\n"
 
-pytestmark = pytest.mark.skipif(not backends_under_test(), reason="no backend under test")
+pytestmark = needs_a_backend
 
 
 @pytest.fixture

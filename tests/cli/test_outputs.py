@@ -9,13 +9,11 @@ import sys
 import pytest
 
 from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
+from tests.helpers.frameworks import backends_under_test, needs_a_backend
 from xglm_core.cli import main
 
 TINY = ROOT / "examples" / "tiny_model" / "checkpoint"
 GENERATE = ("generate", str(TINY), "The little", "--max-new-tokens", "2")
-
-with_backend = pytest.mark.skipif(not backends_under_test(), reason="no backend under test")
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def shell(command):
     )
 
 
-@with_backend
+@needs_a_backend
 class TestDevices:
     @pytest.mark.parametrize("command", [GENERATE, ("score", TINY, "-")])
     def test_dev_null_takes_everything(self, run, command):
@@ -63,7 +61,7 @@ class TestDevices:
         assert not os.path.exists("-")
 
 
-@with_backend
+@needs_a_backend
 @pytest.mark.parametrize("command", [GENERATE, ("score", TINY, "-")])
 @pytest.mark.parametrize("device", ["foo", "cuda:9"])
 def test_a_device_that_is_not_there(run, command, device):

@@ -12,7 +12,7 @@ import conformance.__main__
 from conformance.cases import CASES
 from conformance.golden import load_golden
 from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
+from tests.helpers.frameworks import backends_under_test, needs_a_backend
 from xglm_core import open_checkpoint
 from xglm_core.compare.oracle import checkpoint_reader, forward
 from xglm_core.compare.run import BackendRun, Result
@@ -24,7 +24,7 @@ def run_suite(*arguments):
     )
 
 
-@pytest.mark.skipif(not backends_under_test(), reason="needs a backend")
+@needs_a_backend
 def test_every_case_in_every_backend():
     run = run_suite("--backends", ",".join(backends_under_test()))
     assert run.returncode == 0, run.stdout + run.stderr

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.helpers.checkpoint_files import library
 from tests.helpers.models import CONFIG, IDS, changed
 from xglm_core import GenerationConfig, XGLMConfig
 from xglm_core.errors import CheckpointError, ConfigError, InputError
@@ -165,7 +166,7 @@ class TestDevices:
         assert fw.causal_lm.from_pretrained(folder, device_map=device_map).device.type == "meta"
 
     def test_auto(self, fw, folder):
-        torch = pytest.importorskip("torch")
+        torch = library("torch")
         expected = torch.accelerator.current_accelerator() or torch.device("cpu")
         if torch.accelerator.device_count() < 2:
             assert fw.causal_lm.from_pretrained(folder, device_map="auto").device.type == expected.type

@@ -8,7 +8,7 @@ import pytest
 
 import xglm_core
 from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
+from tests.helpers.frameworks import needs
 from xglm_core.backends import BACKENDS, load_backend, require_frameworks
 from xglm_core.errors import BackendError
 
@@ -180,8 +180,7 @@ except ImportError as error:
 
     def test_alone(self, name):
         """It loads where no other framework and no other backend is installed, and changes nothing that is shared."""
-        if name not in backends_under_test():
-            pytest.skip("not in XGLM_TEST_BACKENDS")
+        needs(name)
         backend = BACKENDS[name]
         others = {framework for other in BACKENDS.values() for framework in other.frameworks} - {*backend.frameworks}
         hidden = others | OURS - {"xglm_core", backend.package} | {"sentencepiece", "safetensors", "transformers"}
@@ -211,8 +210,7 @@ print(json.dumps([before == state(), sorted(sys.modules), package.__name__, publ
 
 
 def test_keras_on_another_framework():
-    if "tf" not in backends_under_test():
-        pytest.skip("not in XGLM_TEST_BACKENDS")
+    needs("tf")
     code = """
 import json
 try:

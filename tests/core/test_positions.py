@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from tests.helpers.checkpoint_files import library
 from xglm_core import XGLMConfig
 from xglm_core.positions import position_table
 
@@ -119,7 +120,7 @@ class TestAgainstTorch:
 
     @pytest.mark.parametrize(("width", "heads"), SIZES[:3])
     def test_only_frequencies_differ(self, width, heads):
-        torch = pytest.importorskip("torch")
+        torch = library("torch")
         half = width // 2
         table = position_table(config_of(width, heads))
         frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000) / (half - 1)))

@@ -1,15 +1,9 @@
 """What only the Flax backend promises."""
 
-import numpy as np
-import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 from tests.helpers import models
 from tests.helpers.models import CONFIG

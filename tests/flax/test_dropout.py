@@ -1,13 +1,11 @@
 """Dropout of the Flax models."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from xglm_flax.dropout import FlaxXGLMDropout  # noqa: E402
+from xglm_flax.dropout import FlaxXGLMDropout
 
 
 def dropped(states, rate, deterministic=False):

@@ -1,18 +1,12 @@
 """What JAX makes of a model: exported programs of any size, and what precision and outputs cost."""
 
-import numpy as np
-import pytest
-
-from tests.helpers.frameworks import backends_under_test
-from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from jax import export
 
+from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMModel
 
 REAL = LEFT.astype(bool)

@@ -7,14 +7,9 @@ import sys
 
 import pytest
 
-from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
-
 from conformance.random_weights import write_checkpoint
 from tests.flax import run_under_flags
+from tests.helpers.commands import ROOT
 from xglm_flax import FlaxXGLMForCausalLM
 
 

@@ -1,20 +1,14 @@
 """What generation in JAX has to see to besides the contract: how tokens are selected, and whose caches are consumed."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.frameworks import backends_under_test
 from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, IDS, LEFT
 from xglm_core.errors import InputError
 from xglm_core.generation import randomness
 from xglm_core.generation.rules import Rules
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
-
-import jax
-import jax.numpy as jnp
-
 from xglm_flax import FlaxXGLMForCausalLM, selection
 from xglm_flax.selection import TracedRules
 

@@ -3,20 +3,14 @@
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-
-from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
-from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, IDS, LEFT, SAME, changed
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from flax import nnx
 
+from tests.helpers.commands import ROOT
+from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, IDS, LEFT, SAME, changed
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMForCausalLMModule, FlaxXGLMModel
 from xglm_flax.cache import FlaxXGLMCache
 

@@ -1,20 +1,14 @@
 """The parameters of a Flax model, beside it: trees that do not fit, and what transformers' class says of them."""
 
-import numpy as np
-import pytest
-
-from tests.helpers.frameworks import backends_under_test
-from tests.helpers.models import CONFIG, IDS, SAME, changed
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 from flax.core import freeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tests.helpers.models import CONFIG, IDS, SAME, changed
 from xglm_core.errors import InputError
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMModel, make_train_step, stack_layers
 

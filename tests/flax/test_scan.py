@@ -2,18 +2,12 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
-from tests.helpers.frameworks import backends_under_test
-from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, HEAD_MASK, IDS, LEFT, SAME, changed
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
-
-import jax
-
 from conformance.random_weights import write_checkpoint
+from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, HEAD_MASK, IDS, LEFT, SAME, changed
 from xglm_core.errors import ConfigError, InputError
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMForCausalLMModule, FlaxXGLMModel, stack_layers, unstack_layers
 

@@ -1,18 +1,12 @@
 """Steps of training in JAX: texts that are too long, optimizers that want more than gradients, states of others."""
 
-import numpy as np
-import pytest
-
-from tests.helpers.frameworks import backends_under_test
-from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 
+from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
 from xglm_core.errors import InputError
 from xglm_core.loss import labels_for
 from xglm_flax import FlaxXGLMForCausalLM, make_eval_step, make_loss_fn, make_mesh, make_train_step

@@ -8,25 +8,19 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-
-from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
-from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 from flax.training.train_state import TrainState
 
 import xglm_core.loss
 import xglm_flax.loss
 from conformance.gradients import loss_and_gradients
 from tests.flax import run_in_processes
+from tests.helpers.commands import ROOT
+from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
 from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions, labels_for
 from xglm_flax import FlaxXGLMForCausalLM, make_eval_step, make_loss_fn, make_train_step, stack_layers

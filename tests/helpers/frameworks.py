@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 from xglm_core import XGLMConfig
 from xglm_core.backends import BACKENDS
@@ -23,6 +24,15 @@ def backends_under_test() -> list[str]:
     """The backends named in XGLM_TEST_BACKENDS (comma-separated; empty for none); all of them if it is not set."""
     names = os.environ.get("XGLM_TEST_BACKENDS", ",".join(BACKENDS)).split(",")
     return [name for name in names if name]
+
+
+def needs(name: str) -> None:
+    """Skips a test, or a module that calls this when it is imported, where a backend is not under test."""
+    if name not in backends_under_test():
+        pytest.skip(f"XGLM_TEST_BACKENDS leaves {name} out", allow_module_level=True)
+
+
+needs_a_backend = pytest.mark.skipif(not backends_under_test(), reason="XGLM_TEST_BACKENDS leaves all backends out")
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
-
-if "tf" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
-
 import tensorflow as tf
 
 from conformance.random_weights import random_weights, write_checkpoint
+from tests.helpers.commands import ROOT
 from xglm_core import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.engine import NOTHING_LEFT

@@ -6,20 +6,14 @@ import socket
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
-
-from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
-
-if "tf" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
-
-import keras
 import tensorflow as tf
 
 from conformance import training
 from conformance.random_weights import write_checkpoint
+from tests.helpers.commands import ROOT
 from tests.helpers.models import changed
 from xglm_tf import TFXGLMForCausalLM
 

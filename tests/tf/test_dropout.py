@@ -2,12 +2,6 @@
 
 import numpy as np
 import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "tf" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
-
 import tensorflow as tf
 
 from xglm_tf.dropout import TFXGLMDropout

@@ -6,19 +6,13 @@ import re
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
-
-from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
-
-if "tf" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
-
-import keras
 import tensorflow as tf
 
 from conformance.random_weights import write_checkpoint
+from tests.helpers.commands import ROOT
 from tests.helpers.models import CONFIG, IDS, LEFT, changed
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig

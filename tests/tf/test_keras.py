@@ -3,15 +3,9 @@
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "tf" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
-
-import keras
 import tensorflow as tf
 
 from conformance.random_weights import write_checkpoint

@@ -5,10 +5,6 @@ import importlib.util
 import numpy as np
 import pytest
 
-from tests.helpers.frameworks import backends_under_test
-
-if "tf" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
 if importlib.util.find_spec("datasets") is None:
     pytest.skip("needs datasets: pip install 'xglm[eval]'", allow_module_level=True)
 

@@ -1,14 +1,8 @@
 """What has changed in a model acts at once, compiled code or not; quantized models run, are saved and loaded."""
 
+import keras
 import numpy as np
 import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "tf" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
-
-import keras
 import tensorflow as tf
 
 from conformance.random_weights import write_checkpoint

@@ -6,22 +6,16 @@ import re
 import runpy
 import sys
 
+import keras
 import numpy as np
 import pytest
-
-from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
-
-if "tf" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves tf out", allow_module_level=True)
-
-import keras
 import tensorflow as tf
 from tensorflow.python.eager import context  # Optimized graphs are shown nowhere else.
 
 import xglm_core.loss
 from conformance import training
 from conformance.random_weights import write_checkpoint
+from tests.helpers.commands import ROOT
 from tests.helpers.models import changed
 from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions

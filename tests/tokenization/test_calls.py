@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tests.helpers.frameworks import backends_under_test
+from tests.helpers.frameworks import needs
 from tests.helpers.tokenizers import VOCABULARY, json_folder, tokenizer
 from xglm_core import XGLMTokenizer
 from xglm_core.errors import CheckpointError, InputError
@@ -402,8 +402,7 @@ class TestObjects:
             tokenizer("a").to("cpu")
 
     def test_to(self, tokenizer):
-        if "torch" not in backends_under_test():
-            pytest.skip("not in XGLM_TEST_BACKENDS")
+        needs("torch")
         batch = tokenizer(["a", "b"], return_tensors="pt")
         assert batch.to("meta") is batch
         assert all(tensor.device.type == "meta" for tensor in batch.values())

@@ -1,12 +1,6 @@
 """The loss on an NVIDIA GPU, whose types, products and chunks are others than those of a CPU."""
 
 import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "torch" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves torch out", allow_module_level=True)
-
 import torch
 import torch.nn.functional as F
 

@@ -1,12 +1,11 @@
 """Dropout on a CPU, and attention with it, against the operations that they stand for."""
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from tests.helpers.models import CONFIG, IDS, changed  # noqa: E402
-from xglm_torch import XGLMForCausalLM, dropout  # noqa: E402
-from xglm_torch.dropout import attends_with_dropout, attention_with_dropout, dropped  # noqa: E402
+from tests.helpers.models import CONFIG, IDS, changed
+from xglm_torch import XGLMForCausalLM, dropout
+from xglm_torch.dropout import attends_with_dropout, attention_with_dropout, dropped
 
 RATE = 0.3
 # Of float32 sums of up to 300 products of numbers near 1, compared with those in another order.

@@ -4,13 +4,12 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from tests.helpers.frameworks import Framework  # noqa: E402
-from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, HEAD_MASK, IDS, LEFT, RIGHT, SAME, changed  # noqa: E402
-from xglm_core.compare import oracle  # noqa: E402
-from xglm_torch import XGLMForCausalLM, XGLMModel  # noqa: E402
+from tests.helpers.frameworks import Framework
+from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, HEAD_MASK, IDS, LEFT, RIGHT, SAME, changed
+from xglm_core.compare import oracle
+from xglm_torch import XGLMForCausalLM, XGLMModel
 
 FW = Framework("torch")
 TOKENS, MASK = torch.from_numpy(IDS), torch.from_numpy(LEFT)

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from tests.helpers.frameworks import Framework  # noqa: E402
-from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, IDS, LEFT  # noqa: E402
+from tests.helpers.frameworks import Framework
+from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, IDS, LEFT
 
 FW = Framework("torch")
 ARGUMENTS = {"max_new_tokens": 3, "stop_at_eos": False, "return_dict_in_generate": True}

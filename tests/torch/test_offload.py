@@ -1,13 +1,7 @@
 """With weights that accelerate keeps in memory or on a disk, calls, texts, scores and files are the same."""
 
-import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "torch" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves torch out", allow_module_level=True)
-
 import accelerate
+import pytest
 import torch
 
 from conformance.random_weights import write_checkpoint

@@ -2,15 +2,9 @@
 
 import copy
 
-import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "torch" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves torch out", allow_module_level=True)
-
 import accelerate
 import peft
+import pytest
 import torch
 
 from conformance.random_weights import write_checkpoint

@@ -1,13 +1,7 @@
 """What `save_pretrained` of a PyTorch model writes, and what it refuses because it would be lost."""
 
-import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "torch" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves torch out", allow_module_level=True)
-
 import peft
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune

@@ -2,17 +2,11 @@
 
 import numpy as np
 import pytest
-
-from tests.helpers.frameworks import backends_under_test
-from tests.helpers.models import IDS, SAME
-
-if "torch" not in backends_under_test():
-    pytest.skip("the backend is not under test", allow_module_level=True)
-
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.models import IDS, SAME
 from xglm_torch import XGLMForCausalLM, products
 from xglm_torch.products import fast_products
 

@@ -1,13 +1,7 @@
 """peft's soft prompts, and other replacements of `prepare_inputs_for_generation`, act in `generate` as in a call."""
 
-import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "torch" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves torch out", allow_module_level=True)
-
 import peft
+import pytest
 import torch
 import transformers
 

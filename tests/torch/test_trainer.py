@@ -6,10 +6,7 @@ import json
 import pytest
 
 from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
 
-if "torch" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves torch out", allow_module_level=True)
 pytest.importorskip("transformers", reason="peft brings it")
 
 import numpy as np

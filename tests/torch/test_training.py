@@ -4,12 +4,6 @@ import copy
 
 import numpy as np
 import pytest
-
-from tests.helpers.frameworks import backends_under_test
-
-if "torch" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves torch out", allow_module_level=True)
-
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

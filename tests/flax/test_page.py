@@ -4,13 +4,7 @@ import re
 import subprocess
 import sys
 
-import pytest
-
 from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
-
-if "flax" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves flax out", allow_module_level=True)
 
 
 def test_examples():

@@ -7,16 +7,10 @@ import subprocess
 import sys
 
 import pytest
-
-from tests.helpers.commands import ROOT
-from tests.helpers.frameworks import backends_under_test
-
-if "torch" not in backends_under_test():
-    pytest.skip("XGLM_TEST_BACKENDS leaves torch out", allow_module_level=True)
-
 import torch
 
 from examples.finetune_data import CHECKPOINT, batches
+from tests.helpers.commands import ROOT
 from xglm_core import XGLMTokenizer
 from xglm_torch import XGLMForCausalLM
 

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 FOLDER = "examples/tiny_model/checkpoint"
 CALLS = 60
 
-torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
