@@ -40,6 +40,13 @@ def test_of_other_ids(fw, load, ids, first):
     np.testing.assert_array_equal(fw.generate(model, **OPTIONS)[:, :1], [[first]])
 
 
+def test_of_an_id_that_the_call_names(fw, model):
+    got = fw.generate(model, bos_token_id=9, **OPTIONS)
+    np.testing.assert_array_equal(got, fw.generate(model, np.array([[9]]), bos_token_id=8, **OPTIONS))
+    with pytest.raises(InputError, match=r"input_ids\[0, 0\] is 131, expected 0 to 130"):
+        model.generate(bos_token_id=131)
+
+
 def test_with_nothing_to_begin_with(fw, load):
     model = load(changed(CONFIG, decoder_start_token_id=None, eos_token_id=None))
     with pytest.raises(InputError, match="neither input_ids nor inputs_embeds is given, expected one of the two"):

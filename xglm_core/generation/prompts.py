@@ -45,26 +45,28 @@ class Prompts:
         past: int = 0,
         past_rows: int | None = None,
         past_mask: np.ndarray | None = None,
+        first: int | None = None,
     ) -> Prompts:
         """Checks what a caller gives.
 
         Args:
             config: the model's configuration.
             input_ids: integers [rows, length], those that a cache holds included. None with nothing in its place is one
-                row of `first_id(config)`.
+                row of one token.
             attention_mask: [rows, length], of embeddings [rows, past + length]; None for what the cache has and no
                 other padding, but see `without`.
             inputs_embeds: [rows, length, d_model], in place of ids, without what a cache holds.
             past: positions that a given cache holds.
             past_rows: rows of that cache, one of which serves all prompts; None if there is none.
             past_mask: the mask of these [rows, past], or None.
+            first: the id of a row of one token; None means `first_id(config)`.
 
         Raises:
             InputError: the shapes do not fit, ids are outside the vocabulary, a row has no token, or there is nothing
                 beyond what the cache holds.
         """
         if input_ids is None and inputs_embeds is None and attention_mask is None and not past:
-            first = first_id(config)
+            first = first_id(config) if first is None else first
             if first is not None:
                 input_ids, attention_mask = np.array([[first]]), np.ones((1, 1), np.int64)
         check_shapes(

@@ -54,7 +54,8 @@ class GenerationSurface:
 
         Args:
             input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them; as
-                `inputs`, too.
+                `inputs`, too. Without any there is one row, which begins with the option `bos_token_id`, or with `</s>`
+                as the tokenizer's texts do.
             attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
                 it begins or ends a row, unless it ends texts as well.
             generation_config: the options; what is None in it is as in `self.generation_config`. Also one of
@@ -191,7 +192,7 @@ class GenerationSurface:
         ids, mask, embeddings = (
             None if given is None else self._to_numpy(given) for given in (input_ids, attention_mask, inputs_embeds)
         )
-        prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask)
+        prompts = Prompts.of(self.config, ids, mask, embeddings, length, rows, past_mask, options.get("bos_token_id"))
         engine = self._engine(past, prompts, options, **own)
         generation = given_options(generation_config, self.generation_config).updated(options)
         return engine, Request(
