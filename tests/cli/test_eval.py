@@ -327,6 +327,16 @@ class TestGeneration:
         assert options == {"stop_strings": ["Q:"], "do_sample": False, "max_new_tokens": 5}
         assert given["until"] == ["\n", "", "  ", "Q:"]
 
+    def test_options_for_drawing_where_nothing_is_drawn(self, tokenizer):
+        """Some tasks have them. `generate` refuses what has no effect."""
+        model = Model()
+        lm = harness_model(model, tokenizer)
+        for given in ({"top_p": 0.9, "top_k": 5}, {"temperature": 0.0, "min_p": 0.1}, {"do_sample": False, "seed": 1}):
+            assert lm.generate_until([request("The dog", {"until": [], "max_gen_toks": 5, **given})]) == ["dog dog"]
+            assert model.read.pop()[1] == {"do_sample": False, "max_new_tokens": 5, "tokenizer": tokenizer}
+        lm.generate_until([request("The dog", {"until": [], "do_sample": True, "top_p": 0.9})])
+        assert model.read.pop()[1]["top_p"] == 0.9
+
     def test_lines(self, tokenizer):
         """`</s>` ends a text, or it is a line break on request."""
         lm = harness_model(Model(), tokenizer, newline="eos")

@@ -6,21 +6,25 @@ import pytest
 from tests.helpers.models import CONFIG, changed
 from xglm_core import XGLMTokenizer
 from xglm_core.errors import InputError
+from xglm_core.generation.prompts import Prompts
 
 OPTIONS = {"max_new_tokens": 5, "stop_at_eos": False}
 TINY = "examples/tiny_model/checkpoint"
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 2}, {"do_sample": True, "seed": 1, "num_return_sequences": 3}], ids=str
-)
-def test_is_that_of_the_empty_text(fw, options):
+def test_is_that_of_the_empty_text(fw):
     model, empty = fw.causal_lm.from_pretrained(TINY), XGLMTokenizer.from_pretrained(TINY)("")
     assert empty["input_ids"] == [2]
-    got = fw.generate(model, **options, **OPTIONS)
-    np.testing.assert_array_equal(got, fw.generate(model, np.array([[2]]), **options, **OPTIONS))
-    if not options:
-        assert [2, *(int(token) for (token,) in model.stream(**OPTIONS))] == got[0].tolist()
+    due = fw.generate(model, np.array([[2]]), **OPTIONS)
+    np.testing.assert_array_equal(fw.generate(model, **OPTIONS), due)
+    assert [2, *(int(token) for (token,) in model.stream(**OPTIONS))] == due[0].tolist()
+
+
+def test_of_drawn_copies(fw, model):
+    options = {"do_sample": True, "seed": 1, "num_return_sequences": 3, **OPTIONS}
+    got = fw.generate(model, **options)
+    np.testing.assert_array_equal(got, fw.generate(model, np.array([[2]]), **options))
+    assert got.shape == (3, 6)
 
 
 @pytest.mark.parametrize(
@@ -28,16 +32,15 @@ def test_is_that_of_the_empty_text(fw, options):
     [
         ({"decoder_start_token_id": 9}, 9),
         ({"decoder_start_token_id": None, "eos_token_id": 7}, 7),
-        (
-            {"decoder_start_token_id": 1, "pad_token_id": 1},
-            1,
-        ),  # Of which without a mask there would be nothing to read.
+        ({"decoder_start_token_id": None, "eos_token_id": [8, 7]}, 8),
+        ({"decoder_start_token_id": 1, "pad_token_id": 1}, 1),
     ],
     ids=str,
 )
-def test_of_other_ids(fw, load, ids, first):
-    model = load(changed(CONFIG, **ids))
-    np.testing.assert_array_equal(fw.generate(model, **OPTIONS)[:, :1], [[first]])
+def test_first_id(ids, first):
+    config = changed(CONFIG, **ids)
+    prompts = Prompts.of(config, None, None)
+    assert prompts.without(config.pad_token_id).texts == ([first],)  # Also of what would be padding without a mask.
 
 
 def test_of_an_id_that_the_call_names(fw, model):
@@ -47,10 +50,9 @@ def test_of_an_id_that_the_call_names(fw, model):
         model.generate(bos_token_id=131)
 
 
-def test_with_nothing_to_begin_with(fw, load):
-    model = load(changed(CONFIG, decoder_start_token_id=None, eos_token_id=None))
+def test_with_nothing_to_begin_with():
     with pytest.raises(InputError, match="neither input_ids nor inputs_embeds is given, expected one of the two"):
-        model.generate()
+        Prompts.of(changed(CONFIG, decoder_start_token_id=None, eos_token_id=None), None, None)
 
 
 def test_a_cache_needs_its_text(fw, model):

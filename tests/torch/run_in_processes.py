@@ -35,7 +35,7 @@ def whole(tensor):
 
 
 def results(folder, name, model, rows, replicated):
-    """The loss and gradients, the tie, and the exported checkpoint."""
+    """The loss and gradients, the tie, scores and texts, and the exported checkpoint."""
     loss = model(IDS[rows], MASK[rows], labels=LABELS[rows], use_cache=False, num_items_in_batch=replicated).loss
     loss.backward()
     dist.all_reduce(loss.detach())
@@ -44,9 +44,11 @@ def results(folder, name, model, rows, replicated):
     logits = model(IDS).logits.detach()
     with torch.no_grad():
         loss_in_evaluation = model.eval()(IDS, MASK, labels=LABELS, use_cache=False, return_logits=False).loss
+        scores = model.score(IDS, MASK)
+        texts = model.generate(IDS, MASK, max_new_tokens=4) if name == "fsdp" else None
     model.save_pretrained(folder / name)
     if dist.get_rank() == 0:
-        found = {"loss": loss.item() / 2, "evaluated": loss_in_evaluation.item()}
+        found = {"loss": loss.item() / 2, "evaluated": loss_in_evaluation.item(), "scores": scores, "texts": texts}
         torch.save({**found, "gradients": gradients, "tied": tied, "logits": logits}, folder / f"{name}.pt")
 
 

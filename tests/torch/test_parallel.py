@@ -69,6 +69,15 @@ def test_mixed_precision(folder, expected):
             assert (gradient - tensor.grad).norm() < 0.05 * tensor.grad.norm(), parameter
 
 
+@pytest.mark.parametrize("name", ["fsdp", "tensor", "mesh"])
+def test_scores_and_texts(folder, name):
+    model = load(folder).eval()
+    found = torch.load(folder / f"{name}.pt")
+    torch.testing.assert_close(found["scores"], model.score(IDS, MASK), rtol=0, atol=1e-5)
+    if name == "fsdp":
+        assert torch.equal(found["texts"], model.generate(IDS, MASK, max_new_tokens=4))
+
+
 @pytest.mark.parametrize("name", ["fsdp", "tensor", "mesh", "bfloat16"])
 def test_exported(folder, name):
     files = {path.name for path in (folder / name).iterdir()}

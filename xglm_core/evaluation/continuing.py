@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from xglm_core.errors import InputError
+from xglm_core.generation.config import FOR_SAMPLING
 from xglm_core.generation.stopping import StopStrings
 from xglm_core.scoring.windows import Window, batches
 
@@ -97,8 +98,8 @@ def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
             raise InputError(
                 f"{name}={options[name]!r} is among a task's options; one text is expected of each request"
             )
-    if not options["do_sample"]:
-        options.pop("temperature", None)  # The harness makes it 0 for greedy generation.
+    if not options["do_sample"]:  # Some tasks say how to draw and not to; and the harness makes the temperature 0.
+        options = {name: value for name, value in options.items() if name not in FOR_SAMPLING}
     return options
 
 

@@ -281,7 +281,7 @@ class GenerationConfig:
         """
         for name, (allowed, expected) in _ALLOWED.items():
             value = getattr(self, name)
-            if name in _FOR_SAMPLING and not self.do_sample:
+            if name in FOR_SAMPLING and not self.do_sample:
                 continue  # As in transformers, where a file may have temperature 0 to say that nothing is drawn.
             if not allowed(value):
                 raise InputError(f"{name} is {value!r}, expected {expected}")
@@ -497,7 +497,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 _DEFAULTS = vars(GenerationConfig())
-_FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 # What None says of an option, where that is not its default: as in transformers, no limit.
 _OFF = {**_DEFAULTS, "top_k": 0}
 _FOR_BEAMS = ("length_penalty", "early_stopping")
@@ -507,7 +507,7 @@ def _check_effects(config: GenerationConfig, options: dict[str, Any]) -> None:
     """Refuses options of a call that could not have the effect that the caller expects of them."""
     asked = {name for name, value in options.items() if value != _DEFAULTS[name]}
     for names, needed, is_met in (
-        (_FOR_SAMPLING, "do_sample=True", config.do_sample),
+        (FOR_SAMPLING, "do_sample=True", config.do_sample),
         (_FOR_BEAMS, "num_beams of 2 or more", config.num_beams > 1),
         (("output_scores", "output_logits"), "return_dict_in_generate=True", config.return_dict_in_generate),
     ):
