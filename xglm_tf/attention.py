@@ -11,9 +11,6 @@ import tensorflow as tf
 from xglm_core.config import XGLMConfig
 from xglm_tf.dropout import TFXGLMDropout
 
-# Low enough that exp() of it is 0 beside any score; finite, so that a row in which it is everywhere stays finite.
-_MASKED = -1e30
-
 
 class TFXGLMAttention(keras.layers.Layer):
     """softmax(q k^T / sqrt(head_dim) + mask) v, with biased projections, softmax in float32.
@@ -28,7 +25,7 @@ class TFXGLMAttention(keras.layers.Layer):
         super().__init__(**kwargs)
         width = len(heads) * config.head_dim
         self.config = config
-        self.heads = tuple(heads)
+        self.heads = list(heads)
         self.k_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="k_proj")
         self.v_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="v_proj")
         self.q_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="q_proj")
@@ -51,10 +48,8 @@ class TFXGLMAttention(keras.layers.Layer):
         key: tf.Tensor,
         value: tf.Tensor,
         mask: tf.Tensor | None,
-        *,
         head_mask: tf.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Attends from each position to the keys.
 
         Args:
@@ -62,23 +57,21 @@ class TFXGLMAttention(keras.layers.Layer):
             key, value: [batch, heads, keys, head_dim].
             mask: bool [batch, 1, length or 1, keys], True = attend; None = every key.
             head_mask: factors of the heads' probabilities [config.attention_heads]; None = 1.
-            output_attentions: whether to return the probabilities.
 
         Returns:
-            [batch, length, d_model], and the probabilities [batch, heads, length, keys] or None.
+            [batch, length, d_model], and the probabilities [batch, heads, length, keys].
         """
         query = self._split_heads(self.q_proj(hidden_states) * self.config.head_dim**-0.5)
-        # Differs: written out, because Keras' fused attention is several times slower for one query on a CPU.
+        # Differs: not fused as in PyTorch; what Keras has is several times slower for one query on a CPU.
         weights = tf.cast(_probabilities(query, key, mask), value.dtype)
         context = tf.matmul(self.dropout(weights), value)
         if head_mask is not None:
             # The factor of a head's probabilities is one of its result, which is smaller.
             factors = tf.cast(tf.gather(head_mask, self.heads), value.dtype)[:, None, None]
-            context *= factors
-            weights = weights * factors if output_attentions else None
-        batch, _, length, _ = keras.ops.shape(query)
-        context = tf.reshape(tf.transpose(context, (0, 2, 1, 3)), (batch, length, query.shape[1] * query.shape[3]))
-        return self.out_proj(context), weights if output_attentions else None
+            context, weights = context * factors, weights * factors
+        batch, heads, length, head_dim = keras.ops.shape(context)
+        context = tf.reshape(tf.transpose(context, (0, 2, 1, 3)), (batch, length, heads * head_dim))
+        return self.out_proj(context), weights
 
     def _split_heads(self, states: tf.Tensor) -> tf.Tensor:
         """[batch, length, width] -> [batch, heads, length, head_dim]."""
@@ -91,14 +84,14 @@ def attention_mask_for(mask: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor
     """Which keys each new position sees: those up to itself that are not padding.
 
     Args:
-        mask: bool [batch, keys], False for padding; keys past the new positions may have any value.
+        mask: bool [batch, keys], False for padding, and where the cache is not filled.
         past: cached positions, int32.
         length: new positions.
 
     Returns:
         bool [batch, 1, length, keys], True = attend.
     """
-    # Differs: always a tensor, because a cache of fixed capacity has keys that nothing may see yet.
+    # Differs: never None as in `xglm_torch.attention`: a cache of fixed capacity has keys that nothing may see yet.
     slots = tf.range(keras.ops.shape(mask)[1])
     causal = slots <= past + tf.range(length)[:, None]
     return causal & mask[:, None, None, :]
@@ -107,4 +100,5 @@ def attention_mask_for(mask: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor
 def _probabilities(query: tf.Tensor, key: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
     """float32 [batch, heads, length, keys], of a query that is scaled."""
     scores = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)
-    return tf.nn.softmax(scores if mask is None else tf.where(mask, scores, _MASKED))
+    # Masked scores are finite, so that a row without any visible key is a mean of values rather than NaN.
+    return tf.nn.softmax(scores if mask is None else tf.where(mask, scores, scores.dtype.min))

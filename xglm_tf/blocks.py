@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_tf.attention import TFXGLMAttention
-from xglm_tf.cache import KeyValue, written
+from xglm_tf.cache import write
 from xglm_tf.dropout import TFXGLMDropout
 
 ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
@@ -20,6 +20,26 @@ ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "silu": tf.nn.silu,
     "gelu_new": functools.partial(tf.nn.gelu, approximate=True),
 }
+
+
+class BlockInputs(NamedTuple):
+    """What all blocks of a call are given, tensors or None.
+
+    Attributes:
+        mask: see `attention_mask_for`; the keys are the new positions alone if the cache is empty, else all that it has
+            room for.
+        start: how many positions the cache holds, int32.
+        encoder_hidden_states: [batch, encoder length, d_model], or None.
+        encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
+        head_mask, cross_attn_head_mask: factors of the probabilities [num_layers, attention_heads], or None.
+    """
+
+    mask: tf.Tensor
+    start: tf.Tensor
+    encoder_hidden_states: tf.Tensor | None = None
+    encoder_mask: tf.Tensor | None = None
+    head_mask: tf.Tensor | None = None
+    cross_attn_head_mask: tf.Tensor | None = None
 
 
 class TFXGLMDecoderLayer(keras.layers.Layer):
@@ -32,6 +52,7 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
         super().__init__(name=f"layers.{index}", **kwargs)
         activation, dtype = config.activation_function, self.dtype_policy
         self.config = config
+        self.index = index
         self.self_attn = TFXGLMAttention(config, config.kept_heads(index), dtype=dtype, name="self_attn")
         if config.add_cross_attention:
             every = range(config.attention_heads)
@@ -63,76 +84,49 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
         self.final_layer_norm.build(states)
 
     def call(
-        self,
-        hidden_states: tf.Tensor,
-        mask: tf.Tensor,
-        past: tuple[tf.Tensor, ...] | None = None,
-        start: tf.Tensor | None = None,
-        *,
-        encoder_hidden_states: tf.Tensor | None = None,
-        encoder_mask: tf.Tensor | None = None,
-        head_mask: tf.Tensor | None = None,
-        cross_attn_head_mask: tf.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor | None, tf.Tensor | None]:
+        self, hidden_states: tf.Tensor, shared: BlockInputs, past: tuple[tf.Tensor, ...] = ()
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor, tf.Tensor | None]:
         """Runs the block.
 
-        Differs: it is given its own part of a cache and returns the new one. Keras walks through all arguments of each
-        layer, which would take long for a whole cache.
+        Differs: it is given its own part of a cache and returns the new one, where `XGLMDecoderLayer` in PyTorch writes
+        into the cache: tensors cannot be written. Keras walks through all arguments of each layer, which would take
+        long for a whole cache.
 
         Args:
             hidden_states: [batch, length, d_model].
-            mask: see `attention_mask_for`; the keys are the new positions alone if the cache is empty, else all that
-                it has room for.
-            past: storage of keys and values [batch, heads, capacity, head_dim], then the encoder's keys and values if
-                the cache holds any; or None.
-            start: how many positions `past` holds, int32; or None.
-            encoder_hidden_states: [batch, encoder length, d_model], or None.
-            encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
-            head_mask, cross_attn_head_mask: this block's rows, [config.attention_heads], or None.
-            output_attentions: whether to return the probabilities of both attentions.
+            shared: what all blocks are given.
+            past: see `TFXGLMCache.part`; empty without a cache.
 
         Returns:
             [batch, length, d_model]; `past` with the new keys and values, and with those of the encoder if there are
-            any; the probabilities of self-attention and cross-attention, or None.
+            any; the probabilities of self-attention and cross-attention, the latter None without an encoder.
         """
         residual = hidden_states
         hidden_states = self.self_attn_layer_norm(hidden_states)
         key, value = self.self_attn.keys_and_values(hidden_states)
         present: tuple[tf.Tensor, ...] = ()
-        if past is not None:
-            present = written(past[0], key, start), written(past[1], value, start)
-            if tf.get_static_value(start) != 0:  # An empty cache has no keys but the new ones to attend to.
+        if past:
+            present = write(past[0], key, shared.start), write(past[1], value, shared.start)
+            if tf.get_static_value(shared.start) != 0:  # An empty cache has no keys but the new ones to attend to.
                 key, value = present
-        hidden_states, attentions = self.self_attn(
-            hidden_states, key, value, mask, head_mask=head_mask, output_attentions=output_attentions
-        )
+        head_mask = None if shared.head_mask is None else shared.head_mask[self.index]
+        hidden_states, attentions = self.self_attn(hidden_states, key, value, shared.mask, head_mask)
         hidden_states = residual + self.dropout(hidden_states)
 
-        cross_attentions = None
-        encoder = self._encoder_keys_and_values(past, encoder_hidden_states)
-        if encoder is not None:
+        encoder, cross_attentions = past[2:], None
+        if not encoder and shared.encoder_hidden_states is not None:
+            encoder = self.encoder_attn.keys_and_values(shared.encoder_hidden_states)
+        if encoder:
             residual = hidden_states
-            hidden_states, cross_attentions = self.encoder_attn(
-                self.encoder_attn_layer_norm(hidden_states),
-                *encoder,
-                encoder_mask,
-                head_mask=cross_attn_head_mask,
-                output_attentions=output_attentions,
-            )
+            hidden_states = self.encoder_attn_layer_norm(hidden_states)
+            head_mask = None if shared.cross_attn_head_mask is None else shared.cross_attn_head_mask[self.index]
+            hidden_states, cross_attentions = self.encoder_attn(hidden_states, *encoder, shared.encoder_mask, head_mask)
             hidden_states = residual + self.dropout(hidden_states)
-            present = (*present, *encoder)
 
         residual = hidden_states
         hidden_states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
         hidden_states = self.fc2(self.activation_dropout(hidden_states))
-        return residual + self.dropout(hidden_states), present, attentions, cross_attentions
-
-    def _encoder_keys_and_values(self, past: tuple[tf.Tensor, ...] | None, states: tf.Tensor | None) -> KeyValue | None:
-        """What cross-attention attends to: the cache's, or the encoder states'; None if there is neither."""
-        if past is not None and len(past) == 4:
-            return past[2], past[3]
-        return None if states is None else self.encoder_attn.keys_and_values(states)
+        return residual + self.dropout(hidden_states), (*present, *encoder), attentions, cross_attentions
 
 
 def layer_norm(name: str, dtype: Any) -> keras.layers.LayerNormalization:

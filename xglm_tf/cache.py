@@ -31,7 +31,7 @@ class TFXGLMCache:
     Attributes:
         keys: per layer [batch, heads, capacity, head_dim].
         values: the same.
-        mask: bool [batch, capacity], False for padding; True where nothing is held yet.
+        mask: bool [batch, capacity], False for padding, and where nothing is held yet.
         length: positions held, int32 scalar.
         encoder: per layer, key and value of the encoder's positions, each [batch, heads, encoder length, head_dim];
             empty without cross-attention.
@@ -118,7 +118,7 @@ def empty_cache(config: XGLMConfig, batch: int | tf.Tensor, capacity: int | tf.T
         if heads not in storage:
             storage[heads] = tf.zeros((batch, heads, capacity, config.head_dim), dtype)
         layers.append(storage[heads])
-    return TFXGLMCache(tuple(layers), tuple(layers), tf.ones((batch, capacity), tf.bool), tf.constant(0))
+    return TFXGLMCache(tuple(layers), tuple(layers), tf.zeros((batch, capacity), tf.bool), tf.constant(0))
 
 
 def as_cache(past_key_values: Any, config: XGLMConfig) -> TFXGLMCache | None:
@@ -142,25 +142,26 @@ def as_cache(past_key_values: Any, config: XGLMConfig) -> TFXGLMCache | None:
 
 
 def extend_cache(
-    past: TFXGLMCache | None, config: XGLMConfig, new: int | tf.Tensor, mask: tf.Tensor, dtype: str
+    past: TFXGLMCache | None, config: XGLMConfig, batch: int | tf.Tensor, new: int | tf.Tensor, dtype: str
 ) -> TFXGLMCache:
-    """The cache for `new` positions after `past`, to be filled by `written` layer by layer.
+    """A cache like `past` with room for `new` positions, to be filled by `write` layer by layer.
 
-    Its length is still that of `past`. While tracing, `past` keeps its capacity, and the positions must fit.
+    Its length and mask are still those of `past`. Where the capacity is fixed and the length unknown, in compiled code,
+    it stays as it is, and the positions must fit.
 
     Args:
         past: what was read before, or None; it stays valid and unchanged.
         config: the model's configuration.
+        batch: rows.
         new: positions to add.
-        mask: bool [batch, at least past + new and at most the capacity], False for padding.
         dtype: type of keys and values.
     """
     if past is None:
-        past = empty_cache(config, keras.ops.shape(mask)[0], _rounded_up(new), dtype)
-    elif tf.executing_eagerly():
-        past = with_capacity(past, max(past.capacity, _rounded_up(int(past.length) + new)))
-    unused = past.capacity - keras.ops.shape(mask)[1]
-    return dataclasses.replace(past, mask=tf.pad(mask, ((0, 0), (0, unused)), constant_values=True))
+        return empty_cache(config, batch, _rounded_up(new), dtype)
+    capacity, needed = past.capacity, past.get_seq_length() + new
+    if isinstance(capacity, int) and isinstance(needed, int):
+        return with_capacity(past, max(capacity, _rounded_up(needed)))
+    return past if isinstance(capacity, int) else with_capacity(past, tf.maximum(capacity, _rounded_up(needed)))
 
 
 def with_capacity(cache: TFXGLMCache, capacity: int | tf.Tensor) -> TFXGLMCache:
@@ -172,7 +173,7 @@ def with_capacity(cache: TFXGLMCache, capacity: int | tf.Tensor) -> TFXGLMCache:
         cache,
         keys=tuple(tf.pad(storage, ((0, 0), (0, 0), (0, more), (0, 0))) for storage in cache.keys),
         values=tuple(tf.pad(storage, ((0, 0), (0, 0), (0, more), (0, 0))) for storage in cache.values),
-        mask=tf.pad(cache.mask, ((0, 0), (0, more)), constant_values=True),
+        mask=tf.pad(cache.mask, ((0, 0), (0, more))),
     )
 
 
@@ -206,21 +207,22 @@ def picked(cache: TFXGLMCache, places: tf.Tensor, mask: tf.Tensor) -> TFXGLMCach
     )
 
 
-def written(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+def write(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
     """`storage` [batch, heads, capacity, head_dim] with `new` [batch, heads, new, head_dim] from `start` on.
 
-    Differs: gradients flow through all of it, as nothing is overwritten.
+    Differs: it returns another tensor, where `XGLMCache.write` in PyTorch writes into its storage; and gradients flow
+    through all of it, as nothing is overwritten.
     """
-    return (_written if tf.executing_eagerly() else _written_traced)(storage, new, start)
+    return (_write if tf.executing_eagerly() else _write_traced)(storage, new, start)
 
 
 @tf.custom_gradient
-def _written(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
-    """See `written`; the operation that does it has no gradient in TensorFlow."""
+def _write(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
+    """See `write`; the operation that does it has no gradient in TensorFlow."""
 
     def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, None]:
         positions = start + tf.range(tf.shape(new)[2])
-        return _written(upstream, tf.zeros_like(new), start), tf.gather(upstream, positions, axis=2), None
+        return _write(upstream, tf.zeros_like(new), start), tf.gather(upstream, positions, axis=2), None
 
     if storage.shape[0] == 1:
         # XLA would drop this axis later, and then not see that it could write in place.
@@ -230,7 +232,7 @@ def _written(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tuple[tf.T
 
 # TensorFlow never forgets a graph in which it met a custom gradient. Here it meets a small one: the caller's would keep
 # all weights in memory after the model is gone.
-_written_traced = tf.function(_written, autograph=False)
+_write_traced = tf.function(_write, autograph=False)
 
 
 def _rounded_up(positions: int | tf.Tensor) -> int | tf.Tensor:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from xglm_core.calls import DecoderInputs, DecoderResults, Wanted, present, resolve
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
@@ -20,16 +21,16 @@ from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_tf.cache import TFXGLMCache, as_cache
 from xglm_tf.decoder import TFXGLMMainLayer
 from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine, draw_seed
-from xglm_tf.inputs import check_head_arguments, is_traced
+from xglm_tf.inputs import check_arguments, check_head_arguments, is_traced
 from xglm_tf.loss import causal_lm_loss, counted_labels
-from xglm_tf.pretrained import embedding_matrix
+from xglm_tf.pretrained import TFXGLMPreTrainedModel, embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
 from xglm_tf.tracing import compiled
-from xglm_tf.training import TFXGLMTrainable
-from xglm_tf.tying import TableAndHead, table_and_head
+from xglm_tf.training import Training
+from xglm_tf.tying import table_and_head
 from xglm_tf.weights import name_scopes, unlocked
 
-# For how many rows the head computes another product, and in how many parts at most; see `_logits`.
+# For how many rows the head computes another product, and in how many parts at most; see `TFXGLMForCausalLM.logits`.
 _FEW_ROWS, _PARTS = 16, 8
 
 
@@ -38,7 +39,7 @@ class TFXGLMHead(keras.layers.Dense):
 
 
 @keras.saving.register_keras_serializable(package="xglm")
-class TFXGLMForCausalLM(GenerationSurface, TFXGLMTrainable):
+class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
     """Decoder and head: logits of the next token. The head is the embedding matrix if `config.tie_word_embeddings`.
 
     Args:
@@ -86,7 +87,6 @@ class TFXGLMForCausalLM(GenerationSurface, TFXGLMTrainable):
         logits_to_keep: int | tf.Tensor = 0,
         num_items_in_batch: int | tf.Tensor | None = None,
         return_logits: bool | None = None,
-        uses: TableAndHead | None = None,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
         """Runs the decoder and the head.
 
@@ -101,7 +101,6 @@ class TFXGLMForCausalLM(GenerationSurface, TFXGLMTrainable):
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
             return_logits: whether to return logits, which the loss does not need; None means yes, but in training with
                 labels only if `logits_to_keep` asks for some.
-            uses: see `table_and_head`. Differs: for a step of `fit`, where Keras computes the loss after the call.
 
         Returns:
             The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in
@@ -110,11 +109,7 @@ class TFXGLMForCausalLM(GenerationSurface, TFXGLMTrainable):
         Raises:
             InputError: see `TFXGLMModel.call`; or labels outside the vocabulary.
         """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        check_head_arguments(self.config, tokens, labels, logits_to_keep)
-        tied = training and labels is not None and inputs_embeds is None and self.lm_head is None
-        uses = table_and_head(self.model.embed_tokens) if tied else uses
-        outputs = self.model(
+        inputs = DecoderInputs(
             input_ids,
             attention_mask,
             position_ids,
@@ -122,47 +117,51 @@ class TFXGLMForCausalLM(GenerationSurface, TFXGLMTrainable):
             encoder_attention_mask,
             head_mask,
             cross_attn_head_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            uses=uses,
+            inputs_embeds,
         )
-        hidden_states = outputs.last_hidden_state
+        cache = as_cache(past_key_values, self.config)
+        check_head_arguments(self.config, inputs, labels, logits_to_keep)
+        check_arguments(self.config, inputs, cache)
+        wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
         loss = logits = None
-        if labels is not None:
-            head = None if uses is None else uses.head
+        if labels is None:
+            results = self.model(inputs, cache, wanted=wanted)
+        else:
             labels = counted_labels(tf.convert_to_tensor(labels), attention_mask)
-            loss = self.loss_of(hidden_states, labels, num_items_in_batch, training=training, head=head).loss
+            items = num_items_in_batch
+            results, output = self.decode_with_loss(inputs, cache, wanted, labels, items, training=training)
+            loss = output.loss
         if wants_logits(return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep):
-            logits = self._logits(_kept(hidden_states, logits_to_keep))
-        results = CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
-        return results if (self.config.return_dict if return_dict is None else return_dict) else results.to_tuple()
+            logits = self.logits(_kept(results.last_hidden_state, logits_to_keep))
+        shown = results._asdict()
+        del shown["last_hidden_state"]
+        return present(CausalLMOutputWithCrossAttentions, self.config, return_dict, loss=loss, logits=logits, **shown)
 
-    def loss_of(
+    def decode_with_loss(
         self,
-        hidden_states: tf.Tensor,
+        inputs: DecoderInputs,
+        cache: TFXGLMCache | None,
+        wanted: Wanted,
         labels: tf.Tensor,
         num_items_in_batch: int | tf.Tensor | None = None,
         weights: tf.Tensor | None = None,
         *,
         training: bool = False,
-        head: tf.Tensor | None = None,
-    ) -> LossOutput:
-        """The loss from the decoder's last states; see `xglm_tf.loss.causal_lm_loss`. None takes the model's head."""
-        matrix = self.model.embed_tokens.embeddings if self.lm_head is None else self.lm_head.kernel
-        return causal_lm_loss(
-            hidden_states,
-            head if head is not None else matrix if self.lm_head is None else self.lm_head,
+    ) -> tuple[DecoderResults, LossOutput]:
+        """Decodes, and computes the loss; see `causal_lm_loss`. Nothing is checked.
+
+        In training, the two uses of a tied matrix have one gradient.
+        """
+        embedding, head = self.model.embed_tokens, self.lm_head
+        matrix = embedding.embeddings if head is None else head.kernel
+        tied = training and head is None and inputs.inputs_embeds is None
+        both = table_and_head(embedding, inputs.input_ids) if tied else None
+        if both is not None:
+            inputs = inputs._replace(input_ids=None, inputs_embeds=embedding.scaled(both[0]))
+        results = self.model(inputs, cache, wanted=wanted, training=training)
+        output = causal_lm_loss(
+            results.last_hidden_state,
+            both[1] if both is not None else matrix if head is None else head,
             labels,
             num_items_in_batch,
             options=self.loss_options,
@@ -171,6 +170,7 @@ class TFXGLMForCausalLM(GenerationSurface, TFXGLMTrainable):
             # With an adapter, the matrix is a sum.
             train_head=getattr(matrix, "trainable", True),
         )
+        return results, output
 
     def prepare_inputs_for_generation(
         self,
@@ -242,8 +242,8 @@ class TFXGLMForCausalLM(GenerationSurface, TFXGLMTrainable):
             name="lm_head",
         )
 
-    def _logits(self, hidden_states: tf.Tensor) -> tf.Tensor:
-        """[batch, length, d_model] -> [batch, length, vocab_size]."""
+    def logits(self, hidden_states: tf.Tensor) -> tf.Tensor:
+        """The head: [batch, length, d_model] -> [batch, length, vocab_size]."""
         if self.lm_head is not None:
             return self.lm_head(hidden_states)
         batch, length, d_model = keras.ops.shape(hidden_states)

@@ -10,17 +10,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from xglm_core.calls import DecoderInputs, DecoderResults, Wanted, present, resolve
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.config import XGLMConfig
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_tf.attention import attention_mask_for
-from xglm_tf.blocks import TFXGLMDecoderLayer, layer_norm
-from xglm_tf.cache import TFXGLMCache, as_cache, extend_cache, with_capacity
+from xglm_tf.blocks import BlockInputs, TFXGLMDecoderLayer, layer_norm
+from xglm_tf.cache import TFXGLMCache, as_cache, extend_cache
 from xglm_tf.dropout import TFXGLMDropout
-from xglm_tf.inputs import check_arguments, check_position_ids
+from xglm_tf.inputs import check_arguments
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
-from xglm_tf.tying import TableAndHead
 
 
 class TFXGLMSinusoidalPositionalEmbedding(keras.layers.Layer):
@@ -52,9 +52,12 @@ class TFXGLMScaledWordEmbedding(keras.layers.Embedding):
         super().__init__(config.vocab_size, config.d_model, **kwargs)
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
 
-    def call(self, inputs: tf.Tensor, uses: TableAndHead | None = None) -> tf.Tensor:
-        """[batch, length, d_model] for ids [batch, length]; see `table_and_head` for `uses`."""
-        rows = super().call(inputs) if uses is None else uses.look_up(inputs)
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """[batch, length, d_model] for ids [batch, length]."""
+        return self.scaled(super().call(inputs))
+
+    def scaled(self, rows: tf.Tensor) -> tf.Tensor:
+        """Rows of the matrix times `embed_scale`."""
         # In float32: in bfloat16 the scale itself would be rounded, by up to 0.2%.
         return tf.cast(tf.cast(rows, tf.float32) * self.embed_scale, self.compute_dtype)
 
@@ -86,103 +89,73 @@ class TFXGLMMainLayer(keras.layers.Layer):
 
     def call(
         self,
-        input_ids: tf.Tensor | None = None,
-        attention_mask: tf.Tensor | None = None,
-        position_ids: tf.Tensor | None = None,
-        encoder_hidden_states: tf.Tensor | None = None,
-        encoder_attention_mask: tf.Tensor | None = None,
-        head_mask: tf.Tensor | None = None,
-        cross_attn_head_mask: tf.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: tf.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        training: bool = False,
+        inputs: DecoderInputs,
+        cache: TFXGLMCache | None = None,
         *,
-        uses: TableAndHead | None = None,
-    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
-        """See `TFXGLMModel.call`; and `table_and_head` for `uses`."""
-        config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        given, past_key_values = past_key_values, as_cache(past_key_values, config)
-        past = tf.constant(0) if past_key_values is None else past_key_values.length
-        check_arguments(
-            config,
-            past_key_values,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            head_mask=head_mask,
-            cross_attn_head_mask=cross_attn_head_mask,
-            inputs_embeds=inputs_embeds,
-        )
-        hidden_states = self.embed_tokens(input_ids, uses=uses) if inputs_embeds is None else inputs_embeds
-        batch, length, _ = keras.ops.shape(hidden_states)
-        mask = _key_mask(attention_mask, past_key_values, batch, length)
-        cache = None
-        if use_cache or past_key_values is not None:
-            if past_key_values is not given:  # The caller's tensors are full.
-                past_key_values = with_capacity(past_key_values, past_key_values.capacity + length)
-            cache = extend_cache(past_key_values, config, length, mask, self.compute_dtype)
-            if encoder_attention_mask is not None:
-                cache = dataclasses.replace(cache, encoder_mask=tf.cast(encoder_attention_mask, tf.bool))
-            encoder_attention_mask = cache.encoder_mask
-            mask = cache.mask[:, :length] if cache.known_length == 0 else cache.mask
-        if position_ids is None:
-            position_ids = _position_ids(mask, past, length)
-        check_position_ids(config, position_ids)
+        wanted: Wanted,
+        training: bool = False,
+    ) -> DecoderResults:
+        """Decodes: embeds, adds positions, runs the blocks, norms. Nothing is checked.
 
-        positions = tf.cast(self.embed_positions(position_ids), self.compute_dtype)
-        hidden_states = self.dropout(hidden_states + positions)
+        Args:
+            inputs: what to read; with a cache that holds some, the mask may have columns up to its capacity.
+            cache: what was read before, or None; it stays valid and unchanged.
+            wanted: what to return besides the last states.
+            training: whether dropout acts.
+        """
+        hidden_states = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
+        batch, length, _ = keras.ops.shape(hidden_states)
+        past = tf.constant(0) if cache is None else cache.length
+        encoder_mask = inputs.encoder_attention_mask
+        if encoder_mask is not None:
+            encoder_mask = tf.cast(encoder_mask, tf.bool)
+        if wanted.cache or cache is not None:
+            cache = extend_cache(cache, self.config, batch, length, self.compute_dtype)
+            encoder_mask = cache.encoder_mask if encoder_mask is None else encoder_mask
+            mask = key_mask(inputs.attention_mask, cache.mask, past, length)
+            cache = dataclasses.replace(cache, mask=mask, encoder_mask=encoder_mask)
+            mask = mask[:, :length] if cache.known_length == 0 else mask
+        else:
+            mask = key_mask(inputs.attention_mask, tf.zeros((batch, length), tf.bool), past, length)
+        position_ids = inputs.position_ids
+        if position_ids is None:
+            position_ids = position_ids_for(mask, past, length)
+        hidden_states += tf.cast(self.embed_positions(position_ids), self.compute_dtype)
+        hidden_states = self.dropout(hidden_states)
         if cache is not None and not tf.executing_eagerly():
             # Compiled code cannot raise, and would overwrite the last positions: NaN is better than wrong.
             hidden_states = tf.where(past + length <= cache.capacity, hidden_states, math.nan)
-        attend = attention_mask_for(mask, past, length)
-        attend_encoder = (
-            None if encoder_attention_mask is None else tf.cast(encoder_attention_mask, tf.bool)[:, None, None, :]
+
+        shared = BlockInputs(
+            attention_mask_for(mask, past, length),
+            past,
+            inputs.encoder_hidden_states,
+            None if encoder_mask is None else encoder_mask[:, None, None, :],
+            inputs.head_mask,
+            inputs.cross_attn_head_mask,
         )
-        all_states: list[tf.Tensor] = []
-        all_parts: list[tuple[tf.Tensor, ...]] = []
-        all_attentions: list[tf.Tensor] = []
-        all_cross_attentions: list[tf.Tensor] = []
+        all_states, parts, all_attentions, all_cross_attentions = [], [], [], []
         for index, layer in enumerate(self.layers):
-            if output_hidden_states:
-                all_states.append(hidden_states)
-            new_states, part, attentions, cross_attentions = layer(
-                hidden_states,
-                attend,
-                None if cache is None else cache.part(index),
-                past,
-                encoder_hidden_states=encoder_hidden_states,
-                encoder_mask=attend_encoder,
-                head_mask=None if head_mask is None else head_mask[index],
-                cross_attn_head_mask=None if cross_attn_head_mask is None else cross_attn_head_mask[index],
-                output_attentions=output_attentions,
+            before = hidden_states
+            hidden_states, part, attentions, cross_attentions = layer(
+                before, shared, () if cache is None else cache.part(index)
             )
-            hidden_states = self._dropped(hidden_states, new_states, training)
-            all_parts.append(part)
-            if attentions is not None:
-                all_attentions.append(attentions)
-            if cross_attentions is not None:
+            hidden_states = self._dropped(before, hidden_states, training)
+            parts.append(part)
+            if wanted.hidden_states:
+                all_states.append(before)
+            if wanted.attentions:
+                # Without the room that nothing fills yet. Compiled code, whose shapes are fixed, reports it as zeros.
+                all_attentions.append(attentions[..., : past + length] if tf.executing_eagerly() else attentions)
                 all_cross_attentions.append(cross_attentions)
         hidden_states = self.layer_norm(hidden_states)
-        if tf.executing_eagerly():
-            # Without the room that nothing fills yet. Compiled code, whose shapes are fixed, reports it as zeros.
-            all_attentions = [weights[..., : past + length] for weights in all_attentions]
-        outputs = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states,
-            past_key_values=None if cache is None or not use_cache else cache.filled(all_parts, past + length),
-            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) or None,
-            cross_attentions=tuple(all_cross_attentions) or None,
+        return DecoderResults(
+            hidden_states,
+            cache.filled(parts, past + length) if wanted.cache else None,
+            (*all_states, hidden_states) if wanted.hidden_states else None,
+            tuple(all_attentions) or None,
+            None if None in all_cross_attentions else tuple(all_cross_attentions) or None,
         )
-        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     def _dropped(self, before: tf.Tensor, after: tf.Tensor, training: bool) -> tf.Tensor:
         """What follows a block: in training, with probability `config.layerdrop`, what came before it.
@@ -285,7 +258,7 @@ class TFXGLMModel(TFXGLMPreTrainedModel):
                 the vocabulary or a position past the limit. Inside a `tf.function` no values are checked: the result is
                 NaN if a position is past the limit or the cache, which cannot grow there, is full.
         """
-        return self.model(
+        inputs = DecoderInputs(
             input_ids,
             attention_mask,
             position_ids,
@@ -293,25 +266,36 @@ class TFXGLMModel(TFXGLMPreTrainedModel):
             encoder_attention_mask,
             head_mask,
             cross_attn_head_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
+            inputs_embeds,
         )
+        cache = as_cache(past_key_values, self.config)
+        check_arguments(self.config, inputs, cache)
+        wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
+        results = self.model(inputs, cache, wanted=wanted)
+        return present(BaseModelOutputWithPastAndCrossAttentions, self.config, return_dict, **results._asdict())
 
 
-def _key_mask(
-    attention_mask: tf.Tensor | None, past: TFXGLMCache | None, batch: int | tf.Tensor, length: int | tf.Tensor
-) -> tf.Tensor:
-    """The mask over cached and new positions, bool [batch, at least past + length]."""
+def key_mask(attention_mask: tf.Tensor | None, held: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:
+    """Which keys are no padding, among cached and new ones.
+
+    Args:
+        attention_mask: that of the call, over cached and new positions; None means no further padding.
+        held: bool [batch, capacity], False where nothing is held yet.
+        past: cached positions, int32.
+        length: new positions.
+
+    Returns:
+        bool [batch, capacity].
+    """
+    capacity = keras.ops.shape(held)[1]
     if attention_mask is not None:
-        return tf.cast(attention_mask, tf.bool)
-    return tf.ones((batch, length), tf.bool) if past is None else past.mask
+        unused = capacity - keras.ops.shape(attention_mask)[1]
+        return tf.pad(tf.cast(attention_mask, tf.bool), ((0, 0), (0, unused)))
+    slots = tf.range(capacity)
+    return held | ((slots >= past) & (slots < past + length))
 
 
-def _position_ids(mask: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:
+def position_ids_for(mask: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:
     """Counts each row's tokens that are not padding: [batch, length]; padding repeats the position before it."""
     counts = tf.maximum(tf.cumsum(tf.cast(mask, tf.int32), axis=1) - 1, 0)
     # A slice would do, but XLA would compile it anew for each value of `past`.

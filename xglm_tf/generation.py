@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
+from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.generation.engine import BLOCK, Processor, check_processed
 from xglm_core.generation.prompts import rounded_up
 from xglm_core.generation.rules import Rules
@@ -79,7 +80,7 @@ class TFEngine:
                 past = reordered(past, self._tensor(np.zeros(len(tokens), int)))
             capacity = max(capacity, int(past.capacity))
             past = with_capacity(past, capacity)
-        mask = np.ones((len(tokens), capacity), bool)
+        mask = np.zeros((len(tokens), capacity), bool)
         mask[:, : attention_mask.shape[1]] = attention_mask
         given = tf.constant(tokens, tf.int32 if tokens.ndim == 2 else tf.float32)
         self.logits, self._cache = self._compiled.prefill(given, tf.constant(mask), past)
@@ -167,13 +168,9 @@ def _prefill(
     """
     if past is None:
         past = empty_cache(model.config, mask.shape[0], mask.shape[1], model.compute_dtype)
-    past = dataclasses.replace(past, mask=mask)
     if tokens.dtype.is_floating:
-        given = {"inputs_embeds": tf.cast(tokens, model.compute_dtype)}
-    else:
-        given = {"input_ids": tokens}
-    outputs = model(**given, past_key_values=past, use_cache=True, return_dict=True, logits_to_keep=1)
-    return outputs.logits[:, 0], outputs.past_key_values
+        return _read(model, DecoderInputs(attention_mask=mask, inputs_embeds=tokens), past)
+    return _read(model, DecoderInputs(tokens, mask), past)
 
 
 def _feed(
@@ -181,8 +178,13 @@ def _feed(
 ) -> tuple[tf.Tensor, TFXGLMCache, tf.Tensor]:
     """Reads an id of each row [rows]; returns logits [rows, vocab_size], the cache, and `seen` with these ids."""
     column = tokens[:, None]
-    outputs = model(column, past_key_values=cache, use_cache=True, return_dict=True, logits_to_keep=1)
-    return outputs.logits[:, 0], outputs.past_key_values, selection.mark_seen(seen, column)
+    return *_read(model, DecoderInputs(column), cache), selection.mark_seen(seen, column)
+
+
+def _read(model: TFXGLMForCausalLM, inputs: DecoderInputs, cache: TFXGLMCache) -> tuple[tf.Tensor, TFXGLMCache]:
+    """The logits of the last token of each row [rows, vocab_size], and the cache."""
+    results = model.model(inputs, cache, wanted=Wanted(cache=True))
+    return model.logits(results.last_hidden_state[:, -1:])[:, 0], results.past_key_values
 
 
 def _select(logits: tf.Tensor, seen: tf.Tensor, rules: TFRules, keys: tf.Tensor) -> tf.Tensor:
@@ -227,7 +229,7 @@ def _advance(
 
 
 def _packed(cache: TFXGLMCache, rows: int) -> TFXGLMCache:
-    """The cache as it goes from step to step: that of one row without the axis of rows, see `xglm_tf.cache.written`."""
+    """The cache as it goes from step to step: that of one row without the axis of rows, see `xglm_tf.cache.write`."""
     return _reshaped(cache, lambda states: states[0]) if rows == 1 else cache
 
 

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from xglm_core.calls import DecoderInputs
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.inputs import (
@@ -72,39 +73,33 @@ def named_arguments(
     return {name: plain_input(name, value) for name, value in {**named, **by_position, **kwargs}.items()}
 
 
-def check_arguments(config: XGLMConfig, past: TFXGLMCache | None, **arguments: tf.Tensor | None) -> None:
-    """Checks which arguments of the decoder are given, their shapes, and the ids.
+def check_arguments(config: XGLMConfig, inputs: DecoderInputs, past: TFXGLMCache | None) -> None:
+    """Checks which arguments of the decoder are given, their shapes, the ids, and the positions, given or counted.
 
     Raises:
         InputError: see `xglm_core.inputs`.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in arguments.items() if tensor is not None}
+    given = {name: tensor for name, tensor in inputs._asdict().items() if tensor is not None}
     check_shapes(
         config,
-        shapes,
+        {name: tuple(tensor.shape) for name, tensor in given.items()},
         past=0 if past is None else past.known_length,
         encoder_length=None if past is None else past.encoder_length,
     )
+    tokens = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
     if past is not None:
-        check_cache_batch(past.batch, shapes["input_ids" if "input_ids" in shapes else "inputs_embeds"][0])
-    input_ids = arguments["input_ids"]
-    if input_ids is not None and has_values(input_ids):
-        check_input_ids(input_ids.numpy(), config)
-
-
-def check_position_ids(config: XGLMConfig, position_ids: tf.Tensor) -> None:
-    """Checks the positions, given or counted."""
-    if has_values(position_ids):
-        check_positions(int(tf.reduce_min(position_ids)), int(tf.reduce_max(position_ids)), config)
+        check_cache_batch(past.batch, tokens.shape[0])
+    if has_values(tokens):
+        if inputs.input_ids is not None:
+            check_input_ids(inputs.input_ids.numpy(), config)
+        check_positions(*map(int, _lowest_and_highest_position(given, past)), config)
 
 
 def check_head_arguments(
-    config: XGLMConfig,
-    tokens: tf.Tensor | None,
-    labels: tf.Tensor | None,
-    logits_to_keep: int | tf.Tensor,
+    config: XGLMConfig, inputs: DecoderInputs, labels: tf.Tensor | None, logits_to_keep: int | tf.Tensor
 ) -> None:
-    """Checks what only the causal language model takes; `tokens` are ids or embeddings, checked elsewhere."""
+    """Checks what only the causal language model takes; the inputs are checked elsewhere."""
+    tokens = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
     if tokens is None:
         return
     if labels is not None:
@@ -199,14 +194,15 @@ def failures_named(config: XGLMConfig) -> Iterator[None]:
             )
 
 
-def _lowest_and_highest_position(inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+def _lowest_and_highest_position(inputs: Mapping[str, Any], past: TFXGLMCache | None = None) -> tuple[Any, Any]:
     """Of arrays or tensors; counted, if they are not given."""
     if (position_ids := inputs.get("position_ids")) is not None:
         return tf.reduce_min(position_ids), tf.reduce_max(position_ids)
     if (mask := inputs.get("attention_mask")) is not None:
         return 0, tf.reduce_max(tf.math.count_nonzero(mask, axis=1)) - 1
     tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    return 0, keras.ops.shape(tokens)[1] - 1
+    held = 0 if past is None else tf.reduce_max(tf.math.count_nonzero(past.mask[:, : past.length], axis=1))
+    return 0, held + keras.ops.shape(tokens)[1] - 1
 
 
 def has_values(tensor: tf.Tensor) -> bool:

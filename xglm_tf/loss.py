@@ -80,7 +80,7 @@ def causal_lm_loss(
         chunk=max(1, chunk_positions(matrix.shape[0 if tied else 1]) // _LOGITS),
         training=training,
         train_head=train_head,
-        xla=tf.__internal__.get_enclosing_xla_context() is not None,
+        xla=in_xla(),
         fused=products_add(),
     )
     return LossOutput(loss, tf.stop_gradient(surprisal), tf.stop_gradient(correct), tf.stop_gradient(count))
@@ -312,6 +312,11 @@ def products_add() -> bool:
     except ImportError:  # The module is not a public one.
         return False
     return IsMklEnabled() and not tf.config.list_logical_devices("GPU") and not tf.config.list_logical_devices("TPU")
+
+
+def in_xla() -> bool:
+    """Whether XLA will compile what is traced now."""
+    return tf.__internal__.get_enclosing_xla_context() is not None
 
 
 def rows_added(matrix: tf.Tensor, index: tf.Tensor, rows: tf.Tensor, xla: bool) -> tf.Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
+from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.scoring import engine
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def _log_probabilities(
     filled: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """See `ScoringEngine.log_probabilities`; [chunks, chunk], of which the first `filled` chunks count."""
-    outputs = model.model(input_ids, attention_mask, use_cache=False, return_dict=True)
-    states = tf.reshape(outputs.last_hidden_state, (-1, model.config.d_model))
+    results = model.model(DecoderInputs(input_ids, attention_mask), wanted=Wanted())
+    states = tf.reshape(results.last_hidden_state, (-1, model.config.d_model))
     head, tied = model.lm_head, model.lm_head is None
     matrix = tf.convert_to_tensor(model.model.embed_tokens.embeddings if head is None else head.kernel)
 

@@ -13,15 +13,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
-from xglm_core.loss import LossOptions, LossOutput, check_trainable_type
+from xglm_core.generation.engine import is_overridden
+from xglm_core.loss import LossOptions, check_trainable_type
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
-from xglm_tf.inputs import are_arrays, batches_in_tuples, check_batch, check_head_arguments
+from xglm_tf.cache import as_cache
+from xglm_tf.inputs import are_arrays, batches_in_tuples, check_arguments, check_batch, check_head_arguments
 from xglm_tf.loss import counted_labels, targets_and_weights
-from xglm_tf.pretrained import TFXGLMPreTrainedModel
-from xglm_tf.tying import table_and_head
 
 _BUILT_IN = ("accuracy", "acc", "perplexity")  # In `compile`, the names of what is there in any case.
 
@@ -48,7 +49,7 @@ class TokenMetrics:
             metric.update_state(tf.math.divide_no_nan(value, count), sample_weight=count)
 
 
-class TFXGLMTrainable(TFXGLMPreTrainedModel):
+class Training(keras.Model):
     """What a causal language model adds to Keras' training.
 
     Without `loss` in `compile`, the loss is that of `labels`, which are among the inputs or the second part of
@@ -68,19 +69,6 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
     def step_options(self, *, training: bool) -> tuple[Any, ...]:
         """See `TFXGLMPreTrainedModel.step_options`."""
         return self.loss_options, self._class_weight() if training else ()
-
-    def loss_of(
-        self,
-        hidden_states: tf.Tensor,
-        labels: tf.Tensor,
-        num_items_in_batch: int | tf.Tensor | None = None,
-        weights: tf.Tensor | None = None,
-        *,
-        training: bool = False,
-        head: tf.Tensor | None = None,
-    ) -> LossOutput:
-        """The loss from the decoder's last states; see `xglm_tf.loss.causal_lm_loss`."""
-        raise NotImplementedError
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """See `keras.Model.compile`; without `loss` there is the built-in one, with its accuracy and perplexity.
@@ -152,29 +140,47 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         x, y, sample_weight = self._with_labels(data)
         if self._class_weight():
             sample_weight = self._weights_by_id(y, sample_weight)
-        if self._compile_loss is None and self.get_output_embeddings() is self.get_input_embeddings():
-            x["uses"] = table_and_head(self.get_input_embeddings())
-        return self._to_average(super().train_step((x, y, sample_weight)))
+        if self._has_own_loss:
+            return self._to_average(super().train_step((x, y, sample_weight)))
+        with tf.GradientTape() as tape:
+            loss, logits = self._loss_and_logits(x, y, sample_weight, training=True)
+            loss = self.optimizer.scale_loss(loss)
+        variables = self.trainable_weights
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        return self._to_average(self.compute_metrics(x, y, logits, sample_weight))
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """A step of `evaluate`."""
-        return self._to_average(super().test_step(self._with_labels(data)))
+        x, y, sample_weight = self._with_labels(data)
+        if self._has_own_loss:
+            return self._to_average(super().test_step((x, y, sample_weight)))
+        _, logits = self._loss_and_logits(x, y, sample_weight, training=False)
+        return self._to_average(self.compute_metrics(x, y, logits, sample_weight))
 
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> tf.Tensor:
-        """The loss of a step, whose sum over the replicas is that of the global batch; updates the built-in metrics."""
-        if self._compile_loss is not None:
-            return super().compute_loss(x, _labels(x, y), _logits(y_pred), sample_weight, training)
-        tokens = x.get("input_ids", x.get("inputs_embeds"))
-        y = tf.convert_to_tensor(y)  # Keras hands over numpy arrays if it runs eagerly.
-        check_head_arguments(self.config, tokens, y, 0)
-        y = counted_labels(y, x.get("attention_mask"))
+    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> tf.Tensor:
+        """The loss that `compile` was given, of a step."""
+        return super().compute_loss(x, _labels(x, y), _logits(y_pred), *args, **kwargs)
+
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether a loss of the user's takes the place of the built-in one: of `compile`, or of a subclass."""
+        return self._compile_loss is not None or is_overridden(self, Training, "compute_loss")
+
+    def _loss_and_logits(
+        self, x: Mapping[str, Any], y: Any, sample_weight: Any, *, training: bool
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """The built-in loss, whose sum over the replicas is that of the global batch; updates the built-in metrics.
+
+        The logits are for the metrics in `compile`: None if there are none.
+        """
+        x, y = keras.tree.map_structure(tf.convert_to_tensor, (x, y))  # Arrays, if Keras runs eagerly.
+        inputs, cache = (
+            DecoderInputs(*map(x.get, DecoderInputs._fields)),
+            as_cache(x.get("past_key_values"), self.config),
+        )
+        check_head_arguments(self.config, inputs, y, 0)
+        check_arguments(self.config, inputs, cache)
+        y = counted_labels(y, inputs.attention_mask)
         weights = None if sample_weight is None else _weights_of_labels(tf.convert_to_tensor(sample_weight), y)
         replica = tf.distribute.get_replica_context()
         replicas = 1 if replica is None else replica.num_replicas_in_sync
@@ -184,16 +190,14 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
 
         # Keras adds up the gradients of the replicas. So each divides by what all of them have.
         (count,) = summed(tf.reduce_sum(targets_and_weights(y, weights)[1]))
-        items = x.get("num_items_in_batch")
-        items = count if items is None else tf.cast(items, tf.float32)
-        uses = x.get("uses")
-        head = None if uses is None else uses.head
-        output = self.loss_of(y_pred.hidden_states[-1], y, items, weights, training=training, head=head)
+        items = tf.cast(x.get("num_items_in_batch", count), tf.float32)
+        results, output = self.decode_with_loss(inputs, cache, Wanted(), y, items, weights, training=training)
         loss, surprisal, correct = summed(tf.stop_gradient(output.loss), output.surprisal, output.correct)
         # Every replica has the sums of all, and Keras adds up what the replicas have.
         sums = (loss * items, surprisal, correct, count)
         self.token_metrics.update(*(value / replicas for value in sums))
-        return output.loss + sum(self._aggregate_additional_loss(loss) for loss in self.losses)
+        logits = None if self._compile_metrics is None else self.logits(results.last_hidden_state)
+        return output.loss + sum(self._aggregate_additional_loss(loss) for loss in self.losses), logits
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """The metrics so far; those named in `compile` are given the logits."""
@@ -329,11 +333,7 @@ class TFXGLMTrainable(TFXGLMPreTrainedModel):
         """A batch of `fit` as arguments by name, labels, and sample weights."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         arguments, labels = self._inputs_and_labels(x, y)
-        wanted = {"use_cache": False, "return_dict": True}
-        if self._compile_loss is None:
-            # The loss needs the last states alone. Those below are not kept in compiled code.
-            wanted |= {"output_hidden_states": True, "return_logits": self._compile_metrics is not None}
-        return {**arguments, **wanted}, labels, sample_weight
+        return {**arguments, "use_cache": False, "return_dict": True}, labels, sample_weight
 
     def _inputs_and_labels(self, x: Any, y: Any) -> tuple[dict[str, Any], Any]:
         """Arguments by name, and the labels, which are among them or apart, alone or by their name."""
