@@ -95,7 +95,7 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
         Args:
             hidden_states: [batch, length, d_model].
             shared: what all blocks are given.
-            past: see `TFXGLMCache.part`; empty without a cache.
+            past: this block's of `TFXGLMCache.layers`; empty without a cache.
 
         Returns:
             [batch, length, d_model]; `past` with the new keys and values, and with those of the encoder if there are

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import keras
@@ -18,37 +18,37 @@ import tensorflow as tf
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import check_past_key_values
 
-KeyValue = tuple[tf.Tensor, tf.Tensor]
-
 _BLOCK = 64  # Positions by which storage grows, so that shapes rarely change from one token to the next.
 
 
-# Differs: no storage is shared. Tensors cannot be written in place, except by XLA, which sees that the old one is done.
+# Differs: caches share no storage as in PyTorch. Tensors cannot be written in place, except by XLA, which sees that the
+# old one is done.
 @dataclasses.dataclass(frozen=True, eq=False)
 class TFXGLMCache:
     """Keys and values of the positions read so far; also reads as the tuple of per-layer (key, value).
 
     Attributes:
-        keys: per layer [batch, heads, capacity, head_dim].
-        values: the same.
+        layers: of each layer the storage of keys and values, each [batch, heads, capacity, head_dim]; then, if there is
+            an encoder, keys and values of its positions, each [batch, heads, encoder length, head_dim].
         mask: bool [batch, capacity], False for padding, and where nothing is held yet.
         length: positions held, int32 scalar.
-        encoder: per layer, key and value of the encoder's positions, each [batch, heads, encoder length, head_dim];
-            empty without cross-attention.
         encoder_mask: bool [batch, encoder length], False for padding; None if there is none.
     """
 
-    keys: tuple[tf.Tensor, ...]
-    values: tuple[tf.Tensor, ...]
+    layers: tuple[tuple[tf.Tensor, ...], ...]
     mask: tf.Tensor
     length: tf.Tensor
-    encoder: tuple[KeyValue, ...] = ()
     encoder_mask: tf.Tensor | None = None
 
     @property
     def batch(self) -> int | None:
         """Rows; None if unknown while tracing."""
-        return self.keys[0].shape[0]
+        return self.mask.shape[0]
+
+    @property
+    def capacity(self) -> int | tf.Tensor:
+        """Positions that there is room for."""
+        return keras.ops.shape(self.mask)[1]
 
     @property
     def known_length(self) -> int | None:
@@ -59,34 +59,18 @@ class TFXGLMCache:
     @property
     def encoder_length(self) -> int | None:
         """Encoder positions held; None without cross-attention, or if unknown while tracing."""
-        return self.encoder[0][0].shape[2] if self.encoder else None
-
-    @property
-    def capacity(self) -> int | tf.Tensor:
-        """Positions that there is room for."""
-        return keras.ops.shape(self.mask)[1]
-
-    def part(self, layer: int) -> tuple[tf.Tensor, ...]:
-        """Storage of a layer's keys and values, then its keys and values of the encoder, if any."""
-        own = (self.keys[layer], self.values[layer])
-        return (*own, *self.encoder[layer]) if self.encoder else own
-
-    def filled(self, parts: Sequence[tuple[tf.Tensor, ...]], length: tf.Tensor) -> TFXGLMCache:
-        """This cache with the parts of all layers and a length."""
-        encoder = tuple((part[2], part[3]) for part in parts if len(part) == 4)
-        keys, values = tuple(part[0] for part in parts), tuple(part[1] for part in parts)
-        return dataclasses.replace(self, keys=keys, values=values, encoder=encoder, length=length)
+        return self.layers[0][2].shape[2] if len(self.layers[0]) == 4 else None
 
     def get_seq_length(self, layer_idx: int = 0) -> int | tf.Tensor:
         """Positions held, the same in all layers; a scalar tensor if unknown while tracing."""
         return self.length if self.known_length is None else self.known_length
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.layers)
 
     def __getitem__(self, layer: int) -> tuple[tf.Tensor, ...]:
         """Key and value of a layer, each [batch, heads, length, head_dim]; then those of the encoder."""
-        key, value, *encoder = self.part(layer)
+        key, value, *encoder = self.layers[layer]
         return key[:, :, : self.length], value[:, :, : self.length], *encoder
 
     def __iter__(self) -> Iterator[tuple[tf.Tensor, ...]]:
@@ -96,12 +80,11 @@ class TFXGLMCache:
     # loops carry tensors only.
     def __tf_flatten__(self) -> tuple[tuple[()], tuple[Any, ...]]:
         encoder_mask = () if self.encoder_mask is None else (self.encoder_mask,)
-        return (), (self.keys, self.values, self.mask, self.length, self.encoder, encoder_mask)
+        return (), (self.layers, self.mask, self.length, *encoder_mask)
 
     @classmethod
     def __tf_unflatten__(cls, metadata: tuple[()], components: tuple[Any, ...]) -> Self:
-        *parts, encoder_mask = components
-        return cls(*parts, *encoder_mask)
+        return cls(*components)
 
 
 # The same for Keras: what its layers may take and return, and its functional models connect.
@@ -111,14 +94,11 @@ register_tree(TFXGLMCache, lambda cache: (cache.__tf_flatten__()[1], ()), TFXGLM
 
 def empty_cache(config: XGLMConfig, batch: int | tf.Tensor, capacity: int | tf.Tensor, dtype: str) -> TFXGLMCache:
     """A cache that holds nothing yet, with room for `capacity` positions."""
-    storage: dict[int, tf.Tensor] = {}  # By number of heads: what is never written may be one for all layers.
-    layers = []
-    for index in range(config.num_layers):
-        heads = len(config.kept_heads(index))
-        if heads not in storage:
-            storage[heads] = tf.zeros((batch, heads, capacity, config.head_dim), dtype)
-        layers.append(storage[heads])
-    return TFXGLMCache(tuple(layers), tuple(layers), tf.zeros((batch, capacity), tf.bool), tf.constant(0))
+    counts = [len(config.kept_heads(index)) for index in range(config.num_layers)]
+    # What is never written may be one for all layers.
+    storage = {heads: tf.zeros((batch, heads, capacity, config.head_dim), dtype) for heads in set(counts)}
+    layers = tuple((storage[heads], storage[heads]) for heads in counts)
+    return TFXGLMCache(layers, tf.zeros((batch, capacity), tf.bool), tf.constant(0))
 
 
 def as_cache(past_key_values: Any, config: XGLMConfig) -> TFXGLMCache | None:
@@ -135,10 +115,9 @@ def as_cache(past_key_values: Any, config: XGLMConfig) -> TFXGLMCache | None:
     if isinstance(past_key_values, list | tuple):
         past_key_values = [tf.unstack(layer) if hasattr(layer, "shape") else layer for layer in past_key_values]
     check_past_key_values(config, past_key_values)
-    keys, values = tuple(layer[0] for layer in past_key_values), tuple(layer[1] for layer in past_key_values)
-    batch, _, length, _ = keras.ops.shape(keys[0])
-    encoder = tuple((layer[2], layer[3]) for layer in past_key_values if len(layer) == 4)
-    return TFXGLMCache(keys, values, tf.ones((batch, length), tf.bool), tf.convert_to_tensor(length), encoder)
+    batch, _, length, _ = keras.ops.shape(past_key_values[0][0])
+    layers = tuple(map(tuple, past_key_values))
+    return TFXGLMCache(layers, tf.ones((batch, length), tf.bool), tf.convert_to_tensor(length))
 
 
 def extend_cache(
@@ -169,24 +148,16 @@ def with_capacity(cache: TFXGLMCache, capacity: int | tf.Tensor) -> TFXGLMCache:
     more = capacity - cache.capacity
     if isinstance(more, int) and more == 0:
         return cache
-    return dataclasses.replace(
-        cache,
-        keys=tuple(tf.pad(storage, ((0, 0), (0, 0), (0, more), (0, 0))) for storage in cache.keys),
-        values=tuple(tf.pad(storage, ((0, 0), (0, 0), (0, more), (0, 0))) for storage in cache.values),
-        mask=tf.pad(cache.mask, ((0, 0), (0, more))),
-    )
+    padding = ((0, 0), (0, 0), (0, more), (0, 0))
+    layers = tuple((tf.pad(key, padding), tf.pad(value, padding), *encoder) for key, value, *encoder in cache.layers)
+    return dataclasses.replace(cache, layers=layers, mask=tf.pad(cache.mask, ((0, 0), (0, more))))
 
 
 def reordered(cache: TFXGLMCache, rows: tf.Tensor) -> TFXGLMCache:
     """A cache of these rows of another one, integers [new rows], with room for as many positions."""
-    return dataclasses.replace(
-        cache,
-        keys=tuple(tf.gather(storage, rows) for storage in cache.keys),
-        values=tuple(tf.gather(storage, rows) for storage in cache.values),
-        mask=tf.gather(cache.mask, rows),
-        encoder=tuple((tf.gather(key, rows), tf.gather(value, rows)) for key, value in cache.encoder),
-        encoder_mask=None if cache.encoder_mask is None else tf.gather(cache.encoder_mask, rows),
-    )
+    length = cache.length
+    of_rows: TFXGLMCache = tf.nest.map_structure(lambda part: part if part is length else tf.gather(part, rows), cache)
+    return of_rows
 
 
 def picked(cache: TFXGLMCache, places: tf.Tensor, mask: tf.Tensor) -> TFXGLMCache:
@@ -197,14 +168,14 @@ def picked(cache: TFXGLMCache, places: tf.Tensor, mask: tf.Tensor) -> TFXGLMCach
         places: which, integers [batch, length].
         mask: bool [batch, length], False for padding.
     """
-    keys, values = (
-        tuple(tf.gather(states, places, axis=2, batch_dims=1) for states in storage)
-        for storage in (cache.keys, cache.values)
-    )
     length = places.shape[1]
-    return with_capacity(
-        dataclasses.replace(cache, keys=keys, values=values, mask=mask, length=tf.constant(length)), _rounded_up(length)
-    )
+
+    def chosen(storage: tf.Tensor) -> tf.Tensor:
+        return tf.gather(storage, places, axis=2, batch_dims=1)
+
+    layers = tuple((chosen(key), chosen(value), *encoder) for key, value, *encoder in cache.layers)
+    picked = dataclasses.replace(cache, layers=layers, mask=mask, length=tf.constant(length))
+    return with_capacity(picked, _rounded_up(length))
 
 
 def write(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:

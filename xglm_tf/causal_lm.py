@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from xglm_core.calls import DecoderInputs, DecoderResults, Wanted, present, resolve
+from xglm_core.calls import DecoderInputs, present, resolve
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import check_not_overridden
 from xglm_core.generation.prompts import Prompts
 from xglm_core.generation.surface import GenerationSurface
-from xglm_core.loss import LossOutput, wants_logits
+from xglm_core.loss import wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_tf.cache import TFXGLMCache, as_cache
 from xglm_tf.decoder import TFXGLMMainLayer
+from xglm_tf.fast.few_rows import table_product
 from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine, draw_seed
 from xglm_tf.inputs import check_arguments, check_head_arguments, is_traced
-from xglm_tf.loss import causal_lm_loss, counted_labels
+from xglm_tf.loss import counted_labels
 from xglm_tf.pretrained import TFXGLMPreTrainedModel, embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
 from xglm_tf.tracing import compiled
-from xglm_tf.training import Training
-from xglm_tf.tying import table_and_head
+from xglm_tf.training import Training, decode_with_loss
 from xglm_tf.weights import name_scopes, unlocked
-
-# For how many rows the head computes another product, and in how many parts at most; see `TFXGLMForCausalLM.logits`.
-_FEW_ROWS, _PARTS = 16, 8
 
 
 class TFXGLMHead(keras.layers.Dense):
-    """A head of its own. Keras quantizes none but its own classes; loss and `score` read the matrix as it is."""
+    """A head of its own, without bias; zero unless another initializer is set.
+
+    Keras quantizes none but its own classes, so not this one: loss and `score` read the matrix as it is.
+    """
+
+    def __init__(self, config: XGLMConfig, dtype: Any) -> None:
+        super().__init__(config.vocab_size, use_bias=False, kernel_initializer="zeros", dtype=dtype, name="lm_head")
 
 
 @keras.saving.register_keras_serializable(package="xglm")
@@ -57,7 +59,7 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
         self.generation_config = GenerationConfig.from_model(config)
         self.model = TFXGLMMainLayer(config, dtype=self.dtype_policy, name="model")
         # Differs: no layer if tied, because a Keras layer cannot use another's matrix transposed.
-        self.lm_head = None if config.tie_word_embeddings else self._new_head()
+        self.lm_head = None if config.tie_word_embeddings else TFXGLMHead(self.config, self.dtype_policy)
         self.create_weights(plan)
 
     def build(self, input_shape: Any = None) -> None:
@@ -129,48 +131,13 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
         else:
             labels = counted_labels(tf.convert_to_tensor(labels), attention_mask)
             items = num_items_in_batch
-            results, output = self.decode_with_loss(inputs, cache, wanted, labels, items, training=training)
+            results, output = decode_with_loss(self, inputs, cache, wanted, labels, items, training=training)
             loss = output.loss
         if wants_logits(return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep):
             logits = self.logits(_kept(results.last_hidden_state, logits_to_keep))
         shown = results._asdict()
         del shown["last_hidden_state"]
         return present(CausalLMOutputWithCrossAttentions, self.config, return_dict, loss=loss, logits=logits, **shown)
-
-    def decode_with_loss(
-        self,
-        inputs: DecoderInputs,
-        cache: TFXGLMCache | None,
-        wanted: Wanted,
-        labels: tf.Tensor,
-        num_items_in_batch: int | tf.Tensor | None = None,
-        weights: tf.Tensor | None = None,
-        *,
-        training: bool = False,
-    ) -> tuple[DecoderResults, LossOutput]:
-        """Decodes, and computes the loss; see `causal_lm_loss`. Nothing is checked.
-
-        In training, the two uses of a tied matrix have one gradient.
-        """
-        embedding, head = self.model.embed_tokens, self.lm_head
-        matrix = embedding.embeddings if head is None else head.kernel
-        tied = training and head is None and inputs.inputs_embeds is None
-        both = table_and_head(embedding, inputs.input_ids) if tied else None
-        if both is not None:
-            inputs = inputs._replace(input_ids=None, inputs_embeds=embedding.scaled(both[0]))
-        results = self.model(inputs, cache, wanted=wanted, training=training)
-        output = causal_lm_loss(
-            results.last_hidden_state,
-            both[1] if both is not None else matrix if head is None else head,
-            labels,
-            num_items_in_batch,
-            options=self.loss_options,
-            weights=weights,
-            training=training,
-            # With an adapter, the matrix is a sum.
-            train_head=getattr(matrix, "trainable", True),
-        )
-        return results, output
 
     def prepare_inputs_for_generation(
         self,
@@ -218,7 +185,7 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
             return
         if self.lm_head is None:
             with unlocked(self), name_scopes(self.path):
-                self.lm_head = self._new_head()
+                self.lm_head = TFXGLMHead(self.config, self.dtype_policy)
                 self.lm_head.build((None, None, self.config.d_model))
             self.forget_compiled()
         self.lm_head.kernel.assign(tf.transpose(matrix))
@@ -232,35 +199,15 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
                 self.lm_head = None
             self.forget_compiled()
 
-    def _new_head(self) -> TFXGLMHead:
-        """A head without variables; those will be zero unless another initializer is set."""
-        return TFXGLMHead(
-            self.config.vocab_size,
-            use_bias=False,
-            kernel_initializer="zeros",
-            dtype=self.dtype_policy,
-            name="lm_head",
-        )
-
     def logits(self, hidden_states: tf.Tensor) -> tf.Tensor:
         """The head: [batch, length, d_model] -> [batch, length, vocab_size]."""
         if self.lm_head is not None:
             return self.lm_head(hidden_states)
         batch, length, d_model = keras.ops.shape(hidden_states)
-        table, vocab_size = self.model.embed_tokens.embeddings, self.config.vocab_size
-        table = tf.cast(table, hidden_states.dtype)
+        # As one matrix product: for a batch of them, TensorFlow would repeat the table.
         rows = tf.reshape(hidden_states, (batch * length, d_model))
-        if isinstance(batch, int) and isinstance(length, int) and batch * length <= _FEW_ROWS:
-            # XLA's product on a CPU is twice as fast with the table on the left, which it would undo without the parts.
-            parts = math.gcd(vocab_size, _PARTS)
-            left = tf.reshape(table, (parts, vocab_size // parts, d_model))
-            right = tf.broadcast_to(rows, (parts, batch * length, d_model))
-            products = tf.matmul(left, right, transpose_b=True)
-            logits = tf.transpose(tf.reshape(products, (vocab_size, batch * length)))
-        else:
-            # As one matrix product: for a batch of them, TensorFlow would repeat the table.
-            logits = tf.matmul(rows, table, transpose_b=True)
-        return tf.reshape(logits, (batch, length, vocab_size))
+        logits = table_product(rows, tf.cast(self.model.embed_tokens.embeddings, hidden_states.dtype))
+        return tf.reshape(logits, (batch, length, self.config.vocab_size))
 
     @property
     def compiled_scorer(self) -> CompiledScorer:

@@ -88,12 +88,7 @@ class TFXGLMMainLayer(keras.layers.Layer):
         self.layer_norm.build((None, None, self.config.d_model))
 
     def call(
-        self,
-        inputs: DecoderInputs,
-        cache: TFXGLMCache | None = None,
-        *,
-        wanted: Wanted,
-        training: bool = False,
+        self, inputs: DecoderInputs, cache: TFXGLMCache | None = None, *, wanted: Wanted, training: bool = False
     ) -> DecoderResults:
         """Decodes: embeds, adds positions, runs the blocks, norms. Nothing is checked.
 
@@ -138,7 +133,7 @@ class TFXGLMMainLayer(keras.layers.Layer):
         for index, layer in enumerate(self.layers):
             before = hidden_states
             hidden_states, part, attentions, cross_attentions = layer(
-                before, shared, () if cache is None else cache.part(index)
+                before, shared, () if cache is None else cache.layers[index]
             )
             hidden_states = self._dropped(before, hidden_states, training)
             parts.append(part)
@@ -151,7 +146,7 @@ class TFXGLMMainLayer(keras.layers.Layer):
         hidden_states = self.layer_norm(hidden_states)
         return DecoderResults(
             hidden_states,
-            cache.filled(parts, past + length) if wanted.cache else None,
+            dataclasses.replace(cache, layers=tuple(parts), length=past + length) if wanted.cache else None,
             (*all_states, hidden_states) if wanted.hidden_states else None,
             tuple(all_attentions) or None,
             None if None in all_cross_attentions else tuple(all_cross_attentions) or None,

@@ -239,7 +239,7 @@ def _unpacked(cache: TFXGLMCache, rows: int) -> TFXGLMCache:
 
 
 def _reshaped(cache: TFXGLMCache, change: Callable[[tf.Tensor], tf.Tensor]) -> TFXGLMCache:
-    return dataclasses.replace(cache, keys=tuple(map(change, cache.keys)), values=tuple(map(change, cache.values)))
+    return dataclasses.replace(cache, layers=tuple((change(k), change(v), *encoder) for k, v, *encoder in cache.layers))
 
 
 def _candidates(

@@ -13,16 +13,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from xglm_core.calls import DecoderInputs, Wanted
+from xglm_core.calls import DecoderInputs, DecoderResults, Wanted
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import is_overridden
-from xglm_core.loss import LossOptions, check_trainable_type
+from xglm_core.loss import LossOptions, LossOutput, check_trainable_type
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
-from xglm_tf.cache import as_cache
+from xglm_tf.cache import TFXGLMCache, as_cache
 from xglm_tf.inputs import are_arrays, batches_in_tuples, check_arguments, check_batch, check_head_arguments
-from xglm_tf.loss import counted_labels, targets_and_weights
+from xglm_tf.loss import causal_lm_loss, counted_labels, targets_and_weights
+from xglm_tf.tying import table_and_head
 
 _BUILT_IN = ("accuracy", "acc", "perplexity")  # In `compile`, the names of what is there in any case.
 
@@ -191,7 +192,7 @@ class Training(keras.Model):
         # Keras adds up the gradients of the replicas. So each divides by what all of them have.
         (count,) = summed(tf.reduce_sum(targets_and_weights(y, weights)[1]))
         items = tf.cast(x.get("num_items_in_batch", count), tf.float32)
-        results, output = self.decode_with_loss(inputs, cache, Wanted(), y, items, weights, training=training)
+        results, output = decode_with_loss(self, inputs, cache, Wanted(), y, items, weights, training=training)
         loss, surprisal, correct = summed(tf.stop_gradient(output.loss), output.surprisal, output.correct)
         # Every replica has the sums of all, and Keras adds up what the replicas have.
         sums = (loss * items, surprisal, correct, count)
@@ -365,6 +366,42 @@ class Training(keras.Model):
         if sample_weight is None:
             return weights
         return weights * tf.cast(_weights_of_labels(tf.convert_to_tensor(sample_weight), labels), tf.float32)
+
+
+def decode_with_loss(
+    model: Any,
+    inputs: DecoderInputs,
+    cache: TFXGLMCache | None,
+    wanted: Wanted,
+    labels: tf.Tensor,
+    num_items_in_batch: int | tf.Tensor | None = None,
+    weights: tf.Tensor | None = None,
+    *,
+    training: bool = False,
+) -> tuple[DecoderResults, LossOutput]:
+    """Decodes, and computes the loss of a causal language model; see `causal_lm_loss`. Nothing is checked.
+
+    In training, the two uses of a tied matrix have one gradient.
+    """
+    embedding, head = model.model.embed_tokens, model.lm_head
+    matrix = embedding.embeddings if head is None else head.kernel
+    tied = training and head is None and inputs.inputs_embeds is None
+    both = table_and_head(embedding, inputs.input_ids) if tied else None
+    if both is not None:
+        inputs = inputs._replace(input_ids=None, inputs_embeds=embedding.scaled(both[0]))
+    results = model.model(inputs, cache, wanted=wanted, training=training)
+    output = causal_lm_loss(
+        results.last_hidden_state,
+        both[1] if both is not None else matrix if head is None else head,
+        labels,
+        num_items_in_batch,
+        options=model.loss_options,
+        weights=weights,
+        training=training,
+        # With an adapter, the matrix is a sum.
+        train_head=getattr(matrix, "trainable", True),
+    )
+    return results, output
 
 
 def _by_name(method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

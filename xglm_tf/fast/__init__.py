@@ -1,0 +1,1 @@
+"""What exists only for speed or memory on some hardware, each beside its plain form; see `xglm_core.plain`."""
