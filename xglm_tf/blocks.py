@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import tensorflow as tf
 
+from xglm_core.calls import DecoderInputs
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_tf.attention import TFXGLMAttention
 from xglm_tf.cache import write
@@ -20,26 +21,6 @@ ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "silu": tf.nn.silu,
     "gelu_new": functools.partial(tf.nn.gelu, approximate=True),
 }
-
-
-class BlockInputs(NamedTuple):
-    """What all blocks of a call are given, tensors or None.
-
-    Attributes:
-        mask: see `attention_mask_for`; the keys are the new positions alone if the cache is empty, else all that it has
-            room for.
-        start: how many positions the cache holds, int32.
-        encoder_hidden_states: [batch, encoder length, d_model], or None.
-        encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
-        head_mask, cross_attn_head_mask: factors of the probabilities [num_layers, attention_heads], or None.
-    """
-
-    mask: tf.Tensor
-    start: tf.Tensor
-    encoder_hidden_states: tf.Tensor | None = None
-    encoder_mask: tf.Tensor | None = None
-    head_mask: tf.Tensor | None = None
-    cross_attn_head_mask: tf.Tensor | None = None
 
 
 class TFXGLMDecoderLayer(keras.layers.Layer):
@@ -84,7 +65,11 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
         self.final_layer_norm.build(states)
 
     def call(
-        self, hidden_states: tf.Tensor, shared: BlockInputs, past: tuple[tf.Tensor, ...] = ()
+        self,
+        hidden_states: tf.Tensor,
+        inputs: DecoderInputs,
+        past: tuple[tf.Tensor, ...] = (),
+        start: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor, tf.Tensor | None]:
         """Runs the block.
 
@@ -94,8 +79,11 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
 
         Args:
             hidden_states: [batch, length, d_model].
-            shared: what all blocks are given.
+            inputs: those of the decoder, but for the masks: `attention_mask` as `attention_mask_for` makes it, over the
+                new positions alone if the cache is empty, else over all that it has room for; `encoder_attention_mask`
+                bool [batch, 1, 1, encoder length], True = attend.
             past: this block's of `TFXGLMCache.layers`; empty without a cache.
+            start: how many positions it holds, int32.
 
         Returns:
             [batch, length, d_model]; `past` with the new keys and values, and with those of the encoder if there are
@@ -106,21 +94,23 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
         key, value = self.self_attn.keys_and_values(hidden_states)
         present: tuple[tf.Tensor, ...] = ()
         if past:
-            present = write(past[0], key, shared.start), write(past[1], value, shared.start)
-            if tf.get_static_value(shared.start) != 0:  # An empty cache has no keys but the new ones to attend to.
+            present = write(past[0], key, start), write(past[1], value, start)
+            if tf.get_static_value(start) != 0:  # An empty cache has no keys but the new ones to attend to.
                 key, value = present
-        head_mask = None if shared.head_mask is None else shared.head_mask[self.index]
-        hidden_states, attentions = self.self_attn(hidden_states, key, value, shared.mask, head_mask)
+        head_mask = None if inputs.head_mask is None else inputs.head_mask[self.index]
+        hidden_states, attentions = self.self_attn(hidden_states, key, value, inputs.attention_mask, head_mask)
         hidden_states = residual + self.dropout(hidden_states)
 
         encoder, cross_attentions = past[2:], None
-        if not encoder and shared.encoder_hidden_states is not None:
-            encoder = self.encoder_attn.keys_and_values(shared.encoder_hidden_states)
+        if not encoder and inputs.encoder_hidden_states is not None:
+            encoder = self.encoder_attn.keys_and_values(inputs.encoder_hidden_states)
         if encoder:
             residual = hidden_states
             hidden_states = self.encoder_attn_layer_norm(hidden_states)
-            head_mask = None if shared.cross_attn_head_mask is None else shared.cross_attn_head_mask[self.index]
-            hidden_states, cross_attentions = self.encoder_attn(hidden_states, *encoder, shared.encoder_mask, head_mask)
+            head_mask = None if inputs.cross_attn_head_mask is None else inputs.cross_attn_head_mask[self.index]
+            hidden_states, cross_attentions = self.encoder_attn(
+                hidden_states, *encoder, inputs.encoder_attention_mask, head_mask
+            )
             hidden_states = residual + self.dropout(hidden_states)
 
         residual = hidden_states

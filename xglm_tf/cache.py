@@ -195,9 +195,6 @@ def _write(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tuple[tf.Ten
         positions = start + tf.range(tf.shape(new)[2])
         return _write(upstream, tf.zeros_like(new), start), tf.gather(upstream, positions, axis=2), None
 
-    if storage.shape[0] == 1:
-        # XLA would drop this axis later, and then not see that it could write in place.
-        return keras.ops.slice_update(storage[0], (0, start, 0), new[0])[None], gradient
     return keras.ops.slice_update(storage, (0, 0, start, 0), new), gradient
 
 

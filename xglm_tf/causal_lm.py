@@ -125,19 +125,14 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
         check_head_arguments(self.config, inputs, labels, logits_to_keep)
         check_arguments(self.config, inputs, cache)
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
-        loss = logits = None
-        if labels is None:
-            results = self.model(inputs, cache, wanted=wanted)
-        else:
-            labels = counted_labels(tf.convert_to_tensor(labels), attention_mask)
-            items = num_items_in_batch
-            results, output = decode_with_loss(self, inputs, cache, wanted, labels, items, training=training)
-            loss = output.loss
+        labels = None if labels is None else counted_labels(labels, attention_mask)
+        results, loss = decode_with_loss(self, inputs, cache, wanted, labels, num_items_in_batch, training=training)
+        logits = None
         if wants_logits(return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep):
             logits = self.logits(_kept(results.last_hidden_state, logits_to_keep))
-        shown = results._asdict()
+        shown = {**results._asdict(), "loss": None if loss is None else loss.loss, "logits": logits}
         del shown["last_hidden_state"]
-        return present(CausalLMOutputWithCrossAttentions, self.config, return_dict, loss=loss, logits=logits, **shown)
+        return present(CausalLMOutputWithCrossAttentions, self.config, return_dict, **shown)
 
     def prepare_inputs_for_generation(
         self,

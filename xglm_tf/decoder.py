@@ -16,7 +16,7 @@ from xglm_core.config import XGLMConfig
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_tf.attention import attention_mask_for
-from xglm_tf.blocks import BlockInputs, TFXGLMDecoderLayer, layer_norm
+from xglm_tf.blocks import TFXGLMDecoderLayer, layer_norm
 from xglm_tf.cache import TFXGLMCache, as_cache, extend_cache
 from xglm_tf.dropout import TFXGLMDropout
 from xglm_tf.inputs import check_arguments
@@ -100,41 +100,34 @@ class TFXGLMMainLayer(keras.layers.Layer):
         """
         hidden_states = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
         batch, length, _ = keras.ops.shape(hidden_states)
-        past = tf.constant(0) if cache is None else cache.length
-        encoder_mask = inputs.encoder_attention_mask
+        past, encoder_mask = tf.constant(0), inputs.encoder_attention_mask
         if encoder_mask is not None:
             encoder_mask = tf.cast(encoder_mask, tf.bool)
+        if cache is not None:
+            past, encoder_mask = cache.length, cache.encoder_mask if encoder_mask is None else encoder_mask
         if wanted.cache or cache is not None:
             cache = extend_cache(cache, self.config, batch, length, self.compute_dtype)
-            encoder_mask = cache.encoder_mask if encoder_mask is None else encoder_mask
             mask = key_mask(inputs.attention_mask, cache.mask, past, length)
             cache = dataclasses.replace(cache, mask=mask, encoder_mask=encoder_mask)
             mask = mask[:, :length] if cache.known_length == 0 else mask
         else:
             mask = key_mask(inputs.attention_mask, tf.zeros((batch, length), tf.bool), past, length)
-        position_ids = inputs.position_ids
-        if position_ids is None:
-            position_ids = position_ids_for(mask, past, length)
-        hidden_states += tf.cast(self.embed_positions(position_ids), self.compute_dtype)
-        hidden_states = self.dropout(hidden_states)
+        position_ids = position_ids_for(mask, past, length) if inputs.position_ids is None else inputs.position_ids
+        positions = tf.cast(self.embed_positions(position_ids), self.compute_dtype)
+        hidden_states = self.dropout(hidden_states + positions)
         if cache is not None and not tf.executing_eagerly():
             # Compiled code cannot raise, and would overwrite the last positions: NaN is better than wrong.
             hidden_states = tf.where(past + length <= cache.capacity, hidden_states, math.nan)
 
-        shared = BlockInputs(
-            attention_mask_for(mask, past, length),
-            past,
-            inputs.encoder_hidden_states,
-            None if encoder_mask is None else encoder_mask[:, None, None, :],
-            inputs.head_mask,
-            inputs.cross_attn_head_mask,
+        inputs = inputs._replace(
+            attention_mask=attention_mask_for(mask, past, length),
+            encoder_attention_mask=None if encoder_mask is None else encoder_mask[:, None, None, :],
         )
         all_states, parts, all_attentions, all_cross_attentions = [], [], [], []
         for index, layer in enumerate(self.layers):
             before = hidden_states
-            hidden_states, part, attentions, cross_attentions = layer(
-                before, shared, () if cache is None else cache.layers[index]
-            )
+            own = () if cache is None else cache.layers[index]
+            hidden_states, part, attentions, cross_attentions = layer(before, inputs, own, past)
             hidden_states = self._dropped(before, hidden_states, training)
             parts.append(part)
             if wanted.hidden_states:

@@ -216,30 +216,16 @@ def _advance(
     def step(
         index: tf.Tensor, tokens: tf.Tensor, selected: tf.Tensor, _: tf.Tensor, cache: TFXGLMCache, seen: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, TFXGLMCache, tf.Tensor]:
-        logits, cache, seen = _feed(model, tokens, _unpacked(cache, rows), seen)
+        logits, cache, seen = _feed(model, tokens, cache, seen)
         chosen = _select(logits, seen, rules, tf.gather(keys, index, axis=1))
         selected = tf.where(columns == index, chosen[:, None], selected)
         # A code stands for no token.
-        return index + 1, tf.maximum(chosen, 0), selected, logits, _packed(cache, rows), seen
+        return index + 1, tf.maximum(chosen, 0), selected, logits, cache, seen
 
     rows = tokens.shape[0]
-    begin = (0, tokens, tf.zeros((rows, BLOCK), tf.int32), logits, _packed(cache, rows), seen)
+    begin = (0, tokens, tf.zeros((rows, BLOCK), tf.int32), logits, cache, seen)
     _, _, selected, logits, cache, seen = tf.while_loop(lambda index, *_: index < steps, step, begin)
-    return selected, logits, _unpacked(cache, rows), seen
-
-
-def _packed(cache: TFXGLMCache, rows: int) -> TFXGLMCache:
-    """The cache as it goes from step to step: that of one row without the axis of rows, see `xglm_tf.cache.write`."""
-    return _reshaped(cache, lambda states: states[0]) if rows == 1 else cache
-
-
-def _unpacked(cache: TFXGLMCache, rows: int) -> TFXGLMCache:
-    """The cache with the axis of rows again."""
-    return _reshaped(cache, lambda states: states[None]) if rows == 1 else cache
-
-
-def _reshaped(cache: TFXGLMCache, change: Callable[[tf.Tensor], tf.Tensor]) -> TFXGLMCache:
-    return dataclasses.replace(cache, layers=tuple((change(k), change(v), *encoder) for k, v, *encoder in cache.layers))
+    return selected, logits, cache, seen
 
 
 def _candidates(

@@ -373,24 +373,27 @@ def decode_with_loss(
     inputs: DecoderInputs,
     cache: TFXGLMCache | None,
     wanted: Wanted,
-    labels: tf.Tensor,
+    labels: tf.Tensor | None,
     num_items_in_batch: int | tf.Tensor | None = None,
     weights: tf.Tensor | None = None,
     *,
     training: bool = False,
-) -> tuple[DecoderResults, LossOutput]:
-    """Decodes, and computes the loss of a causal language model; see `causal_lm_loss`. Nothing is checked.
+) -> tuple[DecoderResults, LossOutput | None]:
+    """Decodes, and computes the loss of a causal language model if there are labels; see `causal_lm_loss`.
 
-    In training, the two uses of a tied matrix have one gradient.
+    In training, the two uses of a tied matrix have one gradient. Nothing is checked.
     """
     embedding, head = model.model.embed_tokens, model.lm_head
     matrix = embedding.embeddings if head is None else head.kernel
-    tied = training and head is None and inputs.inputs_embeds is None
-    both = table_and_head(embedding, inputs.input_ids) if tied else None
+    both = None
+    if training and labels is not None and head is None and inputs.inputs_embeds is None:
+        both = table_and_head(embedding, inputs.input_ids)
     if both is not None:
         inputs = inputs._replace(input_ids=None, inputs_embeds=embedding.scaled(both[0]))
     results = model.model(inputs, cache, wanted=wanted, training=training)
-    output = causal_lm_loss(
+    if labels is None:
+        return results, None
+    return results, causal_lm_loss(
         results.last_hidden_state,
         both[1] if both is not None else matrix if head is None else head,
         labels,
@@ -401,7 +404,6 @@ def decode_with_loss(
         # With an adapter, the matrix is a sum.
         train_head=getattr(matrix, "trainable", True),
     )
-    return results, output
 
 
 def _by_name(method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

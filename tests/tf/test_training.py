@@ -20,7 +20,8 @@ from tests.helpers.models import changed
 from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions
 from xglm_tf import TFXGLMForCausalLM
-from xglm_tf.loss import causal_lm_loss, products_add
+from xglm_tf.fast.adding import products_add
+from xglm_tf.loss import causal_lm_loss
 
 CONFIG = changed(training.CONFIG, num_layers=1)
 ROWS, LENGTH = 6, 13
@@ -320,7 +321,7 @@ class TestLoss:
     @pytest.fixture(autouse=True)
     def small_chunks(self, monkeypatch):
         monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 2 * 7 * 4 * 131)  # Of which a chunk takes half.
-        monkeypatch.setattr("xglm_tf.loss._TILE_BYTES", 4 * 35 * 50)
+        monkeypatch.setattr("xglm_tf.fast.adding._TILE_BYTES", 4 * 35 * 50)
 
     @staticmethod
     def gradients(states, matrix, training):
@@ -332,11 +333,13 @@ class TestLoss:
         return (*results, *tape.gradient(results.loss, [states, matrix]))
 
     @pytest.mark.parametrize("training", [False, True])
-    @pytest.mark.parametrize("mode", ["eager", "graph", "unknown length", "xla", "separate sum"])
+    @pytest.mark.parametrize("mode", ["eager", "graph", "unknown length", "xla", "separate sum", "plain", "plain xla"])
     def test_in_every_mode(self, mode, training, monkeypatch):
         """Against the formula with all logits, and TensorFlow's own gradients."""
         if mode == "separate sum":
-            monkeypatch.setattr("xglm_tf.loss.products_add", lambda: False)
+            monkeypatch.setattr("xglm_tf.fast.adding.products_add", lambda: False)
+        if "plain" in mode:
+            monkeypatch.setenv("XGLM_PLAIN", "1")
         states, matrix = tf.constant(self.STATES), tf.constant(self.MATRIX)
         targets = np.pad(LABELS[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
         factors = np.where(targets == -100, 0, np.pad(WEIGHTS[:, 1:], ((0, 0), (0, 1))))
@@ -355,7 +358,7 @@ class TestLoss:
         shape = (None, None, 35) if mode == "unknown length" else self.STATES.shape
         if mode != "eager":
             signature = [tf.TensorSpec(shape), tf.TensorSpec(self.MATRIX.shape)]
-            run = tf.function(run, input_signature=signature, jit_compile=mode == "xla")
+            run = tf.function(run, input_signature=signature, jit_compile="xla" in mode)
         for ours, theirs in zip(run(states, matrix), due, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
