@@ -55,8 +55,8 @@ def compile_engine(model: TFXGLMForCausalLM) -> CompiledEngine:
 class TFEngine:
     """Implements `xglm_core.generation.engine.Engine`.
 
-    Differs: everything is compiled for fixed shapes, so prompts and capacities are multiples of `bucket`, and the steps
-    are a loop in compiled code.
+    Differs: everything is compiled for fixed shapes, which `xglm_torch.generation.TorchEngine` does not need. So
+    prompts and capacities are multiples of `bucket`, and the steps are a loop in compiled code.
 
     Args:
         compiled: the functions of the model that continues the texts.
@@ -108,9 +108,9 @@ class TFEngine:
     def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
         """See `Engine.advance`."""
         steps = keys.shape[1]
-        words = tf.constant(np.pad(keys, ((0, 0), (0, BLOCK - steps), (0, 0))))
+        padded = tf.constant(np.pad(keys, ((0, 0), (0, BLOCK - steps), (0, 0))))
         selected, self.logits, self._cache, self._seen = self._compiled.advance(
-            self._tensor(tokens), self.logits, self._cache, self._seen, TFRules.of(rules), words, tf.constant(steps)
+            self._tensor(tokens), self.logits, self._cache, self._seen, TFRules.of(rules), padded, tf.constant(steps)
         )
         return selected[:, :steps].numpy().astype(np.int64)
 

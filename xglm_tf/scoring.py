@@ -24,7 +24,10 @@ def compile_scorer(model: TFXGLMForCausalLM) -> CompiledScorer:
 
 
 class TFScorer:
-    """Implements `xglm_core.scoring.engine.ScoringEngine`. Differs: everything is compiled for fixed shapes."""
+    """Implements `xglm_core.scoring.engine.ScoringEngine`.
+
+    Differs: everything is compiled for fixed shapes, which `xglm_torch.scoring.TorchScorer` does not need.
+    """
 
     bucket = 64
 
@@ -75,9 +78,9 @@ def _log_probabilities(
 
 
 def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The numbers log softmax(head(states))[target], float32 [positions].
+    """The log-probability of each target, float32 [positions]; and the id with the largest logit, int32 [positions].
 
-    And the ids with the largest logits, the first ones of equals, int32 [positions].
+    Of several such ids it is the lowest.
 
     Args:
         matrix: the embedding [vocab_size, d_model] if it is `tied`, else a head [d_model, vocab_size].
@@ -85,35 +88,35 @@ def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Te
         states: [positions, d_model].
         targets: int32 [positions].
     """
-    vocabulary, width = matrix.shape if tied else matrix.shape[::-1]
-    block = min(engine.TILE_VOCABULARY, vocabulary)
+    vocab_size, width = matrix.shape if tied else matrix.shape[::-1]
+    tile = min(engine.TILE_VOCABULARY, vocab_size)
 
     def step(
-        index: tf.Tensor, total: tf.Tensor, of_targets: tf.Tensor, highest: tf.Tensor, likeliest: tf.Tensor
+        index: tf.Tensor, log_sum_exp: tf.Tensor, own_logit: tf.Tensor, max_logit: tf.Tensor, likeliest: tf.Tensor
     ) -> Any:
-        # The last block is a full one, too, and repeats some of the one before.
-        begin = tf.minimum(index * block, vocabulary - block)
-        ids = begin + tf.range(block)
-        # All sizes said: where XLA has to find one itself, it pads the whole matrix to twice its size.
-        part = tf.slice(matrix, (begin, 0), (block, width)) if tied else tf.slice(matrix, (0, begin), (width, block))
+        # The last tile is a full one, too, and repeats some of the one before.
+        begin = tf.minimum(index * tile, vocab_size - tile)
+        ids = begin + tf.range(tile)
+        # All sizes are given: where XLA has to find one itself, it pads the whole matrix to twice its size.
+        part = tf.slice(matrix, (begin, 0), (tile, width)) if tied else tf.slice(matrix, (0, begin), (width, tile))
         logits = tf.cast(tf.matmul(states, tf.cast(part, states.dtype), transpose_b=tied), tf.float32)
-        of_targets = tf.where(
-            (targets >= begin) & (targets < begin + block),
-            tf.gather(logits, tf.clip_by_value(targets - begin, 0, block - 1), batch_dims=1),
-            of_targets,
+        own_logit = tf.where(
+            (targets >= begin) & (targets < begin + tile),
+            tf.gather(logits, tf.clip_by_value(targets - begin, 0, tile - 1), batch_dims=1),
+            own_logit,
         )
-        logits = tf.where(ids >= index * block, logits, -np.inf)
-        of_block = tf.reduce_max(logits, axis=1)
+        logits = tf.where(ids >= index * tile, logits, -np.inf)
+        max_of_tile = tf.reduce_max(logits, axis=1)
         # Not `argmax`, which XLA does not vectorise on CPUs.
-        first = tf.reduce_min(tf.where(logits == of_block[:, None], ids, vocabulary), axis=1)
-        likeliest = tf.where(of_block > highest, first, likeliest)
-        total = _log_add_exp(total, tf.reduce_logsumexp(logits, axis=1))
-        return index + 1, total, of_targets, tf.maximum(highest, of_block), likeliest
+        first = tf.reduce_min(tf.where(logits == max_of_tile[:, None], ids, vocab_size), axis=1)
+        likeliest = tf.where(max_of_tile > max_logit, first, likeliest)
+        log_sum_exp = _log_add_exp(log_sum_exp, tf.reduce_logsumexp(logits, axis=1))
+        return index + 1, log_sum_exp, own_logit, tf.maximum(max_logit, max_of_tile), likeliest
 
-    nothing, blocks = tf.zeros(targets.shape), -(-vocabulary // block)
-    start = (0, nothing - np.inf, nothing, nothing - np.inf, tf.zeros_like(targets))
-    _, total, of_targets, _, likeliest = tf.while_loop(lambda index, *_: index < blocks, step, start)
-    return of_targets - total, likeliest
+    zeros, tiles = tf.zeros(targets.shape), -(-vocab_size // tile)
+    begin = (0, zeros - np.inf, zeros, zeros - np.inf, tf.zeros_like(targets))
+    _, log_sum_exp, own_logit, _, likeliest = tf.while_loop(lambda index, *_: index < tiles, step, begin)
+    return own_logit - log_sum_exp, likeliest
 
 
 def _log_add_exp(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:

@@ -158,9 +158,11 @@ class Training(keras.Model):
         _, logits = self._loss_and_logits(x, y, sample_weight, training=False)
         return self._to_average(self.compute_metrics(x, y, logits, sample_weight))
 
-    def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> tf.Tensor:
-        """The loss that `compile` was given, of a step."""
-        return super().compute_loss(x, _labels(x, y), _logits(y_pred), *args, **kwargs)
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> tf.Tensor:
+        """The loss of a step that `compile` was given."""
+        return super().compute_loss(x, _labels(x, y), _logits(y_pred), sample_weight, training)
 
     @property
     def _has_own_loss(self) -> bool:
@@ -175,10 +177,8 @@ class Training(keras.Model):
         The logits are for the metrics in `compile`: None if there are none.
         """
         x, y = keras.tree.map_structure(tf.convert_to_tensor, (x, y))  # Arrays, if Keras runs eagerly.
-        inputs, cache = (
-            DecoderInputs(*map(x.get, DecoderInputs._fields)),
-            as_cache(x.get("past_key_values"), self.config),
-        )
+        inputs = DecoderInputs(*map(x.get, DecoderInputs._fields))
+        cache = as_cache(x.get("past_key_values"), self.config)
         check_head_arguments(self.config, inputs, y, 0)
         check_arguments(self.config, inputs, cache)
         y = counted_labels(y, inputs.attention_mask)
