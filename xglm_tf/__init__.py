@@ -16,7 +16,8 @@ if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):
 
 import keras  # noqa: E402
 
-# Differs: Keras runs on one of several frameworks, chosen when it is first imported.
+# Differs: no check of this kind in PyTorch and Flax. Keras runs on one of several frameworks, chosen when it is first
+# imported.
 if keras.config.backend() != "tensorflow":
     raise BackendError(
         f"xglm_tf needs Keras on TensorFlow, but Keras runs on {keras.config.backend()}; "

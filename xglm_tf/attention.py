@@ -62,7 +62,7 @@ class TFXGLMAttention(keras.layers.Layer):
             [batch, length, d_model], and the probabilities [batch, heads, length, keys].
         """
         query = self._split_heads(self.q_proj(hidden_states) * self.config.head_dim**-0.5)
-        # Differs: not fused as in PyTorch; what Keras has is several times slower for one query on a CPU.
+        # Differs: not fused as in PyTorch; the function of Keras is several times slower for one query on a CPU.
         weights = tf.cast(_probabilities(query, key, mask), value.dtype)
         context = tf.matmul(self.dropout(weights), value)
         if head_mask is not None:

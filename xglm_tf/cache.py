@@ -21,8 +21,8 @@ from xglm_core.inputs import check_past_key_values
 _BLOCK = 64  # Positions by which storage grows, so that shapes rarely change from one token to the next.
 
 
-# Differs: caches share no storage as in PyTorch. Tensors cannot be written in place, except by XLA, which sees that the
-# old one is done.
+# Differs: caches share no storage, as they do in PyTorch. Tensors cannot be written in place, except by XLA, where
+# nothing reads the old one afterwards.
 @dataclasses.dataclass(frozen=True, eq=False)
 class TFXGLMCache:
     """Keys and values of the positions read so far; also reads as the tuple of per-layer (key, value).
@@ -104,8 +104,8 @@ def empty_cache(config: XGLMConfig, batch: int | tf.Tensor, capacity: int | tf.T
 def as_cache(past_key_values: Any, config: XGLMConfig) -> TFXGLMCache | None:
     """A cache from what a caller may pass: a cache, None, or a tuple of per-layer (key, value), which is not copied.
 
-    Differs: the documented form of TensorFlow holds (key, value) of a layer in one tensor, [2, batch, heads, length,
-    head_dim]; it is taken, too.
+    (key, value) of a layer may also be one tensor [2, batch, heads, length, head_dim], as transformers documents it for
+    TensorFlow.
 
     Raises:
         InputError: it is something else, or its shapes do not fit.

@@ -58,7 +58,8 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
         super().__init__(config, dtype=dtype, autocast=False, **kwargs)
         self.generation_config = GenerationConfig.from_model(config)
         self.model = TFXGLMMainLayer(config, dtype=self.dtype_policy, name="model")
-        # Differs: no layer if tied, because a Keras layer cannot use another's matrix transposed.
+        # Differs: None if tied, where PyTorch has a layer that shares the weight: a Keras layer cannot use another's
+        # matrix transposed.
         self.lm_head = None if config.tie_word_embeddings else TFXGLMHead(self.config, self.dtype_policy)
         self.create_weights(plan)
 

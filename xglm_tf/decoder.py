@@ -29,8 +29,8 @@ class TFXGLMSinusoidalPositionalEmbedding(keras.layers.Layer):
     def __init__(self, config: XGLMConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         table = position_table(config)
-        # Differs: compiled code cannot raise, so a position past the limit finds a row of NaN. Keras means something
-        # else by `weights`, hence the name.
+        # Differs: one row more than in PyTorch, of NaN, for positions past the limit: compiled code cannot raise. And
+        # another name than `weights`, by which Keras means something else.
         self.table = tf.constant(np.concatenate([table, np.full_like(table[:1], np.nan)]))
 
     def build(self, input_shape: Any = None) -> None:
@@ -65,7 +65,8 @@ class TFXGLMScaledWordEmbedding(keras.layers.Embedding):
 class TFXGLMMainLayer(keras.layers.Layer):
     """The decoder as a layer.
 
-    Differs: `layers` means something else in a Keras model, and a model and its parts need one set of variable paths.
+    Differs: in PyTorch `XGLMModel` is all of this. `layers` means something else in a Keras model, and a model and its
+    parts need one set of variable paths.
     """
 
     def __init__(self, config: XGLMConfig, **kwargs: Any) -> None:
@@ -149,7 +150,7 @@ class TFXGLMMainLayer(keras.layers.Layer):
         """What follows a block: in training, with probability `config.layerdrop`, what came before it.
 
         The block runs in any case: so the cache has its keys, each parameter has a gradient, and no graph depends on
-        chance.
+        randomness.
         """
         if not training or self.config.layerdrop == 0:
             return after

@@ -59,7 +59,7 @@ class TFEngine:
     prompts and capacities are multiples of `bucket`, and the steps are a loop in compiled code.
 
     Args:
-        compiled: the functions of the model that continues the texts.
+        compiled: the functions of the model.
         past: a cache to go on from, which stays as it is; None to begin.
     """
 

@@ -43,8 +43,8 @@ def named_arguments(
 ) -> dict[str, Any]:
     """The arguments of a call by name.
 
-    Differs: Keras hands a model its inputs as one: the first argument may be a mapping of arguments by name, or a list
-    or tuple of them in the documented order.
+    Differs: Keras hands a model all inputs as one. So the first argument may be a list or tuple of arguments in the
+    documented order, where `xglm_core.inputs.inputs_as_given` takes a mapping by name alone.
 
     Args:
         positional: the names of what may be given by position, in order.
@@ -160,17 +160,17 @@ def checked_batch(config: XGLMConfig, inputs: Mapping[str, Any], labels: Any) ->
         positions = _lowest_and_highest_position(inputs)
         of_tokens = (reduce(array) for array in (ids, labels) for reduce in (tf.reduce_min, tf.reduce_max))
         extremes = [*positions, *of_tokens]
-        numbers = tf.stack([tf.cast(number, tf.int64) for number in extremes])
+        found = tf.stack([tf.cast(extreme, tf.int64) for extreme in extremes])
         limits = tf.constant([config.max_position_embeddings, config.vocab_size, config.vocab_size], tf.int64)
-        fits = tf.reduce_all((numbers[::2] >= 0) & (numbers[1::2] < limits))
-        passed = tf.debugging.Assert(fits, [_FAILED, numbers], summarize=len(extremes))
+        fits = tf.reduce_all((found[::2] >= 0) & (found[1::2] < limits))
+        passed = tf.debugging.Assert(fits, [_FAILED, found], summarize=len(extremes))
     with tf.control_dependencies([passed]):
         return {**inputs, name: tf.identity(inputs[name])}
 
 
 @contextlib.contextmanager
 def failures_named(config: XGLMConfig) -> Iterator[None]:
-    """Says in our words what `checked_batch` has found.
+    """Raises what `checked_batch` has found as an `InputError`.
 
     Raises:
         InputError: see `check_batch`.

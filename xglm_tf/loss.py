@@ -42,8 +42,8 @@ def causal_lm_loss(
         num_items_in_batch: what to divide the sum by; None takes the sum of the weights that count.
         options: what is added to the cross-entropy.
         weights: of the labels, [batch, length]; None means 1.
-        training: whether to compute the gradients along with the loss. Differs: TensorFlow does not tell beforehand
-            whether there will be a call for them. Without this they are computed when it comes, with the logits again.
+        training: whether to compute the gradients along with the loss. Without it they are computed when they are
+            asked for, with the logits again. Differs: PyTorch tells beforehand whether gradients will be asked for.
         train_head: whether the head has a gradient.
 
     Returns:
@@ -74,8 +74,8 @@ def causal_lm_loss(
         tied=tied,
         smoothing=float(options.label_smoothing),
         z_loss=float(options.z_loss),
-        # Differs: not more on accelerators, as in the other backends: a graph may run on another device than the one
-        # where it is made.
+        # Differs: the same on accelerators, where the other backends take more: a graph may run on another device than
+        # the one where it is made.
         chunk=max(1, chunk_positions(matrix.shape[0 if tied else 1]) // _LOGITS),
         training=training,
         train_head=train_head,
@@ -144,7 +144,7 @@ def _final(gradient: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
 
 
 # TensorFlow never forgets a graph in which it met a custom gradient. Here it meets a small one, not the caller's with
-# all its weights. Eager calls share a program among all numbers of positions; a traced one belongs to shapes it knows.
+# all its weights. Eager calls of any length share a program; traced calls have one for each shape.
 _sums_eager = tf.function(_sums, autograph=False, reduce_retracing=True)
 _sums_traced = tf.function(_sums, autograph=False)
 

@@ -227,7 +227,8 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
     def set_input_embeddings(self, new_embeddings: Any) -> None:
         """Takes over the values of another embedding; a tied head follows.
 
-        Differs: the values are copied, as Keras variables belong to one model.
+        Differs: the values are copied, where `XGLMPreTrainedModel.set_input_embeddings` of PyTorch shares them: Keras
+        variables belong to one model.
 
         Args:
             new_embeddings: a layer with `embeddings`, or a `Dense` with a transposed `kernel`, or a matrix
@@ -541,9 +542,10 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
             load_weights(self, plan)
 
     def init_weights(self) -> None:
-        """Has matrices drawn from N(0, init_std); biases and the padding row of the embedding are zero.
+        """Draws matrices from N(0, init_std); biases and the padding row of the embedding are zero.
 
-        Differs: Keras gives variables their values when it creates them, by the initializers of their layers.
+        Differs: it sets the initializers of the layers, by which Keras gives variables their values when it creates
+        them; in PyTorch there are parameters to fill.
         """
         for spec in self._specs().values():
             if len(spec.shape) == 2:

@@ -1,7 +1,7 @@
 """Whether a model is still the one that its compiled code was traced from.
 
-Differs: compiled code holds on to the variables that it met, and to what Python did then. In JAX parameters are
-arguments of it; PyTorch runs the modules as they are.
+Differs: there is no such file in the other backends. Compiled code here holds on to the variables that it met, and to
+what Python did then; in JAX parameters are its arguments, and PyTorch runs the modules as they are.
 """
 
 from __future__ import annotations

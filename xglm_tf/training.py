@@ -38,14 +38,14 @@ class Perplexity(keras.metrics.Mean):
 
 @dataclasses.dataclass(frozen=True)
 class TokenMetrics:
-    """Means over tokens; their state is two numbers each. They are no list, which Keras would save with the weights."""
+    """Means over tokens. Not in a list, which Keras would save with the weights."""
 
     loss: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="loss"))
     accuracy: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="accuracy"))
     perplexity: Perplexity = dataclasses.field(default_factory=lambda: Perplexity(name="perplexity"))
 
     def update(self, total: tf.Tensor, surprisal: tf.Tensor, correct: tf.Tensor, count: tf.Tensor) -> None:
-        """Takes the sums over a batch, and its number of tokens."""
+        """Adds the sums over a batch with `count` tokens."""
         for metric, value in ((self.loss, total), (self.perplexity, surprisal), (self.accuracy, correct)):
             metric.update_state(tf.math.divide_no_nan(value, count), sample_weight=count)
 
@@ -415,9 +415,9 @@ def _by_name(method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[s
 
 
 def _check_compilable(strategy: tf.distribute.Strategy) -> None:
-    """Keras makes one program of the step on all devices of a process, and XLA has variables of one device only.
+    """Checks that XLA can compile a step of a strategy.
 
-    Nor has it sums over processes on a CPU.
+    It cannot where one program uses variables of several devices, or sums over processes on CPUs.
 
     Raises:
         InputError: there are several devices, or processes with CPUs.
