@@ -29,7 +29,15 @@ from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
 from xglm_tf.inputs import are_arrays, batches_in_tuples, check_batch, checked_batch, failures_named, named_arguments
 from xglm_tf.tracing import forget, outdated
-from xglm_tf.weights import Initializer, load_weights, read_weight, set_initializer, weights_dtype, write_weight
+from xglm_tf.weights import (
+    Initializer,
+    all_layers,
+    load_weights,
+    read_weight,
+    set_initializer,
+    weights_dtype,
+    write_weight,
+)
 
 _THROUGH_TORCH = "load the checkpoint in xglm_torch, and call torch.onnx.export(model, ..., dynamo=True)"
 _OTHER_FORMATS = {
@@ -438,7 +446,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
     @property
     def has_lora(self) -> bool:
         """Whether there are adapters."""
-        return any(getattr(layer, "lora_enabled", False) for layer in self._flatten_layers())
+        return any(getattr(layer, "lora_enabled", False) for layer in all_layers(self))
 
     @property
     def input_signature(self) -> dict[str, tf.TensorSpec]:
@@ -501,7 +509,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
             layer.path.removeprefix(f"{self.path}/"): keras.saving.serialize_keras_object(
                 {"policy": layer.dtype_policy, "quantization": getattr(layer, "quantization_config", None)}
             )
-            for layer in self._flatten_layers(include_self=False)
+            for layer in all_layers(self)
             if layer.path is not None and layer.dtype_policy != self.dtype_policy
         }
         return {**config, "policies": policies} if policies else config
@@ -522,7 +530,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         options = {**config, **kwargs, "config": XGLMConfig.from_dict(config["config"])}
         policies = options.pop("policies", {})
         model = cls(**options)
-        for layer in model._flatten_layers(include_self=False):
+        for layer in all_layers(model):
             saved = policies.get((layer.path or "").removeprefix(f"{model.path}/"))
             if saved is not None:
                 _set_policy(layer, **keras.saving.deserialize_keras_object(saved))
@@ -559,7 +567,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
 
     def _check_not_quantized(self, name: str) -> None:
         """Raises `InputError` if weights are held as integers, of which a method can make nothing."""
-        for layer in self._flatten_layers():
+        for layer in all_layers(self):
             if (mode := layer.dtype_policy.quantization_mode) not in (None, "float8"):
                 raise InputError(
                     f"the model is quantized to {mode}, of which {name} can make nothing; call it before quantize, "

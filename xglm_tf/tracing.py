@@ -12,6 +12,8 @@ from typing import Any
 
 import keras
 
+from xglm_tf.weights import all_layers
+
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
@@ -50,12 +52,12 @@ def outdated(model: keras.Model, name: str, *options: Any) -> bool:
         name: for which compiled code it is asked.
         options: what that depends on besides.
     """
-    layers = list(model._flatten_layers())
+    layers = all_layers(model)
     known = set(map(id, layers))
     # Keras does not see what is put into the list of blocks in place of another.
     swapped = [block for block in model.model.layers if id(block) not in known]
     for block in swapped:
-        layers += block._flatten_layers()
+        layers += all_layers(block)
     variables = [variable for owner in (model, *swapped) for variable in owner.variables]
     of_layers = ((id(layer), layer.dtype_policy.name, getattr(layer, "lora_alpha", None)) for layer in layers)
     blocks = tuple(map(id, model.model.layers))

@@ -131,7 +131,7 @@ class Training(keras.Model):
     def metrics(self) -> list[keras.metrics.Metric]:
         """All metrics; those of the built-in loss take the place of Keras' mean over batches."""
         metrics = super().metrics
-        if not self.compiled or self._compile_loss is not None:
+        if not self.compiled or self.loss is not None:
             return metrics
         own = (getattr(self.token_metrics, field.name) for field in dataclasses.fields(TokenMetrics))
         return [*own, *(metric for metric in metrics if metric is not self._loss_tracker)]
@@ -167,7 +167,7 @@ class Training(keras.Model):
     @property
     def _has_own_loss(self) -> bool:
         """Whether a loss of the user's takes the place of the built-in one: of `compile`, or of a subclass."""
-        return self._compile_loss is not None or is_overridden(self, Training, "compute_loss")
+        return self.loss is not None or is_overridden(self, Training, "compute_loss")
 
     def _loss_and_logits(
         self, x: Mapping[str, Any], y: Any, sample_weight: Any, *, training: bool
@@ -198,12 +198,12 @@ class Training(keras.Model):
         sums = (loss * items, surprisal, correct, count)
         self.token_metrics.update(*(value / replicas for value in sums))
         logits = None if self._compile_metrics is None else self.logits(results.last_hidden_state)
-        return output.loss + sum(self._aggregate_additional_loss(loss) for loss in self.losses), logits
+        return output.loss + sum(map(tf.reduce_sum, self.losses)), logits
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """The metrics so far; those named in `compile` are given the logits."""
         y = _labels(x, y)
-        if self._compile_loss is None and self._compile_metrics is not None:
+        if self.loss is None and self._compile_metrics is not None:
             y = counted_labels(tf.convert_to_tensor(y), x.get("attention_mask"))
             weights = None if sample_weight is None else _weights_of_labels(tf.convert_to_tensor(sample_weight), y)
             y, sample_weight = targets_and_weights(y, weights)
@@ -250,7 +250,7 @@ class Training(keras.Model):
         inputs, labels = self._inputs_and_labels(x, y)
         if isinstance(labels, list | tuple):
             labels = np.asarray(labels)
-        check_batch(self.config, inputs, labels if self._compile_loss is None else None)
+        check_batch(self.config, inputs, labels if self.loss is None else None)
         return inputs, labels, sample_weight
 
     @contextlib.contextmanager
@@ -324,7 +324,7 @@ class Training(keras.Model):
         Keras would average the first batch over the processes of a `MultiWorkerMirroredStrategy`, and fail with inputs
         by name.
         """
-        if self._compile_loss is not None or self._compile_metrics is not None:
+        if self.loss is not None or self._compile_metrics is not None:
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
         elif self._distribute_strategy is not None and self.optimizer is not None and not self.optimizer.built:
             with self._distribute_strategy.scope():
@@ -352,7 +352,7 @@ class Training(keras.Model):
 
     def labels_to_check(self, inputs: Mapping[str, Any], y: Any) -> Any:
         """Those of the built-in loss; a loss of the user's own may compare with anything."""
-        if self._compile_loss is not None:
+        if self.loss is not None:
             return None
         return inputs.get("labels", y.get("labels") if isinstance(y, Mapping) else y)
 

@@ -100,6 +100,11 @@ def name_scopes(path: str) -> Iterator[None]:
         yield
 
 
+def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """A layer, and all those inside it."""
+    return list(layer._flatten_layers())
+
+
 def weights_dtype(model: keras.Model) -> FloatType:
     """The type of the model's variables."""
     return DTYPES[model.variable_dtype]
