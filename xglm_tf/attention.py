@@ -9,7 +9,6 @@ import keras
 import tensorflow as tf
 
 from xglm_core.config import XGLMConfig
-from xglm_tf.dropout import TFXGLMDropout
 
 
 class TFXGLMAttention(keras.layers.Layer):
@@ -30,7 +29,7 @@ class TFXGLMAttention(keras.layers.Layer):
         self.v_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="v_proj")
         self.q_proj = keras.layers.Dense(width, dtype=self.dtype_policy, name="q_proj")
         self.out_proj = keras.layers.Dense(config.d_model, dtype=self.dtype_policy, name="out_proj")
-        self.dropout = TFXGLMDropout(config.attention_dropout, dtype=self.dtype_policy)
+        self.dropout = keras.layers.Dropout(config.attention_dropout, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables."""

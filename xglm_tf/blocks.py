@@ -13,7 +13,6 @@ from xglm_core.calls import DecoderInputs
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_tf.attention import TFXGLMAttention
 from xglm_tf.cache import write
-from xglm_tf.dropout import TFXGLMDropout
 
 ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "gelu": functools.partial(tf.nn.gelu, approximate=False),
@@ -44,8 +43,8 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
         self.fc1 = keras.layers.Dense(config.ffn_dim, dtype=dtype, name="fc1")
         self.fc2 = keras.layers.Dense(config.d_model, dtype=dtype, name="fc2")
         self.final_layer_norm = layer_norm("final_layer_norm", dtype)
-        self.dropout = TFXGLMDropout(config.dropout, dtype=dtype)
-        self.activation_dropout = TFXGLMDropout(config.activation_dropout, dtype=dtype)
+        self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
+        self.activation_dropout = keras.layers.Dropout(config.activation_dropout, dtype=dtype)
 
     @property
     def output_shape(self) -> tuple[int | None, ...]:

@@ -18,7 +18,6 @@ from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_tf.attention import attention_mask_for
 from xglm_tf.blocks import TFXGLMDecoderLayer, layer_norm
 from xglm_tf.cache import TFXGLMCache, as_cache, extend_cache
-from xglm_tf.dropout import TFXGLMDropout
 from xglm_tf.inputs import check_arguments
 from xglm_tf.pretrained import TFXGLMPreTrainedModel
 
@@ -75,7 +74,7 @@ class TFXGLMMainLayer(keras.layers.Layer):
         self.config = config
         self.embed_tokens = TFXGLMScaledWordEmbedding(config, dtype=dtype, name="embed_tokens")
         self.embed_positions = TFXGLMSinusoidalPositionalEmbedding(config, dtype="float32", name="embed_positions")
-        self.dropout = TFXGLMDropout(config.dropout, dtype=dtype)
+        self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
         self.layers = [TFXGLMDecoderLayer(config, index, dtype=dtype) for index in range(config.num_layers)]
         self.layer_norm = layer_norm("layer_norm", dtype)
         self.seed_generator = keras.random.SeedGenerator()

@@ -10,7 +10,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.python.eager import context  # Optimized graphs are shown nowhere else.
 
 import xglm_core.loss
 from conformance import training
@@ -20,7 +19,6 @@ from tests.helpers.models import changed
 from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions
 from xglm_tf import TFXGLMForCausalLM
-from xglm_tf.fast.adding import products_add
 from xglm_tf.loss import causal_lm_loss
 
 CONFIG = changed(training.CONFIG, num_layers=1)
@@ -333,11 +331,9 @@ class TestLoss:
         return (*results, *tape.gradient(results.loss, [states, matrix]))
 
     @pytest.mark.parametrize("training", [False, True])
-    @pytest.mark.parametrize("mode", ["eager", "graph", "unknown length", "xla", "separate sum", "plain", "plain xla"])
+    @pytest.mark.parametrize("mode", ["eager", "graph", "unknown length", "xla", "plain xla"])
     def test_in_every_mode(self, mode, training, monkeypatch):
         """Against the formula with all logits, and TensorFlow's own gradients."""
-        if mode == "separate sum":
-            monkeypatch.setattr("xglm_tf.fast.adding.products_add", lambda: False)
         if "plain" in mode:
             monkeypatch.setenv("XGLM_PLAIN", "1")
         states, matrix = tf.constant(self.STATES), tf.constant(self.MATRIX)
@@ -368,20 +364,6 @@ class TestLoss:
         shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)}
         assert any(sorted(shape) == [7, 131] for shape in shapes), "no chunk of logits has been seen"
         assert max(np.prod(shape) for shape in shapes if 131 in shape) == 131 * 35
-
-    @pytest.mark.skipif(not products_add(), reason="TensorFlow has no such operation here")
-    def test_products_add(self):
-        """To the head's gradient, by the rewriting of the graph that the loss counts on."""
-        program = tf.function(lambda *given: self.gradients(*given, True))
-        context.enable_run_metadata()
-        try:
-            program(tf.constant(self.STATES), tf.constant(self.MATRIX))
-            graphs = context.export_run_metadata().function_graphs
-        finally:
-            context.disable_run_metadata()
-        fused = {node.op for graph in graphs for node in graph.post_optimization_graph.node}
-        assert "_FusedMatMul" in fused
-        assert "InplaceAdd" not in fused
 
     def test_what_does_not_count_may_be_anything(self):
         states = np.where((LABELS != -100)[..., None], self.STATES, np.nan)  # Also of the last tokens, which do count.
