@@ -64,11 +64,7 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
         self.final_layer_norm.build(states)
 
     def call(
-        self,
-        hidden_states: tf.Tensor,
-        inputs: DecoderInputs,
-        past: tuple[tf.Tensor, ...] = (),
-        start: tf.Tensor | None = None,
+        self, hidden_states: tf.Tensor, inputs: DecoderInputs, past: tuple[tf.Tensor, ...] = (), start: Any = None
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor, tf.Tensor | None]:
         """Runs the block.
 

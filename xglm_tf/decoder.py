@@ -135,6 +135,7 @@ class TFXGLMMainLayer(keras.layers.Layer):
             if wanted.attentions:
                 # Without the room that nothing fills yet. Compiled code, whose shapes are fixed, reports it as zeros.
                 all_attentions.append(attentions[..., : past + length] if tf.executing_eagerly() else attentions)
+            if wanted.attentions and cross_attentions is not None:
                 all_cross_attentions.append(cross_attentions)
         hidden_states = self.layer_norm(hidden_states)
         return DecoderResults(
@@ -142,7 +143,7 @@ class TFXGLMMainLayer(keras.layers.Layer):
             dataclasses.replace(cache, layers=tuple(parts), length=past + length) if wanted.cache else None,
             (*all_states, hidden_states) if wanted.hidden_states else None,
             tuple(all_attentions) or None,
-            None if None in all_cross_attentions else tuple(all_cross_attentions) or None,
+            tuple(all_cross_attentions) or None,
         )
 
     def _dropped(self, before: tf.Tensor, after: tf.Tensor, training: bool) -> tf.Tensor:
@@ -246,16 +247,7 @@ class TFXGLMModel(TFXGLMPreTrainedModel):
                 the vocabulary or a position past the limit. Inside a `tf.function` no values are checked: the result is
                 NaN if a position is past the limit or the cache, which cannot grow there, is full.
         """
-        inputs = DecoderInputs(
-            input_ids,
-            attention_mask,
-            position_ids,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            head_mask,
-            cross_attn_head_mask,
-            inputs_embeds,
-        )
+        inputs = DecoderInputs(*map(locals().get, DecoderInputs._fields))  # The arguments of these names.
         cache = as_cache(past_key_values, self.config)
         check_arguments(self.config, inputs, cache)
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
