@@ -1,18 +1,9 @@
 """XGLM in TensorFlow, on Keras 3."""
 
-import os
-
 from xglm_core.backends import require_frameworks
 from xglm_core.errors import BackendError
 
 require_frameworks("tf")
-
-# With it TensorFlow looks for Keras 2 wherever Keras 3 asks it for something of its own.
-if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):
-    raise BackendError(
-        f"xglm_tf needs Keras 3, but TF_USE_LEGACY_KERAS is {os.environ['TF_USE_LEGACY_KERAS']!r}, which asks "
-        "TensorFlow for Keras 2; unset the environment variable"
-    )
 
 import keras  # noqa: E402
 
