@@ -16,6 +16,7 @@ import optree
 import tensorflow as tf
 
 from xglm_core.config import XGLMConfig
+from xglm_core.generation.prompts import rounded_up
 from xglm_core.inputs import check_past_key_values
 
 _BLOCK = 64  # Positions by which storage grows, so that shapes rarely change from one token to the next.
@@ -136,11 +137,11 @@ def extend_cache(
         dtype: type of keys and values.
     """
     if past is None:
-        return empty_cache(config, batch, _rounded_up(new), dtype)
-    capacity, needed = past.capacity, past.get_seq_length() + new
-    if isinstance(capacity, int) and isinstance(needed, int):
-        return with_capacity(past, max(capacity, _rounded_up(needed)))
-    return past if isinstance(capacity, int) else with_capacity(past, tf.maximum(capacity, _rounded_up(needed)))
+        return empty_cache(config, batch, rounded_up(new, _BLOCK), dtype)
+    capacity, needed = past.capacity, rounded_up(past.get_seq_length() + new, _BLOCK)
+    if not isinstance(capacity, int):
+        return with_capacity(past, tf.maximum(capacity, needed))
+    return with_capacity(past, max(capacity, needed)) if isinstance(needed, int) else past
 
 
 def with_capacity(cache: TFXGLMCache, capacity: int | tf.Tensor) -> TFXGLMCache:
@@ -169,13 +170,10 @@ def picked(cache: TFXGLMCache, places: tf.Tensor, mask: tf.Tensor) -> TFXGLMCach
         mask: bool [batch, length], False for padding.
     """
     length = places.shape[1]
-
-    def chosen(storage: tf.Tensor) -> tf.Tensor:
-        return tf.gather(storage, places, axis=2, batch_dims=1)
-
+    chosen = functools.partial(tf.gather, indices=places, axis=2, batch_dims=1)
     layers = tuple((chosen(key), chosen(value), *encoder) for key, value, *encoder in cache.layers)
     picked = dataclasses.replace(cache, layers=layers, mask=mask, length=tf.constant(length))
-    return with_capacity(picked, _rounded_up(length))
+    return with_capacity(picked, rounded_up(length, _BLOCK))
 
 
 def write(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
@@ -201,7 +199,3 @@ def _write(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tuple[tf.Ten
 # TensorFlow never forgets a graph in which it met a custom gradient. Here it meets a small one: the caller's would keep
 # all weights in memory after the model is gone.
 _write_traced = tf.function(_write, autograph=False)
-
-
-def _rounded_up(positions: int | tf.Tensor) -> int | tf.Tensor:
-    return -(-positions // _BLOCK) * _BLOCK

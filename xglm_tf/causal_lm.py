@@ -22,7 +22,6 @@ from xglm_tf.decoder import TFXGLMMainLayer
 from xglm_tf.fast.few_rows import table_product
 from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine, draw_seed
 from xglm_tf.inputs import check_arguments, check_head_arguments, is_traced
-from xglm_tf.loss import counted_labels
 from xglm_tf.pretrained import TFXGLMPreTrainedModel, embedding_matrix
 from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
 from xglm_tf.tracing import compiled
@@ -117,7 +116,6 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
         check_head_arguments(self.config, inputs, labels, logits_to_keep)
         check_arguments(self.config, inputs, cache)
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
-        labels = None if labels is None else counted_labels(labels, attention_mask)
         results, loss = decode_with_loss(self, inputs, cache, wanted, labels, num_items_in_batch, training=training)
         logits = None
         if wants_logits(return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep):
@@ -232,6 +230,4 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
 
 def _kept(states: tf.Tensor, logits_to_keep: int | tf.Tensor) -> tf.Tensor:
     """The positions of [batch, length, width] that `logits_to_keep` asks for."""
-    if isinstance(logits_to_keep, int):
-        return states[:, -logits_to_keep:]
-    return tf.gather(states, logits_to_keep, axis=1)
+    return states[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else tf.gather(states, logits_to_keep, axis=1)

@@ -125,13 +125,12 @@ class TFXGLMMainLayer(keras.layers.Layer):
         )
         all_states, parts, all_attentions, all_cross_attentions = [], [], [], []
         for index, layer in enumerate(self.layers):
-            before = hidden_states
-            own = () if cache is None else cache.layers[index]
-            hidden_states, part, attentions, cross_attentions = layer(before, inputs, own, past)
-            hidden_states = self._dropped(before, hidden_states, training)
-            parts.append(part)
             if wanted.hidden_states:
-                all_states.append(before)
+                all_states.append(hidden_states)
+            own = () if cache is None else cache.layers[index]
+            new_states, part, attentions, cross_attentions = layer(hidden_states, inputs, own, past)
+            hidden_states = self._dropped(hidden_states, new_states, training)
+            parts.append(part)
             if wanted.attentions:
                 # Without the room that nothing fills yet. Compiled code, whose shapes are fixed, reports it as zeros.
                 all_attentions.append(attentions[..., : past + length] if tf.executing_eagerly() else attentions)

@@ -396,7 +396,7 @@ def decode_with_loss(
     return results, causal_lm_loss(
         results.last_hidden_state,
         both[1] if both is not None else matrix if head is None else head,
-        labels,
+        counted_labels(labels, inputs.attention_mask),
         num_items_in_batch,
         options=model.loss_options,
         weights=weights,
