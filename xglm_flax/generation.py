@@ -15,12 +15,12 @@ from flax import linen as nn
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import BLOCK, Processor, check_processed
-from xglm_core.generation.prompts import rounded_up
 from xglm_core.generation.rules import Rules
-from xglm_flax import selection
+from xglm_core.generation.selection import DeviceRules
+from xglm_core.rounding import rounded_up
 from xglm_flax.attention import FEW_ROWS, few_rows_product
 from xglm_flax.cache import FlaxXGLMCache, picked, reordered, with_capacity
-from xglm_flax.selection import TracedRules
+from xglm_flax.selection import device_rules, selection
 from xglm_flax.stacking import unstack_layers
 from xglm_flax.weights import Params
 
@@ -109,7 +109,7 @@ class FlaxEngine:
 
     def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
         """See `Engine.select`."""
-        return np.asarray(_select(self.logits, self._seen, TracedRules.of(rules), keys)).astype(np.int64)
+        return np.asarray(_select(self.logits, self._seen, device_rules(rules), keys)).astype(np.int64)
 
     def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
         """See `Engine.advance`."""
@@ -117,7 +117,7 @@ class FlaxEngine:
         selected, self.logits, self._cache, self._seen = self._compiled.advance(
             self._params_of_steps(len(tokens), steps),
             tokens.astype(np.int32),
-            TracedRules.of(rules),
+            device_rules(rules),
             np.pad(keys, ((0, 0), (0, BLOCK - steps), (0, 0))),
             steps,
             cache=self._cache,
@@ -129,12 +129,12 @@ class FlaxEngine:
         self, rules: Rules, totals: np.ndarray, keys: np.ndarray, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.candidates`."""
-        sums, index = _candidates(self.logits, self._seen, TracedRules.of(rules), totals, keys, count=count)
+        sums, index = _candidates(self.logits, self._seen, device_rules(rules), totals, keys, count=count)
         return np.asarray(sums), np.asarray(index).astype(np.int64)
 
     def scores(self, rules: Rules) -> jax.Array:
         """See `Engine.scores`."""
-        return _scores(self.logits, self._seen, TracedRules.of(rules))
+        return _scores(self.logits, self._seen, device_rules(rules))
 
     def recorded(self) -> jax.Array:
         """See `Engine.recorded`."""
@@ -195,7 +195,7 @@ def _advance(
     module: Any,
     params: Params,
     tokens: jax.Array,
-    rules: TracedRules,
+    rules: DeviceRules,
     keys: jax.Array,
     steps: jax.Array,
     cache: FlaxXGLMCache,
@@ -295,20 +295,20 @@ def _reordered(cache: FlaxXGLMCache, rows: jax.Array) -> FlaxXGLMCache:
 
 
 @jax.jit
-def _select(logits: jax.Array, seen: jax.Array | None, rules: TracedRules, keys: jax.Array) -> jax.Array:
-    return selection.choose(selection.process(logits, seen, rules), rules, keys)
+def _select(logits: jax.Array, seen: jax.Array | None, rules: DeviceRules, keys: jax.Array) -> jax.Array:
+    return selection.choose(selection.apply_penalties(logits, seen, rules), rules, keys)
 
 
 @functools.partial(jax.jit, static_argnames="count")
 def _candidates(
-    logits: jax.Array, seen: jax.Array | None, rules: TracedRules, totals: jax.Array, keys: jax.Array, *, count: int
+    logits: jax.Array, seen: jax.Array | None, rules: DeviceRules, totals: jax.Array, keys: jax.Array, *, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    return selection.choose_candidates(selection.process(logits, seen, rules), rules, totals, keys, count)
+    return selection.choose_candidates(selection.apply_penalties(logits, seen, rules), rules, totals, keys, count)
 
 
 @jax.jit
-def _scores(logits: jax.Array, seen: jax.Array | None, rules: TracedRules) -> jax.Array:
-    return selection.narrowed(selection.process(logits, seen, rules), rules)
+def _scores(logits: jax.Array, seen: jax.Array | None, rules: DeviceRules) -> jax.Array:
+    return selection.filtered_logits(selection.apply_penalties(logits, seen, rules), rules)
 
 
 def seed_of(prng_key: jax.Array, generation: GenerationConfig, options: Mapping[str, Any]) -> int:

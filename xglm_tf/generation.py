@@ -12,11 +12,11 @@ import tensorflow as tf
 
 from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.generation.engine import BLOCK, Processor, check_processed
-from xglm_core.generation.prompts import rounded_up
 from xglm_core.generation.rules import Rules
-from xglm_tf import selection
+from xglm_core.generation.selection import DeviceRules
+from xglm_core.rounding import rounded_up
 from xglm_tf.cache import TFXGLMCache, empty_cache, picked, reordered, with_capacity
-from xglm_tf.selection import TFRules
+from xglm_tf.selection import device_rules, selection
 
 if TYPE_CHECKING:
     from xglm_tf.causal_lm import TFXGLMForCausalLM
@@ -102,7 +102,7 @@ class TFEngine:
 
     def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
         """See `Engine.select`."""
-        selected = self._compiled.select(self.logits, self._seen, TFRules.of(rules), tf.constant(keys))
+        selected = self._compiled.select(self.logits, self._seen, device_rules(rules), tf.constant(keys))
         return selected.numpy().astype(np.int64)
 
     def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ class TFEngine:
         steps = keys.shape[1]
         padded = tf.constant(np.pad(keys, ((0, 0), (0, BLOCK - steps), (0, 0))))
         selected, self.logits, self._cache, self._seen = self._compiled.advance(
-            self._tensor(tokens), self.logits, self._cache, self._seen, TFRules.of(rules), padded, tf.constant(steps)
+            self._tensor(tokens), self.logits, self._cache, self._seen, device_rules(rules), padded, tf.constant(steps)
         )
         return selected[:, :steps].numpy().astype(np.int64)
 
@@ -119,13 +119,13 @@ class TFEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.candidates`."""
         sums, index = self._compiled.candidates(
-            self.logits, self._seen, TFRules.of(rules), tf.constant(totals), tf.constant(keys), count
+            self.logits, self._seen, device_rules(rules), tf.constant(totals), tf.constant(keys), count
         )
         return sums.numpy(), index.numpy().astype(np.int64)
 
     def scores(self, rules: Rules) -> tf.Tensor:
         """See `Engine.scores`."""
-        return self._compiled.scores(self.logits, self._seen, TFRules.of(rules))
+        return self._compiled.scores(self.logits, self._seen, device_rules(rules))
 
     def recorded(self) -> tf.Tensor:
         """See `Engine.recorded`."""
@@ -187,9 +187,9 @@ def _read(model: TFXGLMForCausalLM, inputs: DecoderInputs, cache: TFXGLMCache) -
     return model.logits(results.last_hidden_state[:, -1:])[:, 0], results.past_key_values
 
 
-def _select(logits: tf.Tensor, seen: tf.Tensor, rules: TFRules, keys: tf.Tensor) -> tf.Tensor:
+def _select(logits: tf.Tensor, seen: tf.Tensor, rules: DeviceRules, keys: tf.Tensor) -> tf.Tensor:
     """The next id of each row, int32 [rows]; `keys` uint32 [rows, 2]."""
-    return selection.choose(selection.process(logits, seen, rules), rules, keys)
+    return selection.choose(selection.apply_penalties(logits, seen, rules), rules, keys)
 
 
 def _advance(
@@ -198,7 +198,7 @@ def _advance(
     logits: tf.Tensor,
     cache: TFXGLMCache,
     seen: tf.Tensor,
-    rules: TFRules,
+    rules: DeviceRules,
     keys: tf.Tensor,
     steps: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor, TFXGLMCache, tf.Tensor]:
@@ -229,15 +229,15 @@ def _advance(
 
 
 def _candidates(
-    logits: tf.Tensor, seen: tf.Tensor, rules: TFRules, totals: tf.Tensor, keys: tf.Tensor, count: int
+    logits: tf.Tensor, seen: tf.Tensor, rules: DeviceRules, totals: tf.Tensor, keys: tf.Tensor, count: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """See `xglm_tf.selection.choose_candidates`."""
-    return selection.choose_candidates(selection.process(logits, seen, rules), rules, totals, keys, count)
+    """See `Selection.choose_candidates`."""
+    return selection.choose_candidates(selection.apply_penalties(logits, seen, rules), rules, totals, keys, count)
 
 
-def _scores(logits: tf.Tensor, seen: tf.Tensor, rules: TFRules) -> tf.Tensor:
-    """See `xglm_tf.selection.narrowed`."""
-    return selection.narrowed(selection.process(logits, seen, rules), rules)
+def _scores(logits: tf.Tensor, seen: tf.Tensor, rules: DeviceRules) -> tf.Tensor:
+    """See `Selection.filtered_logits`."""
+    return selection.filtered_logits(selection.apply_penalties(logits, seen, rules), rules)
 
 
 def draw_seed() -> int:

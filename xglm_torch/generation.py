@@ -10,10 +10,11 @@ import torch
 
 from xglm_core.generation.engine import Processor, check_processed
 from xglm_core.generation.rules import Rules
-from xglm_torch import selection
+from xglm_core.generation.selection import DeviceRules
 from xglm_torch.cache import XGLMCache, empty_cache, picked, reordered
 from xglm_torch.preparing import Preparation
 from xglm_torch.products import fast_products
+from xglm_torch.selection import device_rules, selection
 
 if TYPE_CHECKING:
     from xglm_torch.causal_lm import XGLMForCausalLM
@@ -83,15 +84,16 @@ class TorchEngine:
     @torch.inference_mode()
     def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
         """See `Engine.select`."""
-        return self._select(rules, self._tensor(keys)).numpy(force=True)
+        return self._select(device_rules(rules, self._device), self._tensor(keys)).numpy(force=True)
 
     @torch.inference_mode()
     def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
         """See `Engine.advance`."""
         last, words, selected = self._tensor(tokens), self._tensor(keys), []
+        on_device = device_rules(rules, self._device)
         for step in range(keys.shape[1]):
             self._feed(last)
-            selected.append(self._select(rules, words[:, step]))
+            selected.append(self._select(on_device, words[:, step]))
             last = selected[-1].clamp(min=0)  # A code that stands for no token.
         return torch.stack(selected, dim=1).numpy(force=True)
 
@@ -100,16 +102,17 @@ class TorchEngine:
         self, rules: Rules, totals: np.ndarray, keys: np.ndarray, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.candidates`."""
-        scores = selection.process(self.logits, self._seen, rules)
-        sums = torch.from_numpy(totals).to(self._device)
-        sums, index = selection.choose_candidates(scores, rules, sums, self._tensor(keys), count)
+        on_device, sums = device_rules(rules, self._device), torch.from_numpy(totals).to(self._device)
+        scores = selection.apply_penalties(self.logits, self._seen, on_device)
+        sums, index = selection.choose_candidates(scores, on_device, sums, self._tensor(keys), count)
         return sums.numpy(force=True), index.numpy(force=True)
 
     # Differs: what the user gets is made outside of inference mode, as its tensors cannot enter autograd.
     @torch.no_grad()
     def scores(self, rules: Rules) -> torch.Tensor:
         """See `Engine.scores`."""
-        return selection.narrowed(selection.process(self.recorded(), self._seen, rules), rules)
+        on_device = device_rules(rules, self._device)
+        return selection.filtered_logits(selection.apply_penalties(self.recorded(), self._seen, on_device), on_device)
 
     @torch.no_grad()
     def recorded(self) -> torch.Tensor:
@@ -137,8 +140,8 @@ class TorchEngine:
             check_processed(logits, tuple(self.logits.shape), place)
         self.logits = logits
 
-    def _select(self, rules: Rules, keys: torch.Tensor) -> torch.Tensor:
-        return selection.choose(selection.process(self.logits, self._seen, rules), rules, keys)
+    def _select(self, rules: DeviceRules, keys: torch.Tensor) -> torch.Tensor:
+        return selection.choose(selection.apply_penalties(self.logits, self._seen, rules), rules, keys)
 
     def _feed(self, tokens: torch.Tensor) -> None:
         if self._seen is not None:

@@ -9,8 +9,8 @@ from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, ID
 from xglm_core.errors import InputError
 from xglm_core.generation import randomness
 from xglm_core.generation.rules import Rules
-from xglm_flax import FlaxXGLMForCausalLM, selection
-from xglm_flax.selection import TracedRules
+from xglm_flax import FlaxXGLMForCausalLM
+from xglm_flax.selection import device_rules, selection
 
 NEW = {"max_new_tokens": 5, "stop_at_eos": False}
 
@@ -35,9 +35,9 @@ class TestSelection:
         scores = np.zeros((2, 300), np.float32)
         scores[0, [70, 80, 299]] = 1
         greedy = Rules(np.zeros((2, 0), np.int32))
-        assert np.array_equal(selection.choose(scores, TracedRules.of(greedy), np.zeros((2, 2), np.uint32)), [70, 0])
+        assert np.array_equal(selection.choose(scores, device_rules(greedy), np.zeros((2, 2), np.uint32)), [70, 0])
         rules = Rules(np.zeros((2, 0), np.int32), sample=True, top_k=top_k, top_p=1.0 if top_k else 0.899)
-        values, ids = selection.narrow(scores, TracedRules.of(rules))
+        values, ids = selection.filter_logits(scores, device_rules(rules))
         kept = np.isfinite(values)
         count = top_k or 270  # Of three weights of e and 297 of 1, and of 300 equal ones.
         for row in range(2):
@@ -49,8 +49,8 @@ class TestSelection:
         scores[0, 5] = np.nan
         scores[1] = -np.inf
         for options in ({}, {"sample": True, "top_k": 5}, {"sample": True}):
-            rules = TracedRules.of(Rules(np.full((3, 8), 131, np.int32), **options))
-            processed = selection.process(jnp.asarray(scores), None, rules)
+            rules = device_rules(Rules(np.full((3, 8), 131, np.int32), **options))
+            processed = selection.apply_penalties(jnp.asarray(scores), None, rules)
             chosen = selection.choose(processed, rules, np.zeros((3, 2), np.uint32))
             assert chosen[:2].tolist() == [-1, -2]
             assert chosen[2] >= 0

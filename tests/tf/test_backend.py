@@ -20,8 +20,8 @@ from xglm_core.generation.engine import NOTHING_LEFT
 from xglm_core.generation.randomness import gumbel, noise_bits
 from xglm_core.generation.rules import Rules
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
-from xglm_tf import TFXGLMForCausalLM, TFXGLMModel, selection
-from xglm_tf.selection import TFRules
+from xglm_tf import TFXGLMForCausalLM, TFXGLMModel
+from xglm_tf.selection import device_rules, selection
 
 CONFIG = XGLMConfig(vocab_size=131, max_position_embeddings=89, d_model=35, ffn_dim=53, num_layers=2, attention_heads=5)
 IDS = np.random.RandomState(0).randint(4, CONFIG.vocab_size, (2, 11))
@@ -331,10 +331,10 @@ class TestSelection:
         scores = np.random.RandomState(0).randint(0, 50, (3, 20_011)).astype(np.float32)
         scores[2] = -np.inf
         for limit in ({"top_k": 700}, {"top_p": 0.5}):
-            rules = TFRules.of(Rules(np.zeros((3, 0), np.int32), sample=True, **limit))
-            _, ids = tf.function(selection.narrow, jit_compile=True)(scores[:2], rules)
+            rules = device_rules(Rules(np.zeros((3, 0), np.int32), sample=True, **limit))
+            _, ids = tf.function(selection.filter_logits, jit_compile=True)(scores[:2], rules)
             assert np.array_equal(ids, np.argsort(-scores[:2], axis=1, kind="stable")[:, : ids.shape[1]])
-        greedy = TFRules.of(Rules(np.zeros((3, 0), np.int32)))
+        greedy = device_rules(Rules(np.zeros((3, 0), np.int32)))
         chosen = tf.function(selection.choose, jit_compile=True)(scores, greedy, np.zeros((3, 2), np.uint32))
         assert chosen.numpy().tolist() == [*scores[:2].argmax(axis=1), NOTHING_LEFT]
 

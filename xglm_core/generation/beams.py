@@ -1,6 +1,6 @@
 """Beam search, as in transformers since 4.50: the same beams, the same rules for when to stop.
 
-Engines give the best continuations of each prompt's beams; what follows from them is decided here, prompt by prompt.
+Engines find the best continuations of each prompt's beams. Which of them go on is decided here, prompt by prompt.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from xglm_core.generation.randomness import Keys
 if TYPE_CHECKING:
     from xglm_core.generation.loop import Request
 
-_IMPOSSIBLE = np.float32(-1e9)  # Of a beam that is not there; finite, so that sums with it stay numbers.
+_IMPOSSIBLE = np.float32(-1e9)  # The score of a beam that does not exist; finite, so that sums stay finite.
 
 
 @dataclass(frozen=True)
 class _Beam:
-    """A continuation: its new tokens, the beam that each of these continued, and its score."""
+    """A continuation: its score, its new tokens, and for each token the beam that it continued."""
 
     score: np.float32
     tokens: tuple[int, ...] = ()
@@ -36,11 +36,11 @@ class _Search:
 
     Attributes:
         generation: the options.
-        limit: most new tokens.
-        running: the beams that go on, best first. At first all but one are impossible, so that they do not all take the
+        limit: the largest number of new tokens.
+        running: the beams that go on, best first. At the start all but one are impossible: otherwise all would take the
             same token.
-        finished: those that ended, best first, at most as many.
-        open: whether a better one may still come.
+        finished: the beams that have ended, best first, at most `num_beams`.
+        open: whether a better beam may still be found.
     """
 
     generation: GenerationConfig
@@ -54,18 +54,18 @@ class _Search:
         self.running = [_Beam(np.float32(0)), *([_Beam(_IMPOSSIBLE)] * (count - 1))]
 
     def extend(self, candidates: list[_Beam], ends: list[bool]) -> None:
-        """Takes the best continuations, best first, and whether each of them has ended."""
+        """Takes the best continuations, best first; `ends` says which of them have ended."""
         count, length = self.generation.num_beams, len(candidates[0].tokens)
         pairs = list(zip(candidates, ends, strict=True))
         going = [beam for beam, end in pairs if not end]
         ended = [replace(beam, score=beam.score + _IMPOSSIBLE) for beam, end in pairs if end]
         full = len(self.finished) == count
         if self.open and not (full and self.generation.early_stopping is True):
-            # A beam that ends counts only if it is among the best; the others are candidates to go on.
+            # A beam that ends counts only among the best `count`; the others can only go on.
             divisor = np.float32(length**self.generation.length_penalty)
             ending = [replace(beam, score=beam.score / divisor) for beam, end in pairs[:count] if end]
             self.finished = sorted([*self.finished, *ending], key=lambda beam: -beam.score)[:count]
-        # Sampled ones come in the order in which they were drawn.
+        # Sampled candidates come in the order in which they were drawn.
         going.sort(key=lambda beam: -beam.score)
         self.running = [*going, *ended][:count]
         if len(self.finished) == count:
@@ -82,24 +82,24 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
     """Finds the best continuations of each prompt.
 
     Args:
-        engine: has read the prompts.
-        request: what to do.
-        record: lists that get the "scores" and "logits" of each step.
+        engine: the engine, which has read the prompts.
+        request: the call.
+        record: lists to which the "scores" and "logits" of each step are appended.
 
     Returns:
-        New tokens, int64 [prompts * num_return_sequences, new]; their scores, float32 [that many]; and the beam that
-        each token continued, int64 [that many, new].
+        New tokens, int64 [sequences, new] with prompts * num_return_sequences sequences; their scores, float32
+        [sequences]; and the beam that each token continued, int64 [sequences, new].
 
     Raises:
         InputError: see `xglm_core.generation.loop.steps`.
     """
     generation, prompts = request.generation, request.prompts
     count, groups = generation.num_beams, len(prompts.tokens)
-    # At least `count` of them go on, even if each beam may end in each of the ends.
-    kept = max(2, 1 + len(generation.eos_ids)) * count
-    keys = Keys(request.seed, prompts.contents)
+    # So many that `count` go on even if every beam could end with every end id.
+    kept = request.maker.min_tokens_to_keep * count
+    keys = Keys(request.seed, prompts.fingerprints)
     searches = [_Search(generation, request.limit) for _ in range(groups)]
-    read = prompts.as_read(generation.filler)
+    read = prompts.as_read(generation.pad_id)
     engine.reorder(np.repeat(np.arange(groups), count))
     for step in range(request.limit):
         texts = [[*prompts.texts[group], *beam.tokens] for group in range(groups) for beam in searches[group].running]
@@ -142,17 +142,17 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
         running = [beam for beams in searches for beam in beams.running]
         engine.reorder(np.array([beam.parents[-1] for beam in running]))
         engine.feed(np.array([beam.tokens[-1] for beam in running]))
-    # Where the user's functions leave too few that can end, those that cannot are there in their place.
+    # If the user's functions let too few beams end, running ones fill their places.
     best = [beam for beams in searches for beam in [*beams.finished, *beams.running][: generation.num_return_sequences]]
     return (
-        filled([beam.tokens for beam in best], generation.filler),
+        filled([beam.tokens for beam in best], generation.pad_id),
         np.array([beam.score for beam in best], np.float32),
         filled([beam.parents for beam in best], -1),
     )
 
 
 def _ids(read: np.ndarray, groups: list[list[_Beam]]) -> np.ndarray:
-    """The tokens of beams as the model reads them: those of their prompts [prompts, length], then their own."""
+    """The tokens of the beams as the model reads them: prompt [prompts, length], then new tokens."""
     return np.array(
         [[*prompt, *beam.tokens] for prompt, beams in zip(read.tolist(), groups, strict=True) for beam in beams],
         np.int64,

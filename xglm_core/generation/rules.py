@@ -1,4 +1,4 @@
-"""What the device is told before it selects tokens: which are banned, and how to choose among the others."""
+"""The rules by which a device selects tokens: which are banned, and how to choose among the others."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
+from xglm_core.rounding import power_of_two
 
-# A user's function: the number of a prompt and its tokens so far [length] -> the ids that may follow.
+# A user's function: (number of a prompt, its tokens so far [length]) -> the ids that may follow.
 PrefixFunction = Callable[[int, Any], Any]
 
-_LEAST_WIDTH = 8  # Of the array of banned ids; its width is a power of two, so that few programs are compiled.
+_MIN_BANNED_WIDTH = 8  # The array of banned ids has a power of two as its width, so that few programs are compiled.
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,14 @@ class Rules:
     Then the largest is chosen.
 
     Attributes:
-        banned: ids, int32 [rows, width]; `vocab_size` where there is none.
-        bias: float32 [rows or 1, vocab_size]; None for none.
-        forced: whether the model has no say.
-        normalized, renormalized: whether scores are log-probabilities, as beams need them, at first and at last.
-        repetition_penalty, sample, temperature, top_k, top_p, min_p, typical_p: see `GenerationConfig`; `top_k` and
-            `min_p` are 0 for no limit.
-        least: candidates that no limit takes away, so that each beam can go on.
+        banned: ids, int32 [rows, width], filled up with `vocab_size`.
+        bias: float32 [rows or 1, vocab_size], or None.
+        forced: whether the bias replaces the model's scores.
+        normalized: whether scores become log-probabilities first, as beam search needs.
+        renormalized: whether scores become log-probabilities again after the limits.
+        repetition_penalty, sample, temperature, top_k, top_p, min_p, typical_p: see `GenerationConfig`; 0 for
+            `top_k` or `min_p` means no limit.
+        min_tokens_to_keep: how many of the likeliest candidates no limit removes, so that each beam can go on.
     """
 
     banned: np.ndarray
@@ -57,16 +59,18 @@ class Rules:
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
-    least: int = 1
+    min_tokens_to_keep: int = 1
 
     @property
     def ordered(self) -> bool:
-        """Whether the limits need the scores in their order; `min_p` alone does not."""
-        return bool(self.top_k) or self.top_p < 1 or self.typical_p < 1 or (self.min_p > 0 and self.least > 1)
+        """Whether the limits need sorted scores; `min_p` alone does not."""
+        return (
+            bool(self.top_k) or self.top_p < 1 or self.typical_p < 1 or (self.min_p > 0 and self.min_tokens_to_keep > 1)
+        )
 
     @property
     def penalized(self) -> bool:
-        """Whether it matters which ids the text contains."""
+        """Whether the ids that the text contains are penalized."""
         return self.repetition_penalty != 1
 
 
@@ -76,8 +80,8 @@ class RuleMaker:
     Args:
         generation: the options.
         config: the model's configuration.
-        columns: those of the prompts.
-        limit: most new tokens.
+        columns: the length of the prompts.
+        limit: the largest number of new tokens.
 
     Raises:
         InputError: an id is outside the vocabulary, or nothing is left to generate.
@@ -87,7 +91,7 @@ class RuleMaker:
         self._generation = generation
         self._vocab_size = config.vocab_size
         words = [tuple(word) for word in generation.bad_words_ids or ()]
-        # As in transformers: the end of the text is no bad word.
+        # As in transformers, the end id is not a bad word.
         words = [word for word in words if word not in {(number,) for number in generation.eos_ids}]
         first = () if generation.forced_bos_token_id is None else (generation.forced_bos_token_id,)
         for name, numbers in (
@@ -98,12 +102,12 @@ class RuleMaker:
             ("sequence_bias", [number for word in generation.biases for number in word]),
             ("forced_bos_token_id", first),
             ("forced_eos_token_id", generation.last_ids),
-            ("pad_token_id", [generation.filler]),
+            ("pad_token_id", [generation.pad_id]),
         ):
             for number in numbers:
                 if not 0 <= number < config.vocab_size:
                     raise InputError(f"{name} has {number}, expected ids from 0 to {config.vocab_size - 1}")
-        # Whatever the options say: no text has these.
+        # Never generated, whatever the options say: they stand for no token.
         no_tokens = range(config.vocab_size - config.padding_rows, config.vocab_size)
         self._always = {
             *no_tokens,
@@ -118,27 +122,33 @@ class RuleMaker:
         for word, bias in generation.biases.items():
             if self._bias is not None and len(word) == 1:
                 self._bias[0, word[0]] = bias
-        self._least = generation.least_tokens(columns)
-        if self._least > limit:
+        self._min_new = generation.least_tokens(columns)
+        if self._min_new > limit:
             raise InputError(
                 f"min_length is {generation.min_length}, but the text has at most {columns + limit} columns"
             )
-        # By the number of new tokens so far: what each row gets next, and what none may begin with.
+        # By the number of new tokens so far: the ids that are forced, and those that are suppressed at the begin.
         self._forced: dict[int, tuple[int, ...]] = {0: first} if first else {}
         if generation.last_ids:
             self._forced[limit - 1] = generation.last_ids
         unwanted = generation.begin_suppress_tokens
         self._at_begin = {len(first): {*unwanted}} if unwanted else {}
         around = [step + more for step in (*self._at_begin, *self._forced) for more in (0, 1)]
-        self._changes = {self._least, limit, *around}
+        self._changes = {self._min_new, limit, *around}
+
+    @property
+    def min_tokens_to_keep(self) -> int:
+        """See `Rules`. As in transformers, each beam has one more candidate than there are end ids."""
+        count = max(2, 1 + len(self._generation.eos_ids)) if self._generation.num_beams > 1 else 1
+        return min(count, self._vocab_size)
 
     @property
     def depend_on_text(self) -> bool:
-        """Whether the rules may change with each token."""
+        """Whether the rules can change with each token."""
         return bool(self._sequences or self._biased_sequences) or self._generation.no_repeat_ngram_size > 0
 
     def steps_without_change(self, generated: int) -> int:
-        """After so many new tokens, fewer than the most, the number of steps for which the rules stay the same."""
+        """The number of steps for which the rules stay the same, after `generated` new tokens."""
         return 1 if self.depend_on_text else min(step for step in self._changes if step > generated) - generated
 
     def rules(
@@ -147,9 +157,9 @@ class RuleMaker:
         """The rules of a step.
 
         Args:
-            texts: the tokens of each row so far, prompt included.
+            texts: the tokens of each row so far, including the prompt.
             generated: how many of them are new.
-            allowed: the ids that each row may get; None for all.
+            allowed: the ids that each row may get; None allows all.
         """
         generation, forced = self._generation, self._forced.get(generated)
         bias: np.ndarray | None
@@ -161,10 +171,8 @@ class RuleMaker:
             if allowed is not None:
                 only = self._only(allowed)
                 bias = only if bias is None else bias + only
-        # As in transformers: of each beam one more than may end.
-        least = max(2, 1 + len(generation.eos_ids)) if generation.num_beams > 1 else 1
         limits = generation if generation.do_sample else GenerationConfig()
-        top_k = max(limits.top_k, least) if limits.top_k else 0
+        top_k = max(limits.top_k, self.min_tokens_to_keep) if limits.top_k else 0
         return Rules(
             banned=self._padded(banned),
             bias=bias,
@@ -178,17 +186,17 @@ class RuleMaker:
             top_p=float(limits.top_p),
             min_p=float(limits.min_p or 0),
             typical_p=float(limits.typical_p),
-            least=least,
+            min_tokens_to_keep=self.min_tokens_to_keep,
         )
 
     def _banned(self, texts: Sequence[Sequence[int]], generated: int) -> list[list[int]]:
         common = self._always | self._at_begin.get(generated, set())
-        if generated < self._least:
+        if generated < self._min_new:
             common |= {*self._generation.eos_ids}
         return [sorted(common | {*self._banned_after(text)}) for text in texts]
 
     def _banned_after(self, text: Sequence[int]) -> Iterator[int]:
-        """What may not follow a text."""
+        """The ids that must not follow a text."""
         for *begin, last in self._sequences:
             if _ends_with(text, begin):
                 yield last
@@ -200,7 +208,7 @@ class RuleMaker:
                     yield text[place + size - 1]
 
     def _bias_after(self, texts: Sequence[Sequence[int]]) -> np.ndarray | None:
-        """What to add to the scores of all ids, float32 [rows or 1, vocab_size]."""
+        """The bias that is added to the scores, float32 [rows or 1, vocab_size]."""
         if self._bias is None or not self._biased_sequences:
             return self._bias
         result = np.repeat(self._bias, len(texts), axis=0)
@@ -211,7 +219,7 @@ class RuleMaker:
         return result
 
     def _only(self, allowed: Sequence[np.ndarray]) -> np.ndarray:
-        """The bias that allows some ids of each row alone."""
+        """The bias that allows each row only these ids."""
         result = np.full((len(allowed), self._vocab_size), -np.inf, np.float32)
         for row, numbers in zip(result, allowed, strict=True):
             row[numbers] = 0
@@ -219,7 +227,7 @@ class RuleMaker:
 
     def _padded(self, banned: Sequence[Sequence[int]]) -> np.ndarray:
         widest = max(map(len, banned))
-        width = max(_LEAST_WIDTH, 1 << (widest - 1).bit_length()) if widest else 0
+        width = max(_MIN_BANNED_WIDTH, power_of_two(widest)) if widest else 0
         result = np.full((len(banned), width), self._vocab_size, np.int32)
         for row, numbers in zip(result, banned, strict=True):
             row[: len(numbers)] = numbers
@@ -230,13 +238,13 @@ def allowed_ids(function: PrefixFunction, ids: Any, prompts: Sequence[int | None
     """The ids that the user's function allows each row.
 
     Args:
-        function: of the number of a prompt and the tokens so far [length].
+        function: a function of a prompt's number and its tokens so far [length].
         ids: the tokens so far, the framework's tensor [rows, length].
-        prompts: the number of each row's prompt; None if it does not matter what the row gets.
-        vocab_size: how many ids there are.
+        prompts: the number of each row's prompt; None for a row that has ended.
+        vocab_size: the number of ids.
 
     Raises:
-        InputError: the function returns something else than ids of the vocabulary.
+        InputError: the function returns anything but ids of the vocabulary.
     """
     result = []
     for row, prompt in enumerate(prompts):
