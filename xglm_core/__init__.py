@@ -1,4 +1,4 @@
-"""The framework-free core of the XGLM package: config, tokenizers, weights, checkpoints, generation policy."""
+"""The framework-free core of XGLM: configuration, tokenizers, weights, checkpoints, generation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that `import xglm_core` costs next to nothing.
+# Loaded on first use, so that `import xglm_core` is fast.
 _HOMES = {
     "GenerationConfig": "xglm_core.generation.config",
     "TextStreamer": "xglm_core.generation.streaming",

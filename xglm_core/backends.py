@@ -1,4 +1,4 @@
-"""The backends by name: which package and frameworks each needs."""
+"""The backends by name, with the packages and frameworks that each needs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Backend:
     """One backend.
 
     Attributes:
-        name: what users write, also the pip extra: "torch", "tf" or "flax".
+        name: the name for users and of the pip extra: "torch", "tf" or "flax".
         package: our import package.
-        frameworks: the import packages that it stands on.
-        causal_lm: name of its causal-LM class.
+        frameworks: the import packages of the frameworks that it needs.
+        causal_lm: the name of its causal-LM class.
     """
 
     name: str
@@ -41,7 +41,7 @@ def require_frameworks(name: str) -> None:
     """Checks, without importing anything, that a backend's frameworks are installed.
 
     Raises:
-        BackendError: one is missing, or there is no such backend; the message names the pip extra.
+        BackendError: a framework is missing, or there is no such backend; the message names the pip extra.
     """
     if name not in BACKENDS:
         raise BackendError(f"no backend {name!r}; expected one of {', '.join(BACKENDS)}")

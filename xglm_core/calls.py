@@ -1,7 +1,7 @@
-"""What goes into a decoder and comes out of it: the inner door of every backend, behind which nothing is checked.
+"""The inputs and results of a decoder. Nothing is checked inside it.
 
-A public call checks its arguments, resolves what follows the configuration, decodes, applies head or loss, and presents
-the results. Generation, scoring and training enter at `decode(inputs, cache, wanted)`.
+A public call checks its arguments, resolves defaults, decodes, applies head or loss, and presents the results.
+Generation, scoring and training call `decode(inputs, cache, wanted)` directly.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from xglm_core.outputs import ModelOutput
 
 
 class DecoderInputs(NamedTuple):
-    """What a decoder reads: tensors of the framework. Shapes are those of the public call.
+    """The inputs of a decoder: tensors of the framework, with the shapes of the public call.
 
     Attributes:
         input_ids: new tokens, integers [batch, length]; None if there are embeddings.
-        attention_mask: 1 for tokens, 0 for padding, over cached and new positions; None means no (further) padding.
-        position_ids: integers [batch or 1, length]; None counts the tokens of each row that are not padding.
-        encoder_hidden_states: [batch, encoder length, d_model]; None if there are none, or the cache has read them.
+        attention_mask: 1 for tokens, 0 for padding, for cached and new positions; None means no (further) padding.
+        position_ids: integers [batch or 1, length]; None counts the tokens of each row, without padding.
+        encoder_hidden_states: [batch, encoder length, d_model]; None if there are none, or if the cache holds them.
         encoder_attention_mask: 1 for encoder positions, 0 for padding [batch, encoder length]; None means no padding.
         head_mask, cross_attn_head_mask: factors of the attention probabilities [num_layers, attention_heads], or None.
         inputs_embeds: scaled embeddings [batch, length, d_model] in place of `input_ids`.
@@ -37,12 +37,12 @@ class DecoderInputs(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which results a decoder is to return besides the last states; known before anything is compiled.
+    """The results that a decoder returns besides the last hidden state; fixed before compilation.
 
     Attributes:
-        cache: the cache. A cache that was given is extended in any case.
-        attentions: the attention probabilities.
-        hidden_states: the input of each block, and the last states.
+        cache: whether to return a cache. A given cache is extended in any case.
+        attentions: whether to return the attention probabilities.
+        hidden_states: whether to return the input of each block, and the last hidden state.
     """
 
     cache: bool = False
@@ -51,12 +51,13 @@ class Wanted(NamedTuple):
 
 
 class DecoderResults(NamedTuple):
-    """What a decoder returns, by the names of the public output; None where nothing was wanted.
+    """The results of a decoder, by the names of the public output; None for those that were not wanted.
 
     Attributes:
         last_hidden_state: [batch, length, d_model], after the final norm.
         past_key_values: the cache.
-        hidden_states, attentions, cross_attentions: one for each block, in a tuple; and the last states.
+        hidden_states: the input of each block, then the last hidden state.
+        attentions, cross_attentions: the probabilities of each block.
     """
 
     last_hidden_state: Any
@@ -74,15 +75,15 @@ def resolve(
     *,
     uncached: str = "",
 ) -> Wanted:
-    """What a call asks for; None follows the configuration.
+    """Resolves what a call wants; None follows the configuration.
 
     Args:
-        config: has the defaults.
-        use_cache, output_attentions, output_hidden_states: as the caller gave them.
-        uncached: why this model keeps no cache, if that is so: the default is then not to.
+        config: the configuration, with the defaults.
+        use_cache, output_attentions, output_hidden_states: the arguments of the call.
+        uncached: what keeps no cache, if this model cannot; the default is then no cache.
 
     Raises:
-        InputError: a cache is asked for, and the model keeps none.
+        InputError: the call wants a cache, but the model cannot keep one.
     """
     if uncached and use_cache:
         raise InputError(f"use_cache is True, but {uncached} keeps no cache; expected False or None")
@@ -96,6 +97,6 @@ def resolve(
 def present(
     kind: type[ModelOutput], config: XGLMConfig, return_dict: bool | None, **results: Any
 ) -> ModelOutput | tuple[Any, ...]:
-    """The results that are not None as an output of this kind, or as a plain tuple; None follows the configuration."""
+    """Makes an output of the results that are not None, or a plain tuple; None follows the configuration."""
     outputs = kind(**results)
     return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()

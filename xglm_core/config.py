@@ -15,7 +15,7 @@ from xglm_core.errors import ConfigError, InputError
 from xglm_core.files import replacing
 from xglm_core.hub import find_source
 from xglm_core.keywords import UPLOAD, split_options, writes
-from xglm_core.values import plain
+from xglm_core.python_values import plain
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -31,7 +31,7 @@ ALIASES = {
     "n_layers": "num_layers",
 }
 
-# What libraries ask any configuration of transformers for, where `config.json` does not say it.
+# Defaults for what libraries ask of any transformers configuration.
 _ELSEWHERE: dict[str, Any] = {
     "_name_or_path": "",
     "architectures": None,
@@ -47,7 +47,7 @@ _ELSEWHERE: dict[str, Any] = {
     "transformers_version": None,
 }
 
-# What differs from the defaults of `XGLMConfig`, which are those of the 564M model.
+# Differences from the defaults of `XGLMConfig`, which are those of the 564M model.
 # 4.5B is the odd one out: ReLU and a feed-forward width of 8 x d_model (config.json of facebook/xglm-4.5B).
 PRESETS: dict[str, dict[str, Any]] = {
     "564M": {},
@@ -88,16 +88,15 @@ class XGLMConfig:
         layerdrop: probability to skip a whole block while training, in [0, 1].
         init_std: standard deviation of freshly initialised matrices.
         scale_embedding: multiply token embeddings by sqrt(d_model).
-        use_cache: whether a call returns its key/value cache when the caller does not say.
+        use_cache: whether a call returns its key/value cache by default.
         decoder_start_token_id, pad_token_id, bos_token_id: special ids, or None.
         eos_token_id: the id or the ids that end a text, or None. In this family `</s>` is also the newline.
-        tie_word_embeddings: the head is the embedding matrix; False when the checkpoint stores another one.
-        add_cross_attention: blocks also attend to encoder states, if a call gives some.
-        padding_rows: last rows of the embedding matrix that stand for no token, so that their number is a round one;
-            they are never generated. See `resize_token_embeddings` of the model classes.
-        pruned_heads: self-attention heads that a block has no more, by the index of the block; see `prune_heads` of the
-            model classes.
-        output_attentions, output_hidden_states, return_dict: what a call returns when the caller does not say.
+        tie_word_embeddings: whether the head is the embedding matrix; False if the checkpoint stores another one.
+        add_cross_attention: whether blocks also attend to encoder states, if a call has some.
+        padding_rows: the number of last rows of the embedding matrix that stand for no token. They round its size up,
+            and are never generated. See `resize_token_embeddings` of the model classes.
+        pruned_heads: pruned self-attention heads, by the index of their block; see `prune_heads` of the model classes.
+        output_attentions, output_hidden_states, return_dict: what a call returns by default.
         kwargs: any other key; it becomes an attribute and survives a round trip through JSON.
 
     Raises:
@@ -176,7 +175,7 @@ class XGLMConfig:
             elif callable(getattr(type(self), key, None)):
                 raise ConfigError(f"config: the key {key!r} is the name of a method of XGLMConfig; rename it")
             else:
-                # Not by `setattr`, which properties such as `head_dim` refuse.
+                # `setattr` would fail for properties such as `head_dim`.
                 vars(self)["_name_or_path" if key == "name_or_path" else key] = value
         self.validate()
 
@@ -249,7 +248,7 @@ class XGLMConfig:
         setattr(self, key, value)
 
     def validate(self) -> None:
-        """Checks all values, as the constructor does; a model does so when it is made, as they may have been changed.
+        """Checks all values, as the constructor does. A model checks them again: they may have been changed.
 
         Raises:
             ConfigError: a value has the wrong type or cannot describe a model.
@@ -300,7 +299,7 @@ class XGLMConfig:
             )
 
     def _checked_pruned_heads(self) -> dict[int, list[int]]:
-        """`pruned_heads` with integers for keys, which JSON makes strings."""
+        """`pruned_heads` with integer keys; JSON turns keys into strings."""
         checked: dict[int, list[int]] = {}
         try:
             for layer, heads in dict(self.pruned_heads).items():
@@ -348,7 +347,7 @@ class XGLMConfig:
         """Reads a `config.json`.
 
         Raises:
-            ConfigError: the file cannot be read, is not a JSON object, or describes no XGLM model.
+            ConfigError: the file cannot be read, is not a JSON object, or does not describe an XGLM model.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -363,10 +362,10 @@ class XGLMConfig:
 
     @classmethod
     def of(cls, given: Any) -> XGLMConfig:
-        """The configuration that a user gives: as such, as the path of its file or folder, or as transformers' object.
+        """The configuration for an `XGLMConfig`, a path of its file or folder, or an object of transformers.
 
         Raises:
-            ConfigError: it describes no XGLM model.
+            ConfigError: it does not describe an XGLM model.
             InputError: it is none of these.
         """
         if isinstance(given, XGLMConfig):
@@ -385,12 +384,12 @@ class XGLMConfig:
 
         Args:
             pretrained_model_name_or_path: the folder, or the id of the repository.
-            options: see `HubOptions`; and keys of the configuration whose value is to be another one. With
-                `return_unused_kwargs=True`, the result is the configuration and what is neither.
+            options: see `HubOptions`; and values of the configuration to replace. With `return_unused_kwargs=True`, the
+                result is the configuration and a dictionary of all other options.
 
         Raises:
-            ConfigError: the file cannot be read, is not a JSON object, or describes no XGLM model.
-            InputError: an option is neither.
+            ConfigError: the file cannot be read, is not a JSON object, or does not describe an XGLM model.
+            InputError: an option is unknown.
             CheckpointError: there is no such folder, or the file cannot be downloaded.
             BackendError: the hub needs a package that is not installed.
         """
@@ -400,14 +399,14 @@ class XGLMConfig:
         config = cls.from_json_file(source.fetch([CONFIG_FILE]) / CONFIG_FILE)
         unused = {key: values.pop(key) for key in [*values] if wants_unused and not config.has_key(key)}
         config = config.with_values(values)
-        return (config, unused) if wants_unused else config  # type: ignore[return-value]  # Asked for by few.
+        return (config, unused) if wants_unused else config  # type: ignore[return-value]  # Few ask for it.
 
     def has_key(self, key: str) -> bool:
-        """Whether there is such a key, or could be one in any `config.json`."""
+        """Whether the configuration has a key, or any `config.json` may have it."""
         return key in self or key in _ELSEWHERE or key in ("id2label", "label2id", "name_or_path")
 
     def check_keys(self, keys: Iterable[str]) -> None:
-        """Raises `InputError` for keys that there are not."""
+        """Raises `InputError` for unknown keys."""
         if unknown := [key for key in keys if not self.has_key(key)]:
             raise InputError(f"{', '.join(unknown)}: no option of from_pretrained, nor a key of the configuration")
 
@@ -438,7 +437,7 @@ class XGLMConfig:
         return copy.deepcopy({**vars(self), "model_type": self.model_type})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The keys of `to_dict` whose value is not the default, and `model_type`."""
+        """The keys of `to_dict` whose values are not the default, and `model_type`."""
         return {k: v for k, v in self.to_dict().items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> XGLMConfig:
@@ -449,7 +448,7 @@ class XGLMConfig:
         """`to_dict`, or `to_diff_dict` if `use_diff`, as JSON with sorted keys.
 
         Raises:
-            ConfigError: a value is nothing that JSON can hold, for example a callable activation.
+            ConfigError: JSON cannot hold a value, such as a callable activation.
         """
         if callable(self.activation_function):
             raise ConfigError("config: activation_function is a callable, which config.json cannot hold; name it")

@@ -1,4 +1,4 @@
-"""Dropout decided by 16 random bits for each number, where a framework would draw 32 or more."""
+"""Dropout by 16 random bits per element, where frameworks draw 32 or more."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ BITS = 16
 
 
 def drop_level(rate: float) -> tuple[int, float]:
-    """What is dropped, and how the rest makes up for it.
+    """The threshold and the scale of dropout by 16-bit draws.
 
     Args:
         rate: drop probability in [0, 1]. It is rounded to a multiple of 2**-16.
 
     Returns:
-        How many of the 2**16 values of the bits mean that a number is dropped: the lowest ones. And the factor of the
-        numbers that stay, with which the mean of each number remains what it was.
+        The threshold below which a 16-bit draw drops an element, and the factor for the elements that stay, which keeps
+        the mean.
     """
     values = 2**BITS
     if rate >= 1:

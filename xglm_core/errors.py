@@ -13,12 +13,12 @@ class XGLMError(Exception):
     """Base of all errors below."""
 
     if not TYPE_CHECKING:
-        # By this, TensorFlow sees that it can raise one of these again from traced code.
+        # TensorFlow looks at this attribute to raise such an error again from traced code.
         __init__ = Exception.__init__
 
 
 class ConfigError(XGLMError, ValueError):
-    """A configuration value is impossible, or a configuration file cannot be read."""
+    """A value of the configuration is impossible, or its file cannot be read."""
 
 
 class CheckpointError(XGLMError, ValueError):

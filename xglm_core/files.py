@@ -1,4 +1,4 @@
-"""Writing files so that an interrupted write loses nothing."""
+"""Writes files so that an interruption loses nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# How the file begins that git checks out in place of a large one, where Git LFS is not installed.
+# Without Git LFS, git checks out a small file that begins like this in place of a large one.
 POINTER = b"version https://git-lfs.github.com/spec/"
 POINTER_REASON = (
     "is a Git LFS pointer, not the file that it stands for; run: git lfs install && git lfs pull, or download the file"
@@ -24,15 +24,15 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path` and renames it to `path` when the block ends well.
 
-    Until then the old file stays whole; readers that have it mapped keep the old bytes afterwards. If the block fails,
-    the temporary file is removed and the error goes on.
+    Until then the old file stays complete. Readers that have mapped it keep the old bytes afterwards. If the block
+    fails, the temporary file is removed and the error is raised.
     """
     path = Path(path)
-    # Not `tempfile`, whose files only their owner may read: a checkpoint has the user's usual mode.
+    # Not `tempfile`: only the owner could read the file, but checkpoints have the user's usual mode.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(temporary, "xb") as file:
-            # The lock keeps others from taking the file for a leftover. Some disks know none: NFS, Lustre, FUSE.
+            # The lock shows others that the file is no leftover. Some disks have no locks: NFS, Lustre, FUSE.
             with contextlib.suppress(OSError):
                 _lock(file)
             yield file
@@ -45,13 +45,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files that killed processes left.
+    """Removes the temporary files of killed processes.
 
-    Those of running ones are locked, and stay; where the disk knows no locks, all of them do.
+    The files of running processes are locked, and stay. On a disk without locks, all files stay.
     """
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
-            # NFS locks for writing only what is open for it.
+            # On NFS, only a file that is open for writing can be locked for writing.
             with contextlib.suppress(OSError), open(path, "r+b") as file:
                 _lock(file)
                 path.unlink()
@@ -59,7 +59,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def _lock(file: BinaryIO) -> None:
     """Locks a file until it is closed, or its process ends; an `OSError` if another process has it locked."""
-    if sys.platform != "win32":  # Which refuses to remove open files anyway.
+    if sys.platform != "win32":  # Windows refuses to remove open files anyway.
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """Where the files of a checkpoint come from: a folder, or a repository of the Hugging Face Hub.
 
-Of a repository, one commit is looked up first, and all files are those of this commit. Only the files asked for are
-downloaded, by huggingface_hub, into its cache. Where the hub cannot be asked, the cache is all that there is.
+For a repository, one commit is looked up first, and all files are taken from this commit. huggingface_hub downloads
+only the requested files, into its cache. If the hub cannot be reached, only the cache is used.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Protocol, TypedDict
 
 from xglm_core.errors import BackendError, CheckpointError, InputError
 
-# As huggingface_hub has it; said here again, as what counts as a folder must not depend on its being installed.
+# Repeated from huggingface_hub: what counts as a folder must not depend on whether it is installed.
 _REPO_ID = re.compile(r"(?=.{1,96}$)(?!.*(--|\.\.))(\w[\w.-]*/)?\w([\w.-]*\w)?(?<!\.git)", re.ASCII)
 
-_REFUSALS = (401, 403, 404)  # Answers that are final; of any other error, the cache may help out.
+_REFUSALS = (401, 403, 404)  # These answers are final. After any other error, the cache is tried.
 
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # The disk, or the user's share; Windows has no shares.
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # A full disk, or quota; Windows has no quotas.
 
 
 class HubOptions(TypedDict, total=False):
-    """The keyword arguments `**hub` of everything that loads by name. Only `subfolder` has an effect on folders.
+    """The keyword arguments `**hub` of all functions that load by name. For folders, only `subfolder` has an effect.
 
     Attributes:
-        subfolder: where the files are within the folder or repository; None or "" for its top.
-        revision: branch, tag or commit of the repository; None means "main".
-        cache_dir: where downloads are kept; None means the cache of huggingface_hub, which `HF_HOME` moves.
-        token: for private and gated repositories; None means the one that `hf auth login` stored, False none.
-        local_files_only: use the cache alone, without a connection; `HF_HUB_OFFLINE=1` does the same.
-        force_download: download files although the cache has them.
+        subfolder: the folder of the files within the folder or repository; None or "" means the top.
+        revision: a branch, tag or commit of the repository; None means "main".
+        cache_dir: the folder for downloads; None means the cache of huggingface_hub, which `HF_HOME` moves.
+        token: a token for private and gated repositories; None means the one of `hf auth login`, False means none.
+        local_files_only: use only the cache, without a connection; `HF_HUB_OFFLINE=1` does the same.
+        force_download: download files even if the cache has them.
     """
 
     subfolder: str | None
@@ -45,29 +45,29 @@ class HubOptions(TypedDict, total=False):
 
 
 class Source(Protocol):
-    """The files of a checkpoint, wherever they are."""
+    """The files of a checkpoint, in a folder or a repository."""
 
     @property
     def place(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
 
     @property
     def names(self) -> frozenset[str]:
-        """The files that there are."""
+        """The names of all files."""
 
     @property
     def folder(self) -> Path | None:
-        """Where files are that have been fetched; None before the first."""
+        """The folder of the fetched files; None before the first."""
 
     def fetch(self, required: Sequence[str], optional: Iterable[str] = ()) -> Path:
-        """Sees to it that files are in a folder, which is returned.
+        """Fetches files; returns the folder that they are in.
 
         Args:
-            required: files that are needed, at least one. Of a folder, it is left to their readers to miss them.
-            optional: files to fetch if there are such.
+            required: the files that are needed, at least one. In a local folder, their readers notice missing ones.
+            optional: files to fetch if they exist.
 
         Raises:
-            CheckpointError: a repository does not have a file that is required, or the download failed.
+            CheckpointError: a repository lacks a required file, or the download failed.
         """
 
 
@@ -83,17 +83,18 @@ def find_source(
 ) -> Source:
     """The files of a folder or of a repository.
 
-    What is there on disk is never looked up on the hub, nor is what cannot be the id of a repository: "./name",
-    "/name", "~", more than two names with slashes between them, or any `Path`.
+    A name that exists on disk is never looked up on the hub. Neither is a name that cannot be the id of a repository:
+    "./name", "/name", "~", more than two parts between slashes, or any `Path`.
 
     Args:
         name: a folder, or the id of a repository, e.g. "facebook/xglm-564M".
         subfolder, revision, cache_dir, token, local_files_only, force_download: see `HubOptions`.
 
     Raises:
-        CheckpointError: it is neither, or neither the hub nor the cache can give the revision.
-        BackendError: huggingface_hub is needed and not installed.
-        InputError: files are to be downloaded without a connection.
+        CheckpointError: there is neither a folder nor a repository of this name; or neither the hub nor the cache has
+            the revision.
+        BackendError: huggingface_hub is needed but not installed.
+        InputError: `force_download` and `local_files_only` are both set.
     """
     if os.path.isdir(name):
         folder = Path(name, subfolder or "")
@@ -154,13 +155,13 @@ class _Repository:
         from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_ETAG_TIMEOUT
 
         self.place = repo
-        self._prefix = prefix  # Of the names in the repository: empty, or a folder with a slash at its end.
+        self._prefix = prefix  # Begins all names in the repository: empty, or a folder with a slash at its end.
         self._revision = revision
         self._cache = Path(HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
         self._token = token
         self._force = force_download
         self.folder: Path | None = None
-        # Why the hub cannot be asked, if so.
+        # The reason why the hub cannot be reached, or None.
         self._unreachable = "local_files_only is True" if local_files_only else None
         if not local_files_only:
             try:
@@ -169,7 +170,7 @@ class _Repository:
                 names = (file.rfilename for file in info.siblings or ())
                 self.names = frozenset(name.removeprefix(prefix) for name in names if name.startswith(prefix))
                 return
-            except Exception as error:  # Which ones depends on the library that huggingface_hub speaks HTTP with.
+            except Exception as error:  # The types depend on huggingface_hub's HTTP library.
                 if _status(error) in _REFUSALS:
                     raise self._explained(error) from None
                 self._unreachable = _one_line(error)
@@ -177,7 +178,7 @@ class _Repository:
             raise CheckpointError(f"{repo}: force_download needs the hub, which cannot be reached: {self._unreachable}")
         try:
             folder = Path(snapshot_download(repo, revision=revision, cache_dir=self._cache, local_files_only=True))
-        except FileNotFoundError:  # Among them `LocalEntryNotFoundError`.
+        except FileNotFoundError:  # Includes `LocalEntryNotFoundError`.
             raise self._not_cached(f"the revision {revision!r}") from None
         self._commit = folder.name
         folder /= prefix
@@ -191,13 +192,13 @@ class _Repository:
         for name in (*required, *(name for name in optional if name in self.names)):
             path = self._download(name, self._commit, force=self._force)
             if self.folder is None:
-                # From this the cache knows which commit the revision is, and finds it there without a connection.
+                # This tells the cache which commit the revision is, so that it is found without a connection.
                 self._download(name, self._revision, force=False)
                 self.folder = path.parent
         return path.parent
 
     def _download(self, name: str, revision: str, *, force: bool) -> Path:
-        """Has a file in the cache, with a progress bar if that takes a download; returns where it is."""
+        """Downloads a file unless the cache has it, with a progress bar; returns its path."""
         from huggingface_hub import hf_hub_download
 
         try:
@@ -227,7 +228,7 @@ class _Repository:
         )
 
     def _explained(self, error: Exception, file: str = "") -> CheckpointError:
-        """What huggingface_hub raised, in one line."""
+        """Turns an error of huggingface_hub into one of ours, in one line."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         if isinstance(error, GatedRepoError):
@@ -249,11 +250,11 @@ class _Repository:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status of an answer that is the reason of an error."""
+    """The HTTP status of the answer that caused an error."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _one_line(error: Exception) -> str:
-    """The first sentences of an error, which may have many lines."""
+    """The beginning of an error's message, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

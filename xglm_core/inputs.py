@@ -1,7 +1,7 @@
-"""Checks of a call's arguments, made before any computation and with one wording for all backends.
+"""Checks the arguments of a call before any computation, with one wording for all backends.
 
-Shapes are known even to compiled code; where one is not (None), it passes. Values are numpy views of the framework's
-tensors; a backend that is being traced (jit, export) has none to look at and skips the checks of values.
+Shapes are known even while tracing; an unknown size (None) passes. Values are numpy views of the framework's tensors.
+While a backend is traced (jit, export) there are no values, and their checks are skipped.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 
-IGNORED_LABEL = -100  # What every framework's users write where a position does not count.
+IGNORED_LABEL = -100  # The label of positions that do not count, as in every framework.
 
 Shape = Sequence[int | None]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-# Arguments of a call that are arrays, and so may be given as lists.
+# Arguments that are arrays, and may be given as lists.
 _ARRAYS = (
     *("input_ids", "inputs", "attention_mask", "position_ids", "inputs_embeds", "labels", "logits_to_keep"),
     *("encoder_hidden_states", "encoder_attention_mask", "head_mask", "cross_attn_head_mask"),
@@ -30,16 +30,17 @@ _ARRAYS = (
 
 
 def inputs_as_given(prepared: Callable[[Any, Any], Any] = lambda model, value: value) -> Callable[[Method], Method]:
-    """Has a method of a model take its inputs as people have them.
+    """Lets a method of a model accept its inputs in several forms.
 
-    The first argument may be a mapping of arguments by name, such as a `BatchEncoding`. Lists of numbers become arrays,
-    and numbers of numpy Python's; see `plain_input`.
+    The first argument may be a mapping of arguments by name, such as a `BatchEncoding`. Lists become arrays, and numpy
+    scalars become Python numbers; see `plain_input`.
 
     Args:
-        prepared: makes of the model and an array or tensor of an argument what the method takes.
+        prepared: converts an array or tensor; its arguments are the model and the value.
 
     Raises:
-        InputError: see `plain_input`, or arguments are given beside such a mapping that it has, or by position.
+        InputError: see `plain_input`; or an argument is given both in the mapping and beside it, or follows it by
+            position.
     """
 
     def decorate(method: Method) -> Method:
@@ -70,10 +71,10 @@ def inputs_as_given(prepared: Callable[[Any, Any], Any] = lambda model, value: v
 
 
 def plain_input(name: str, value: Any) -> Any:
-    """An argument of a model's call as an array or a number: of lists and of numpy's scalars; another one as it is.
+    """Converts lists to arrays, and numpy scalars to Python numbers; returns anything else as it is.
 
     Raises:
-        InputError: it is text, or has rows of different lengths, or is a row of ids without the axis of rows.
+        InputError: it is text, has rows of different lengths, or is a single row without a batch axis.
     """
     if isinstance(value, np.generic):
         return value.item()
@@ -91,7 +92,7 @@ def plain_input(name: str, value: Any) -> Any:
                 f"{name} is text, expected integers [batch, length]; encode it: tokenizer(texts, padding=True, "
                 "return_tensors=...)"
             )
-        if value.dtype == np.float64 and value is not given:  # Of lists, which have no type of their own.
+        if value.dtype == np.float64 and value is not given:  # From a list, which has no type of its own.
             value = value.astype(np.float32)
     if name in ("input_ids", "inputs") and getattr(value, "ndim", None) in (0, 1):
         raise InputError(
@@ -101,7 +102,7 @@ def plain_input(name: str, value: Any) -> Any:
 
 
 def check_not_traced(name: str, traced: bool) -> None:
-    """Raises `InputError` if a framework traces or compiles a method of a model that is a loop of the host."""
+    """Raises `InputError` if a framework traces or compiles a method that is a loop on the host."""
     if traced:
         instead = {"score": "take the log-softmax of the model's logits"}
         raise InputError(
@@ -113,16 +114,16 @@ def check_not_traced(name: str, traced: bool) -> None:
 def check_shapes(
     config: XGLMConfig, shapes: Mapping[str, Shape | None], *, past: int | None = 0, encoder_length: int | None = None
 ) -> None:
-    """Checks which arguments of a call are given, and their shapes.
+    """Checks which arguments are given, and their shapes.
 
     Args:
         config: the architecture.
-        shapes: shape by argument name, None or absent for what is not given.
-        past: cached positions; None if unknown.
-        encoder_length: encoder positions that the cache holds; None if it holds none.
+        shapes: the shapes by argument name; None or absent for missing arguments.
+        past: the number of cached positions; None if unknown.
+        encoder_length: the number of encoder positions in the cache; None if it has none.
 
     Raises:
-        InputError: arguments are missing, contradict each other, or have another shape than the rest implies.
+        InputError: arguments are missing, contradict each other, or have shapes that do not fit together.
     """
     given = {name: tuple(shape) for name, shape in shapes.items() if shape is not None}
     batch, length = _check_tokens(config, given)
@@ -131,7 +132,7 @@ def check_shapes(
         check_attention_mask(given["attention_mask"], batch, past, length)
     for name in ("head_mask", "cross_attn_head_mask"):
         _check_shape(given, name, (config.num_layers, config.attention_heads), "[num_layers, attention_heads]")
-    rows = 1 if given.get("position_ids", ())[:1] == (1,) else batch  # One row serves all.
+    rows = 1 if given.get("position_ids", ())[:1] == (1,) else batch  # One row for all.
     _check_shape(given, "position_ids", (rows, length), "[batch, length]")
 
 
@@ -157,7 +158,7 @@ def check_labels_shape(shape: Shape, tokens: Shape) -> None:
 
 
 def check_labels(labels: np.ndarray, config: XGLMConfig) -> None:
-    """Raises `InputError` unless all labels [batch, length] are ids of the vocabulary or -100, which does not count."""
+    """Raises `InputError` unless all labels [batch, length] are ids of the vocabulary, or -100 (ignored)."""
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"labels is {labels.dtype}, expected integers [batch, length]")
     wrong = np.argwhere((labels != IGNORED_LABEL) & ((labels < 0) | (labels >= config.vocab_size)))
@@ -177,7 +178,7 @@ def check_attention_mask(shape: Shape, batch: int | None, past: int, length: int
 
 
 def check_has_tokens(attention_mask: np.ndarray) -> None:
-    """Raises `InputError` if a row of the mask [batch, length] is padding alone."""
+    """Raises `InputError` if a row of the mask [batch, length] is only padding."""
     empty = np.flatnonzero(~(attention_mask != 0).any(axis=1))
     if len(empty):
         raise InputError(f"attention_mask[{empty[0]}] is all 0, expected at least one token in each row")
@@ -206,11 +207,11 @@ def check_cache(past: int, length: int, capacity: int) -> None:
 
 
 def check_past_key_values(config: XGLMConfig, past_key_values: Any) -> None:
-    """Checks keys and values that a caller made, or took from elsewhere, as a tuple of one tuple for each layer.
+    """Checks a cache that is a tuple with a tuple of keys and values for each layer.
 
     Raises:
-        InputError: it is no tuple of (key, value) pairs, or of such pairs followed by those over encoder states, or the
-            shapes [batch, heads, length, head_dim] do not agree with the configuration and each other.
+        InputError: the layers are not (key, value) pairs, or such pairs followed by those over encoder states; or the
+            shapes [batch, heads, length, head_dim] do not fit the configuration and each other.
     """
     if not isinstance(past_key_values, tuple | list):
         raise InputError(
@@ -228,7 +229,7 @@ def check_past_key_values(config: XGLMConfig, past_key_values: Any) -> None:
         heads = len(config.kept_heads(index)), len(config.kept_heads(index)), *([config.attention_heads] * 2)
         for item, (tensor, first) in enumerate(zip(layer, past_key_values[0], strict=True)):
             batch, length = past_key_values[0][0].shape[0], first.shape[2] if len(first.shape) == 4 else None
-            if item % 2:  # A value has the length of its key.
+            if item % 2:  # A value has the same length as its key.
                 length = past_key_values[0][item - 1].shape[2]
             expected = (batch, heads[item], length, config.head_dim)
             if not _fits(tensor.shape, expected):
@@ -260,7 +261,7 @@ def check_logits_to_keep(logits_to_keep: Any, length: int | None) -> None:
 
 
 def _check_tokens(config: XGLMConfig, given: Mapping[str, tuple[int | None, ...]]) -> tuple[int | None, int | None]:
-    """Batch and length, from whichever of `input_ids` and `inputs_embeds` is given."""
+    """The batch size and the length, from `input_ids` or `inputs_embeds`."""
     if "input_ids" in given and "inputs_embeds" in given:
         raise InputError("input_ids and inputs_embeds are both given, expected one of the two")
     if "input_ids" not in given and "inputs_embeds" not in given:

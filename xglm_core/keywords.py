@@ -1,7 +1,7 @@
-"""What scripts written for transformers give to `from_pretrained` and `save_pretrained`, beside our own arguments.
+"""The keywords of transformers' `from_pretrained` and `save_pretrained` beside our own arguments.
 
-Each of its keywords is taken, perhaps under another name; or it has no effect here, for the reason beside it; or it is
-refused with what to do instead. None and False are as if a keyword were not given.
+A keyword is accepted, perhaps under another name; or it has no effect here, for the reason given beside it; or it is
+refused, with advice what to do instead. None and False mean that a keyword is not given.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ADAPTERS = f"{_AFTER_LOADING} give it to PeftModel.from_pretrained of peft"
 _PARALLEL = "see xglm_torch.parallel, which spreads a model over the processes of a device mesh"
 _QUANTIZED = f"{_AFTER_LOADING} quantize it: torchao's quantize_ in PyTorch, model.quantize in Keras"
 
-# And the values, beside None and False, at which they have no effect.
+# Refused keywords: the values, beside None and False, at which they have no effect, and what to do instead.
 LOADED_NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapter_kwargs": ((), _ADAPTERS),
     "adapter_name": ((), _ADAPTERS),
@@ -84,14 +84,14 @@ SAVED_NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "variant": ((), "rename the files afterwards"),
 }
 
-_OURS = {"use_auth_token": "token"}  # Of the options of the hub.
+_OURS = {"use_auth_token": "token"}  # Other names of hub options.
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any]]:
-    """Separates the keywords of a `from_pretrained` into those of the hub and the rest, without what has no effect.
+    """Splits the keywords of `from_pretrained` into hub options and the rest; drops those without effect.
 
     Raises:
-        InputError: one is not offered, or is given under two names.
+        InputError: a keyword is not offered, or is given under two names.
     """
     _refuse(options, LOADED_NOT_OFFERED)
     rest = _given(options, LOADED_WITHOUT_EFFECT, LOADED_NOT_OFFERED)
@@ -106,10 +106,10 @@ def split_options(options: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any
 
 
 def writes(options: Mapping[str, Any]) -> bool:
-    """Whether this process is to write, by the further keywords of a `save_pretrained`.
+    """Whether this process writes, according to the further keywords of `save_pretrained`.
 
     Raises:
-        InputError: one is not offered, or unknown.
+        InputError: a keyword is not offered, or is unknown.
     """
     _refuse(options, SAVED_NOT_OFFERED)
     if options.get("safe_serialization") is False:

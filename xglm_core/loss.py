@@ -1,7 +1,7 @@
-"""The training loss, as data: its options, what it returns, and how much of the logits exists at a time.
+"""The training loss as data: its options, its results, and how many logits exist at a time.
 
-The formula is in docs/numerics.md. Each backend computes it, and its gradients, from the states below the head: with
-256,008 words the logits of a batch would take more memory than the model.
+The formula is in docs/numerics.md. Each backend computes the loss and its gradients from the states below the head:
+with 256,008 tokens in the vocabulary, the logits of a batch would take more memory than the model.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import numpy as np
 from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
 
-# Of float32 logits at a time: 256 positions by 256,008 words. The gradient of the head is read and written once for
-# each such chunk, which then takes a twentieth of the time of the products.
+# The size of the float32 logits of one chunk: 256 positions by 256,008 tokens. Each chunk reads and writes the gradient
+# of the head once; with this size, that takes a twentieth of the time of the products.
 LOGITS_BYTES = 2**28
-# On accelerators, whose products are faster by more than their memory is.
+# Larger on accelerators, where products are fast in relation to memory.
 ACCELERATOR_LOGITS_BYTES = 2**30
-_MULTIPLE = 32  # Positions of a chunk, unless there is no room for so many: products like round numbers.
+_MULTIPLE = 32  # Chunks have a multiple of so many positions if there is room: products of round sizes are faster.
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What is added to the cross-entropy of a token; zero by default.
+    """Additions to the cross-entropy; none by default.
 
     Attributes:
         label_smoothing: the part of each target, 0 to 1, that is spread evenly over the vocabulary.
-        z_loss: factor of log(Z)^2, where Z is the sum of the exponentials of a token's logits; keeps them from growing
-            (Chowdhery et al., PaLM, arXiv 2204.02311, section 5).
+        z_loss: the factor of log(Z)^2, where Z is the sum of the exponentials of a token's logits. It keeps logits from
+            growing (Chowdhery et al., PaLM, arXiv 2204.02311, section 5).
 
     Raises:
-        InputError: a number is outside its range.
+        InputError: a value is out of range.
     """
 
     label_smoothing: float = 0.0
@@ -47,13 +47,14 @@ class LossOptions:
 
 
 class LossOutput(NamedTuple):
-    """What a backend's `causal_lm_loss` returns, all float32 scalars. Only the loss has gradients.
+    """The result of a backend's `causal_lm_loss`, all float32 scalars. Only the loss has gradients.
 
     Attributes:
-        loss: the weighted mean of the losses of the labels that count, or their sum over `num_items_in_batch`.
+        loss: the weighted mean of the losses of the labels that count, or their weighted sum divided by
+            `num_items_in_batch`.
         surprisal: the weighted sum of -ln p(label), without smoothing and z-loss; its mean is ln(perplexity).
         correct: the weighted number of labels that have the largest logit.
-        count: the sum of the weights: without weights, how many labels count.
+        count: the sum of the weights; without weights, the number of labels that count.
     """
 
     loss: Any
@@ -63,25 +64,26 @@ class LossOutput(NamedTuple):
 
 
 def chunk_positions(vocab_size: int, *, accelerator: bool = False) -> int:
-    """How many positions' logits are computed at a time.
+    """For how many positions logits are computed at a time.
 
     Args:
-        vocab_size: logits of a position.
-        accelerator: whether that is not on a CPU.
+        vocab_size: the number of logits per position.
+        accelerator: whether the model is on an accelerator, not a CPU.
     """
     positions = (ACCELERATOR_LOGITS_BYTES if accelerator else LOGITS_BYTES) // (4 * vocab_size)
     return positions // _MULTIPLE * _MULTIPLE or max(1, positions)
 
 
 def labels_for(input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-    """The labels that train on all tokens of a padded batch.
+    """Labels for training on all tokens of a padded batch.
 
     Args:
         input_ids: integers [batch, length].
         attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
 
     Returns:
-        int64 [batch, length]: the ids, with -100 for padding, and for tokens right after it, which nothing predicts.
+        int64 [batch, length]: the ids, with -100 for padding and for tokens right after padding, which nothing
+        predicts.
     """
     labels = np.array(input_ids, np.int64)
     if attention_mask is not None:
@@ -90,17 +92,17 @@ def labels_for(input_ids: np.ndarray, attention_mask: np.ndarray | None = None) 
 
 
 def counted_labels(labels: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-    """The labels, with -100 also where padding would have to predict them: right after a gap or padding on the left.
+    """Sets labels to -100 where padding would have to predict them: right after padding on the left, or a gap.
 
-    Each backend does the same to the labels of a call.
+    Each backend does the same with the labels of a call.
 
     Args:
         labels: integers [batch, length], -100 where they do not count.
-        attention_mask: 1 for tokens, 0 for padding [batch, length]; of a longer one, which goes back to what a cache
-            holds, the last columns. None means no padding.
+        attention_mask: 1 for tokens, 0 for padding [batch, length]. A longer mask also covers a cache; its last columns
+            count. None means no padding.
 
     Returns:
-        int64 [batch, length]; the first label, which nothing predicts in any case, stays.
+        int64 [batch, length]. The first label stays; nothing predicts it in any case.
     """
     labels = np.array(labels, np.int64)
     if attention_mask is None:
@@ -110,7 +112,7 @@ def counted_labels(labels: np.ndarray, attention_mask: np.ndarray | None = None)
 
 
 def items_in_batch(labels: np.ndarray, attention_mask: np.ndarray | None = None) -> int:
-    """How many labels count: what `num_items_in_batch` is to be if these rows are given in several calls.
+    """How many labels count: the value of `num_items_in_batch` if these rows are split over several calls.
 
     Args:
         labels, attention_mask: see `counted_labels`.
@@ -122,10 +124,10 @@ def wants_logits(return_logits: bool | None, *, has_labels: bool, training: bool
     """Whether a call returns logits.
 
     Args:
-        return_logits: what the caller says; None leaves it to the rest.
-        has_labels: whether there is a loss to return.
-        training: whether the call is one of training, where the logits would be the largest array by far.
-        logits_to_keep: which ones; to name some is to ask for them.
+        return_logits: the caller's choice; None leaves it to the other arguments.
+        has_labels: whether the call returns a loss.
+        training: whether the model is in training, where the logits would be the largest array by far.
+        logits_to_keep: which logits; to name some is to ask for them.
     """
     if return_logits is not None:
         return return_logits
@@ -133,10 +135,10 @@ def wants_logits(return_logits: bool | None, *, has_labels: bool, training: bool
 
 
 def check_trainable_type(dtype: str) -> None:
-    """Raises `InputError` if parameters of a type cannot be trained by the optimizers in use.
+    """Raises `InputError` for parameters that common optimizers cannot train.
 
     Args:
-        dtype: name of the type of parameters that have gradients.
+        dtype: the name of the type of the trainable parameters.
     """
     if dtype == "float16":
         raise InputError(

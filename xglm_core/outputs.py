@@ -1,7 +1,7 @@
-"""What a model call returns: the same classes and fields in all backends.
+"""The outputs of a model call: the same classes and fields in all backends.
 
-An output is a named tuple of those results that are not None. Named tuples are what every framework takes apart and
-puts together again by itself: `jax.tree`, `tf.function`, Keras `predict`, PyTorch's `DataParallel`, `torch.compile`.
+An output is a named tuple of the results that are not None. Every framework flattens and rebuilds named tuples by
+itself: `jax.tree`, `tf.function`, Keras `predict`, PyTorch's `DataParallel`, `torch.compile`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from typing import Any, ClassVar, Self
 
 
 class ModelOutput(tuple[Any, ...]):
-    """Results by attribute (None where there is none), by name, by index, and by unpacking.
+    """Results by attribute (None if absent), by name, by index, and by unpacking.
 
-    The class that is called names the fields; the object that comes out is of a subclass which is a named tuple of the
-    fields present.
+    The class that is called lists the possible fields. The object belongs to a subclass that is a named tuple of the
+    present fields.
     """
 
     names: ClassVar[tuple[str, ...]]
     _fields: ClassVar[tuple[str, ...]]
-    _named_tuples: ClassVar[dict[tuple[str, ...], Any]]  # By the fields present.
+    _named_tuples: ClassVar[dict[tuple[str, ...], Any]]  # By the present fields.
     __slots__ = ()
 
     def __init_subclass__(cls) -> None:
         if not hasattr(cls, "_fields"):
-            # All of them at once: `torch.compile` cannot return what belongs to a class that it met being made.
+            # All are made in advance: `torch.compile` cannot return an instance of a class that is made while it
+            # traces.
             cls._named_tuples = {
                 present: type(cls.__name__, (cls, namedtuple(cls.__name__, present)), {"__slots__": ()})
                 for count in range(len(cls.names) + 1)
@@ -33,8 +34,8 @@ class ModelOutput(tuple[Any, ...]):
             }
 
     def __new__(cls, *values: Any, **results: Any) -> Self:
-        """An output of the given results, by name; None counts as not given."""
-        if values:  # How frameworks put a named tuple together again.
+        """Makes an output of the given results; None counts as absent."""
+        if values:  # Frameworks rebuild a named tuple in this way.
             return tuple.__new__(cls, values)
         for name in results:
             if name not in cls.names:
@@ -60,7 +61,7 @@ class ModelOutput(tuple[Any, ...]):
         return tuple(zip(self._fields, self, strict=True))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The result of this name, or the default if there is none."""
+        """The result of this name, or the default if it is absent."""
         return getattr(self, name) if name in self._fields else default
 
     def __getattr__(self, name: str) -> Any:
@@ -76,10 +77,10 @@ class ModelOutput(tuple[Any, ...]):
         return getattr(self, key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._fields  # Not by comparing with the results, which are arrays.
+        return key in self._fields  # Without comparing arrays.
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # What `output.loss += more` assigns is the tensor that it has changed in place.
+        # `output.loss += more` changes the tensor in place, and then assigns that same tensor.
         if name not in self._fields or getattr(self, name) is not value:
             raise AttributeError(
                 f"{name} of a {type(self).__name__} cannot be assigned, as outputs are tuples; make another one: "
@@ -89,7 +90,7 @@ class ModelOutput(tuple[Any, ...]):
     def __setitem__(self, name: Any, value: Any) -> None:
         setattr(self, name if isinstance(name, str) else self._fields[name], value)
 
-    # Two outputs are equal if they are the same: comparing the arrays has no single answer.
+    # Outputs are equal only if they are identical: a comparison of arrays has no single answer.
     __eq__ = object.__eq__
     __ne__ = object.__ne__
     __hash__ = object.__hash__
@@ -103,11 +104,11 @@ class BaseModelOutputWithPastAndCrossAttentions(ModelOutput):
 
     Attributes:
         last_hidden_state: [batch, length, d_model], after the final norm.
-        past_key_values: the cache, if asked for.
-        hidden_states: num_layers + 1 arrays [batch, length, d_model], if asked for: the input of each block, then
+        past_key_values: the cache, if requested.
+        hidden_states: num_layers + 1 arrays [batch, length, d_model], if requested: the input of each block, then
             `last_hidden_state`.
-        attentions: num_layers arrays [batch, heads, length, keys], if asked for: the probabilities by which each
-            position weighs the cached and the new ones, after the head mask.
+        attentions: num_layers arrays [batch, heads, length, keys], if requested: the attention probabilities of each
+            position over the cached and the new ones, after the head mask.
         cross_attentions: the same over the encoder's positions, if there are any.
     """
 
@@ -119,7 +120,7 @@ class CausalLMOutputWithCrossAttentions(ModelOutput):
     """Result of the causal language model.
 
     Attributes:
-        loss: float32 scalar, if there were labels: the mean over the labels that count.
+        loss: the mean over the labels that count, a float32 scalar; only with labels.
         logits: [batch, kept positions, vocab_size].
         past_key_values, hidden_states, attentions, cross_attentions: as in
             `BaseModelOutputWithPastAndCrossAttentions`.
@@ -133,16 +134,16 @@ class GenerateOutput(ModelOutput):
     """Result of `generate` with `return_dict_in_generate=True`.
 
     Attributes:
-        sequences: ids [rows, prompt + new]; the rows of a prompt's `num_return_sequences` follow each other.
-        sequences_scores: of a beam search, the log-probability of each row's new tokens, divided by their number to the
+        sequences: ids [rows, prompt + new]; the `num_return_sequences` rows of a prompt follow each other.
+        sequences_scores: for beam search: the log-probability of each row's new tokens, divided by their number to the
             power `length_penalty` [rows].
-        scores: if asked for, what each step chose from: log-probabilities of a beam search, logits otherwise, with
-            penalties and bans; a tuple of float32 [rows or beams, vocab_size].
-        logits: if asked for, the same as they left the model.
-        beam_indices: of a beam search, the beam, counted over all prompts, that each new token continued [rows, new];
+        scores: if requested, the scores of each step, with penalties and bans: log-probabilities for beam search, else
+            logits; a tuple of float32 [rows or beams, vocab_size].
+        logits: if requested, the model's logits of each step, in the same form.
+        beam_indices: for beam search: the beam, counted over all prompts, that each new token continued [rows, new];
             -1 after the end.
-        past_key_values: the cache of all columns but the last, in which what follows the end of a row is padding; None
-            of a beam search, or if `use_cache` is False.
+        past_key_values: the cache of all columns but the last; positions after the end of a row are padding. None for
+            beam search, or if `use_cache` is False.
     """
 
     names = ("sequences", "sequences_scores", "scores", "logits", "beam_indices", "past_key_values")

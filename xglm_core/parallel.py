@@ -1,8 +1,8 @@
-"""How a model is spread over devices: which dimension of each weight is split, and what divides.
+"""Tensor parallelism: which dimension of each weight is split among devices.
 
-The scheme is that of Megatron-LM (Shoeybi et al., arXiv 1909.08053): heads and inner units are split, so that a block
-needs one sum over the devices for attention and one for the feed-forward part. Embedding and head, which are half of
-the small models, are split by the vocabulary.
+The scheme is that of Megatron-LM (Shoeybi et al., arXiv 1909.08053). Heads and inner units are split, so that a block
+needs one sum over the devices for attention and one for the feed-forward layer. Embedding and head, which are half of
+the small models, are split along the vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.weight_names import WeightSpec
 
-# By the layer's own name: the dimension of the canonical weight that is split, and whether the bias is.
+# By the name of the layer: the dimension of the canonical weight that is split, and whether the bias is split.
 _SPLIT = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc1"), (0, True)),
     **dict.fromkeys(("out_proj", "fc2"), (1, False)),
@@ -34,7 +34,7 @@ def check_tensor_parallel(config: XGLMConfig, devices: int) -> None:
         devices: the size of the tensor-parallel group.
 
     Raises:
-        InputError: something cannot be divided evenly; all of it is named.
+        InputError: heads, ffn_dim or vocab_size are not divisible by the number of devices.
     """
     sizes = {name: getattr(config, name) for name in ("attention_heads", "ffn_dim", "vocab_size")}
     if odd := [f"{name}={size}" for name, size in sizes.items() if size % devices]:

@@ -1,4 +1,4 @@
-"""Whether the plain forms run in place of the fast ones: of everything in the `fast` folder of each backend."""
+"""Whether to use the plain forms in place of everything in the `fast` folders of the backends."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def use_plain() -> bool:
-    """Whether the environment says so: `XGLM_PLAIN=1`. Models and compiled code made before keep what they have."""
+    """Whether the environment has `XGLM_PLAIN=1`. Existing models and compiled code keep the forms that they have."""
     return os.environ.get("XGLM_PLAIN", "") not in ("", "0")

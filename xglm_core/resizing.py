@@ -1,6 +1,6 @@
-"""Changing the shapes of a model's weights: a larger or smaller vocabulary, fewer attention heads.
+"""Changes the shapes of a model's weights: a larger or smaller vocabulary, fewer attention heads.
 
-What the new weights are is decided here, in numpy and once for all backends; a backend only puts them in place.
+The new weights are computed here, in numpy, once for all backends; a backend only stores them.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import numpy as np
 from xglm_core.checkpoint.dtypes import DTYPES, FloatType, convert
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.values import plain
+from xglm_core.python_values import plain
+from xglm_core.rounding import rounded_up
 
-_SEED = 0  # New rows are the same in all backends, and the next time.
+_SEED = 0  # New rows are the same in all backends and in each call.
 
-_NARROW = 1e-9  # Of the old rows' variance: what transformers draws with.
+_NARROW = 1e-9  # The factor of the old rows' variance with which transformers draws.
 
 _ROWS, _COLUMNS = 0, 1
 
 
 def resized_config(config: XGLMConfig, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> XGLMConfig:
-    """The configuration with another `vocab_size`, and with the `padding_rows` of that.
+    """The configuration with another `vocab_size`, and with `padding_rows` that fit.
 
     Args:
-        config: the configuration, which is left alone.
-        new_num_tokens: rows wanted; None keeps their number.
-        pad_to_multiple_of: round the number up to a multiple of this; None does not.
+        config: the configuration, which is not modified.
+        new_num_tokens: the new number of rows; None keeps it.
+        pad_to_multiple_of: rounds the number of rows up to a multiple of this; None does not.
 
     Raises:
-        InputError: a number is not a positive integer.
+        InputError: an argument is not a positive integer.
         ConfigError: `pad_token_id` would be outside the vocabulary.
     """
     rows = config.vocab_size if new_num_tokens is None else plain(new_num_tokens)
@@ -38,7 +39,7 @@ def resized_config(config: XGLMConfig, new_num_tokens: int | None, pad_to_multip
     for name, value in (("new_num_tokens", rows), ("pad_to_multiple_of", multiple)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is {value!r}, expected a positive integer or None")
-    rounded = -(-rows // multiple) * multiple
+    rounded = rounded_up(rows, multiple)
     words = config.vocab_size - config.padding_rows if new_num_tokens is None else new_num_tokens
     return XGLMConfig.from_dict({**config.to_dict(), "vocab_size": rounded, "padding_rows": rounded - words})
 
@@ -57,9 +58,9 @@ def resized_rows(matrix: np.ndarray, dtype: FloatType, config: XGLMConfig, mean_
 
     Args:
         matrix: in `dtype.storage`, and so is the result.
-        dtype: the type of its numbers.
+        dtype: the type of its values.
         config: the new configuration.
-        mean_resizing: draw around the mean of the old rows instead, with a billionth of their variance.
+        mean_resizing: whether to draw around the mean of the old rows instead, with a billionth of their variance.
     """
     old, rows = len(matrix), config.vocab_size
     if rows <= old:
@@ -76,11 +77,11 @@ def resized_rows(matrix: np.ndarray, dtype: FloatType, config: XGLMConfig, mean_
 
 
 def pruned_config(config: XGLMConfig, heads: Mapping[int, Sequence[int]]) -> XGLMConfig:
-    """The configuration without some heads, and without those pruned before.
+    """The configuration without some heads; earlier pruned heads stay pruned.
 
     Args:
-        config: the configuration, which is left alone.
-        heads: self-attention heads to remove by the index of their block, numbered as in the unpruned model.
+        config: the configuration, which is not modified.
+        heads: the self-attention heads to remove, by the index of their block, numbered as in the unpruned model.
 
     Raises:
         ConfigError: there is no such block or head, or a block would have none left.
@@ -95,9 +96,9 @@ def pruned_weights(
     """The weights that change from `old` to `new`, by canonical name, in canonical shape.
 
     Args:
-        old: the configuration before.
-        new: the same with more heads pruned.
-        read: gives a weight as it is before.
+        old: the old configuration.
+        new: the new configuration, with more pruned heads.
+        read: returns an old weight.
     """
     for layer in range(old.num_layers):
         kept_before, kept = old.kept_heads(layer), new.kept_heads(layer)

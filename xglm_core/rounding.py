@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
 
-_Count = TypeVar("_Count", bound=Any)
-
-
-def rounded_up(count: _Count, multiple: int) -> _Count:
-    """The next multiple of `multiple`, for an integer or an integer tensor."""
-    return -(-count // multiple) * multiple  # type: ignore[return-value,operator]
+def rounded_up(count: int, multiple: int) -> int:
+    """The next multiple of `multiple`; `count` may also be an integer tensor."""
+    return -(-count // multiple) * multiple
 
 
 def power_of_two(count: int) -> int:

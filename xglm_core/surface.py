@@ -1,4 +1,4 @@
-"""What all model classes offer to scripts and libraries, and that is no tensor program."""
+"""What all model classes offer to scripts and libraries beside the computation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.keywords import UPLOAD
 
-# Ids of any model whose vocabulary has eight tokens: what exporters and tracers of transformers ask for.
+# Example ids for any vocabulary of at least eight tokens; exporters and tracers of transformers ask for them.
 DUMMY_IDS = ((7, 6, 0, 0, 1), (1, 2, 3, 0, 0), (0, 0, 0, 4, 5))
 
 
@@ -17,7 +17,7 @@ class ModelSurface:
 
     Attributes:
         config: the architecture.
-        name_or_path: what `from_pretrained` was given; empty for a model that was made.
+        name_or_path: the argument of `from_pretrained`; empty for a new model.
     """
 
     config: XGLMConfig
@@ -31,17 +31,17 @@ class ModelSurface:
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether there is `generate`: the bare decoder has none."""
+        """Whether the class has `generate`; the bare decoder has not."""
         return cls.has_head
 
     @classmethod
     def _from_config(cls, config: Any, **options: Any) -> Self:
-        """A model with random weights, of what `XGLMConfig.of` takes and the constructor's options."""
+        """A model with random weights, for a configuration as of `XGLMConfig.of` and options of the constructor."""
         return cls(XGLMConfig.of(config), **options)  # type: ignore[call-arg]  # The constructor of a backend's class.
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding, in tokens."""
+        """The number of rows of the embedding."""
         return self.config.vocab_size
 
     def push_to_hub(self, *args: Any, **options: Any) -> Never:

@@ -1,7 +1,7 @@
-"""The weights of a model: canonical names, shapes, and where each backend keeps them.
+"""The weights of a model: canonical names, shapes, and their names in each backend.
 
-Canonical names and shapes are those of the published PyTorch checkpoints. A dense kernel is [out, in] there and
-[in, out] in Keras and Flax, hence `transposed`.
+Canonical names and shapes are those of the published PyTorch checkpoints. There, a dense kernel is [out, in]; in Keras
+and Flax it is [in, out], hence `transposed`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from xglm_core.config import XGLMConfig
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-# Names that checkpoints may hold and no model needs: the position table is computed from the configuration.
+# Checkpoints may hold these, but no model needs them: the position table is computed from the configuration.
 IGNORED = frozenset({"model.embed_positions.weights"})
-_IGNORED_INTEGERS = ("position_ids", "num_batches_tracked")  # The last word of their names.
+_IGNORED_INTEGERS = ("position_ids", "num_batches_tracked")  # The last parts of their names.
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ _DENSE = _Kind({"weight": ("kernel", "kernel"), "bias": ("bias", "bias")}, trans
 _HEAD = _Kind({"weight": ("kernel", "kernel")}, transposed=True)
 _NORM = _Kind({"weight": ("gamma", "scale"), "bias": ("beta", "bias")})
 
-# The other way round: how a Keras or Flax parameter is called canonically, and whether it is transposed.
+# The inverse: the canonical name of a Keras or Flax parameter, and whether it is transposed.
 _PARAMETERS = {
     theirs: (ours, kind.transposed and ours == "weight")
     for kind in (_EMBEDDING, _DENSE, _NORM)
@@ -42,8 +42,8 @@ _PARAMETERS = {
     for theirs in names
 }
 
-# Layer name, kind, and the shape of its weight in terms of the configuration; a bias has the first dimension.
-# "kept_width" is d_model less the width of the heads that were pruned from a block.
+# Name, kind, and shape of the weight of each layer, by keys of the configuration. A bias has the first dimension.
+# "kept_width" is d_model without the width of the pruned heads of a block.
 _LAYERS: tuple[tuple[str, _Kind, tuple[str, ...]], ...] = (
     ("model.embed_tokens", _EMBEDDING, ("vocab_size", "d_model")),
     ("model.layers.{}.self_attn.k_proj", _DENSE, ("kept_width", "d_model")),
@@ -88,7 +88,7 @@ def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ..
 
     Args:
         config: the architecture.
-        with_head: whether the model has a head of its own. A tied head is no weight: it is the embedding.
+        with_head: whether the model has a head of its own. A tied head is not a separate weight.
     """
     specs = []
     for layer, kind, sizes in _expanded(config):
@@ -109,15 +109,15 @@ def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ..
 
 
 def is_ignored_integer(name: str) -> bool:
-    """Whether a tensor of integers is known to have no meaning for the numbers: positions in order, and counters."""
+    """Whether a tensor of integers is known to have no effect: consecutive positions, and counters."""
     return name.rpartition(".")[2] in _IGNORED_INTEGERS
 
 
 def stored_prefix(names: Collection[str]) -> str:
-    """What stands before each name: `DistributedDataParallel`, `torch.compile` and others put the way to a model there.
+    """The prefix of all names: `DistributedDataParallel`, `torch.compile` and others put the path to a model there.
 
     Args:
-        names: all names of a checkpoint. Without its "model.", as of the bare decoder, they have no prefix.
+        names: all names of a checkpoint. The names of a bare decoder, without "model.", have no prefix.
     """
     name = EMBEDDING.removeprefix("model.")
     found = [stored for stored in names if f".{stored}".endswith(f".{name}")]
@@ -129,21 +129,21 @@ def stored_prefix(names: Collection[str]) -> str:
 
 
 def canonical_name(path: Sequence[str]) -> tuple[str, bool]:
-    """The canonical name of a weight by its path in Flax or Keras, and whether its matrix is transposed there.
+    """The canonical name for a path in Flax or Keras, and whether the matrix is transposed there.
 
-    A path that ends in no parameter of ours keeps its words.
+    A path that does not end in a known parameter keeps its parts.
     """
     parameter, transposed = _PARAMETERS.get(path[-1], (path[-1], False)) if path else ("", False)
     return ".".join([*path[:-1], parameter]), transposed
 
 
 def num_parameters(config: XGLMConfig) -> int:
-    """Number of parameters of the causal language model; a tied head counts once."""
+    """The number of parameters of the causal language model; a tied head is not counted twice."""
     return sum(math.prod(spec.shape) for spec in weight_specs(config, with_head=not config.tie_word_embeddings))
 
 
 def _expanded(config: XGLMConfig) -> Iterator[tuple[str, _Kind, tuple[int, ...]]]:
-    """The rows of `_LAYERS` with their sizes, those of a block repeated block by block."""
+    """Yields the rows of `_LAYERS` with sizes; those of a block are repeated for each block."""
     rows = [row for row in _LAYERS if config.add_cross_attention or "encoder_attn" not in row[0]]
     for is_block, group in itertools.groupby(rows, key=lambda row: "{}" in row[0]):
         block = list(group)

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT32, FloatType
 from xglm_core.checkpoint.loading import LoadPlan
-from xglm_core.checkpoint.mapped import aligned_empty, copy_numbers
+from xglm_core.checkpoint.tensor_file import aligned_empty, copy_values
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.weight_names import WeightSpec
@@ -93,7 +93,7 @@ def write_weight(params: Params, spec: WeightSpec, value: np.ndarray, dtype: Flo
     """
     array = value.T if spec.transposed else value
     copy = aligned_empty(array.shape, array.dtype)
-    copy_numbers(copy, array)
+    copy_values(copy, array)
     return set_parameter(params, spec, _to_jax(copy, dtype))
 
 

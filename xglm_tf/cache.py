@@ -16,8 +16,8 @@ import optree
 import tensorflow as tf
 
 from xglm_core.config import XGLMConfig
-from xglm_core.generation.prompts import rounded_up
 from xglm_core.inputs import check_past_key_values
+from xglm_core.rounding import rounded_up
 
 _BLOCK = 64  # Positions by which storage grows, so that shapes rarely change from one token to the next.
 

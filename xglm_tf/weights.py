@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FloatType, convert
 from xglm_core.checkpoint.loading import LoadPlan
-from xglm_core.checkpoint.mapped import aligned_empty, copy_numbers
+from xglm_core.checkpoint.tensor_file import aligned_empty, copy_values
 from xglm_core.weight_names import WeightSpec
 
 Initializer = Callable[..., tf.Tensor]
@@ -63,7 +63,7 @@ def write_weight(model: keras.Model, spec: WeightSpec, value: np.ndarray) -> Non
     old = getattr(layer, variable)
     array = value.T if spec.transposed else value
     copy = aligned_empty(array.shape, array.dtype)
-    copy_numbers(copy, array)
+    copy_values(copy, array)
     tensor = _as_tensor(copy, weights_dtype(model))
     siblings = layer._trainable_variables
     place = [sibling is old for sibling in siblings].index(True)

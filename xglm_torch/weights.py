@@ -11,7 +11,7 @@ from torch import nn
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FloatType
 from xglm_core.checkpoint.loading import LoadPlan
-from xglm_core.checkpoint.mapped import copy_numbers
+from xglm_core.checkpoint.tensor_file import copy_values
 from xglm_core.errors import InputError
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec
 
@@ -32,7 +32,7 @@ def load_weights(model: nn.Module, plan: LoadPlan) -> None:
         # Differs: the layout is that of most files. What a file has transposed or not aligned is copied.
         if not (array.flags.c_contiguous and array.flags.aligned):
             stored, array = array, np.empty(array.shape, array.dtype)
-            copy_numbers(array, stored)
+            copy_values(array, stored)
             plan.release(spec)
         setattr(module, name, nn.Parameter(_from_numpy(array, plan.dtype)))
 

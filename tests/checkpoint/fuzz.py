@@ -31,7 +31,7 @@ from tests.helpers.checkpoint_files import (
 from xglm_core import XGLMConfig
 from xglm_core.checkpoint.dtypes import FLOAT32
 from xglm_core.checkpoint.formats import FORMATS, open_files
-from xglm_core.checkpoint.mapped import TensorFile
+from xglm_core.checkpoint.tensor_file import TensorFile
 from xglm_core.errors import CheckpointError
 from xglm_core.weight_names import HEAD
 

@@ -138,8 +138,8 @@ class TestPairs:
     def test_tied_head_of_many_blocks(self, source, tmp_path, monkeypatch):
         """Of the head, which is stored transposed, and of the embedding, the blocks have different sizes."""
         needed("tf")
-        monkeypatch.setattr("xglm_core.checkpoint.mapped._MAPPED_NUMBERS", 300)
-        monkeypatch.setattr("xglm_core.checkpoint.mapped._BLOCK_NUMBERS", 100)
+        monkeypatch.setattr("xglm_core.checkpoint.tensor_file._MAPPED_VALUES", 300)
+        monkeypatch.setattr("xglm_core.checkpoint.tensor_file._BLOCK_VALUES", 100)
         convert_checkpoint(source, tmp_path / "tf", to="tf")
         convert_checkpoint(tmp_path / "tf", tmp_path / "new", to="safetensors")
         assert_holds(tmp_path / "new", WEIGHTS)
@@ -236,7 +236,7 @@ class TestInput:
 _STOPPING = """
 import os, signal, sys, time
 from xglm_core import convert_checkpoint, files
-from xglm_core.checkpoint import filling, writing
+from xglm_core.checkpoint import tensor_writing, writing
 source, destination, to, when = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Shells have it ignored by what runs in the background.
 def stop(*arguments):
@@ -372,7 +372,7 @@ class TestDisk:
     @pytest.mark.parametrize("to", WRITABLE)
     def test_what_was_written_is_read_back(self, source, tmp_path, to, damage, message, monkeypatch):
         needed(to)
-        whole = writing.write_numbers
+        whole = writing.write_values
 
         def write(file, entries, layout, *others):
             whole(file, entries, layout, *others)
@@ -384,7 +384,7 @@ class TestDisk:
             with open(file.name, "r+b") as written:
                 damage(written, *kernels[:2])
 
-        monkeypatch.setattr(writing, "write_numbers", write)
+        monkeypatch.setattr(writing, "write_values", write)
         with pytest.raises(CheckpointError, match=message):
             convert_checkpoint(source, tmp_path / "new", to=to)
         assert files(tmp_path / "new") == {}

@@ -14,8 +14,8 @@ from xglm_core import XGLMConfig, convert_checkpoint, open_checkpoint
 from xglm_core.checkpoint import DTYPES, plan_loading, save_checkpoint
 from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, convert, float_type
 from xglm_core.checkpoint.folder import WEIGHTS_FILE
-from xglm_core.checkpoint.mapped import copy_numbers
 from xglm_core.checkpoint.safetensors import SafetensorsFile
+from xglm_core.checkpoint.tensor_file import copy_values
 from xglm_core.checkpoint.writing import parse_size
 from xglm_core.config import CONFIG_FILE
 from xglm_core.errors import CheckpointError, ConfigError, InputError
@@ -355,7 +355,7 @@ class TestPlan:
     @pytest.mark.parametrize("format", ["safetensors", "torch", "flax"])
     def test_aligned(self, tmp_path, monkeypatch, format, dtype, numbers):
         """In both orders of the file and of the memory, as it is and converted, and the file stays as it was."""
-        monkeypatch.setattr("xglm_core.checkpoint.loading._COPIED_NUMBERS", numbers)
+        monkeypatch.setattr("xglm_core.checkpoint.loading._COPIED_VALUES", numbers)
         monkeypatch.setattr("xglm_core.checkpoint.loading._RELEASED_BLOCKS", 2)
         weights = random_weights()
         save(tmp_path / "source", weights)
@@ -644,7 +644,7 @@ class TestConversion:
         array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
         for source in (array, array.T, array[::2], array[:, ::-1]):
             target = np.full(source.shape, np.nan, dtype)
-            copy_numbers(target, source)
+            copy_values(target, source)
             np.testing.assert_array_equal(target, source)
 
     def test_float64(self):

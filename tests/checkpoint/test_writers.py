@@ -15,10 +15,10 @@ from tests.helpers.models import CONFIG, changed
 from xglm_core import convert_checkpoint, open_checkpoint
 from xglm_core.checkpoint import flax_writer, keras_writer, torch_writer
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT32, convert
-from xglm_core.checkpoint.filling import write_numbers
+from xglm_core.checkpoint.file_layout import Entry
 from xglm_core.checkpoint.flax_msgpack import FlaxFile
 from xglm_core.checkpoint.formats import FORMATS
-from xglm_core.checkpoint.layout import Entry
+from xglm_core.checkpoint.tensor_writing import write_values
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 
 UNTIED = changed(CONFIG, tie_word_embeddings=False)
@@ -245,7 +245,7 @@ class TestKeras:
         library("h5py")
         with open(tmp_path / "tf_model.h5", "wb") as file:
             layout = keras_writer.KERAS_WRITER.lay_out(file, entries, False)
-            write_numbers(file, entries, layout, lambda index: iter([np.array([index], np.float32)]))
+            write_values(file, entries, layout, lambda index: iter([np.array([index], np.float32)]))
         with library("h5py").File(tmp_path / "tf_model.h5") as file:
             attributes = file["model"].attrs
             assert "weight_names" not in attributes
@@ -257,17 +257,17 @@ class TestKeras:
 
 def test_scattered_writes(folder, weights, config, tmp_path, monkeypatch):
     """Matrices that are written column by column, as in files with more than a block per matrix."""
-    monkeypatch.setattr("xglm_core.checkpoint.mapped._MAPPED_NUMBERS", 150)
-    monkeypatch.setattr("xglm_core.checkpoint.mapped._BLOCK_NUMBERS", 100)
+    monkeypatch.setattr("xglm_core.checkpoint.tensor_file._MAPPED_VALUES", 150)
+    monkeypatch.setattr("xglm_core.checkpoint.tensor_file._BLOCK_VALUES", 100)
     monkeypatch.setattr(flax_writer, "_MOST_BYTES", 1004)
     convert_checkpoint(folder, tmp_path / "flax", to="flax")
-    numbers, sizes = FlaxFile._numbers, []
+    numbers, sizes = FlaxFile._values, []
 
     def spy(file, name, begin, end):
         sizes.append((file.tensors[name].strides is None, end - begin))
         return numbers(file, name, begin, end)
 
-    monkeypatch.setattr(FlaxFile, "_numbers", spy)
+    monkeypatch.setattr(FlaxFile, "_values", spy)
     convert_checkpoint(tmp_path / "flax", tmp_path / "torch", to="torch")
     # Of what is stored in pieces, but not transposed: the embedding, never put together as a whole.
     assert sizes

@@ -245,7 +245,7 @@ class TestMakeCheckpoint:
 
     def test_blocks_do_not_show(self, tmp_path, monkeypatch):
         write_random_checkpoint(tmp_path / "one", CONFIG, FLOAT32, seed=3)
-        monkeypatch.setattr(bench, "_BLOCK_NUMBERS", 64)
+        monkeypatch.setattr(bench, "_BLOCK_VALUES", 64)
         write_random_checkpoint(tmp_path / "many", CONFIG, FLOAT32, seed=3)
         assert (tmp_path / "one" / WEIGHTS_FILE).read_bytes() == (tmp_path / "many" / WEIGHTS_FILE).read_bytes()
 

@@ -13,6 +13,7 @@ from tests.helpers.commands import ROOT, run_xglm
 from tests.helpers.frameworks import backends_under_test, needs_a_backend
 from xglm_core import XGLMConfig, XGLMTokenizer, open_checkpoint
 from xglm_core.compare.adapters import BackendModel
+from xglm_core.compare.divergence import find_partings
 from xglm_core.compare.oracle import OracleOutput, checkpoint_reader, forward
 from xglm_core.compare.report import (
     Agreement,
@@ -27,7 +28,6 @@ from xglm_core.compare.report import (
     worst_error,
 )
 from xglm_core.compare.run import Result, parse_backends, run_backend
-from xglm_core.compare.texts import find_partings
 from xglm_core.compare.worker import Job
 from xglm_core.errors import BackendError, XGLMError
 

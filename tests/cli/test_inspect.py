@@ -141,7 +141,7 @@ class TestFacts:
         def read(*arguments):
             raise AssertionError("a tensor was read")
 
-        monkeypatch.setattr("xglm_core.checkpoint.mapped.TensorFile.read", read)
+        monkeypatch.setattr("xglm_core.checkpoint.tensor_file.TensorFile.read", read)
         assert inspect_checkpoint(folder).error is None
 
 

@@ -15,7 +15,7 @@ from tests.helpers.frameworks import backends_under_test
 from xglm_core import XGLMTokenizer
 from xglm_core.cli import main
 from xglm_core.cli import score as command
-from xglm_core.scoring import page, score_texts
+from xglm_core.scoring import html_page, score_texts
 
 CHECKPOINT = ROOT / "examples" / "tiny_model" / "checkpoint"
 # `xglm score CHECKPOINT` with a model made of numpy, in a process of its own.
@@ -310,7 +310,7 @@ class TestPage:
         assert titles == [f"{word.bits:.2f} bits" for word in words]
         assert sum(tag == "p" and attributes.get("dir") == "auto" for tag, attributes in parser.tags) == len(TEXTS)
 
-    @pytest.mark.parametrize("colours", [page.LIGHT, page.DARK], ids=["light", "dark"])
+    @pytest.mark.parametrize("colours", [html_page.LIGHT, html_page.DARK], ids=["light", "dark"])
     def test_contrast(self, colours):
         """What WCAG asks of text: 4.5 to 1. And each shade differs from the one before."""
         text, *backgrounds = map(luminance, colours)
@@ -318,7 +318,7 @@ class TestPage:
             high, low = max(text, background), min(text, background)
             assert (high + 0.05) / (low + 0.05) >= 4.5
         assert backgrounds in (sorted(backgrounds), sorted(backgrounds, reverse=True))
-        assert len({*backgrounds}) == len(backgrounds) == len(page.STEPS) + 1
+        assert len({*backgrounds}) == len(backgrounds) == len(html_page.STEPS) + 1
 
     def test_in_a_browser(self, written):
         browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

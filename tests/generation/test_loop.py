@@ -450,9 +450,9 @@ class TestConfig:
     def test_from_model(self, eos, pad, expected):
         model = XGLMConfig(vocab_size=131, eos_token_id=eos, pad_token_id=pad)
         options = GenerationConfig.from_model(model)
-        assert (options.eos_ids, options.filler) == expected
+        assert (options.eos_ids, options.pad_id) == expected
         free = options.updated({"stop_at_eos": False})
-        assert (free.eos_ids, free.filler) == ((), expected[1])
+        assert (free.eos_ids, free.pad_id) == ((), expected[1])
         assert options.suppress_tokens is None
 
     def test_madeup_words_are_not_generated(self):

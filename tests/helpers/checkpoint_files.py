@@ -15,10 +15,10 @@ import pytest
 from tests.helpers.frameworks import backends_under_test
 from xglm_core import XGLMConfig
 from xglm_core.checkpoint.dtypes import FloatType
-from xglm_core.checkpoint.filling import write_numbers
-from xglm_core.checkpoint.layout import Entry
-from xglm_core.checkpoint.mapped import Buffers, row_blocks
+from xglm_core.checkpoint.file_layout import Entry
 from xglm_core.checkpoint.safetensors import SAFETENSORS_WRITER
+from xglm_core.checkpoint.tensor_file import Buffers, row_blocks
+from xglm_core.checkpoint.tensor_writing import write_values
 from xglm_core.weight_names import HEAD, weight_specs
 
 Weights = Mapping[str, np.ndarray]
@@ -41,7 +41,7 @@ def write_safetensors(
     """Any tensors at all, by the writer under test; they need not be a model's."""
     entries = [Entry(*tensor) for tensor in tensors]
     layout = SAFETENSORS_WRITER.lay_out(file, entries, False)
-    write_numbers(
+    write_values(
         file, entries, layout, lambda index: row_blocks(read(entries[index].name), Buffers(), transposed=False)
     )
 

@@ -11,7 +11,7 @@ import sentencepiece
 from tests.helpers.tokenizers import CHECKPOINT, CORPUS, VOCABULARY, json_folder, tokenizer
 from xglm_core import XGLMTokenizer, XGLMTokenizerFast
 from xglm_core.errors import CheckpointError, InputError
-from xglm_core.tokenization.wire import Field, bytes_field, fields, float_field, float_value, int_field
+from xglm_core.tokenization.protobuf import Field, bytes_field, fields, float_field, float_value, int_field
 
 __all__ = ["json_folder", "tokenizer"]  # Fixtures.
 

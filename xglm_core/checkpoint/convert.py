@@ -1,4 +1,4 @@
-"""Converting a checkpoint from any format into those that can be written."""
+"""Converts a checkpoint of any format to one that can be written."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Unpack
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import FLOAT8, FloatType, float_type
-from xglm_core.checkpoint.filling import Advance
 from xglm_core.checkpoint.folder import Checkpoint, open_source
 from xglm_core.checkpoint.formats import FORMATS, Format, present_formats, shortened
 from xglm_core.checkpoint.loading import plan_loading
-from xglm_core.checkpoint.mapped import Buffers
+from xglm_core.checkpoint.tensor_file import Buffers
+from xglm_core.checkpoint.tensor_writing import Advance
 from xglm_core.checkpoint.writing import NewWeight, parse_size, write_checkpoint
 from xglm_core.config import CONFIG_FILE, GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
@@ -24,7 +24,7 @@ from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 
 WRITABLE = tuple(name for name, format in FORMATS.items() if format.writer is not None)
 
-# What belongs to a checkpoint beside its weights and `config.json`, and is the same for all formats.
+# The files of a checkpoint beside weights and `config.json`; they are the same for all formats.
 _COPIED = (
     GENERATION_CONFIG_FILE,
     "sentencepiece.bpe.model",
@@ -34,21 +34,21 @@ _COPIED = (
     "added_tokens.json",
 )
 
-# Where `config.json` names the type of the weights, transformers loads them as that.
+# The keys of `config.json` that name the type of the weights; transformers loads weights in that type.
 _TYPE_KEYS = ("torch_dtype", "dtype")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion whose input was checked, and of which nothing has been written.
+    """A conversion that was checked, but not yet written.
 
     Attributes:
-        source: where the weights come from.
+        source: the checkpoint to read.
         destination: the folder to write.
         format: the format to write.
-        config: as `config.json` will have it.
-        weights: what will be stored, each with its type.
-        max_shard_bytes: most bytes in one file.
+        config: the configuration to write.
+        weights: the weights to write, with their types.
+        max_shard_bytes: the largest number of bytes in one file.
     """
 
     source: Checkpoint
@@ -60,7 +60,7 @@ class Conversion:
 
     @property
     def changed_types(self) -> set[str]:
-        """The types that weights are converted to."""
+        """The types to which weights are converted."""
         return {
             weight.dtype.name
             for weight in self.weights
@@ -69,7 +69,7 @@ class Conversion:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights to be written."""
+        """The number of bytes of all weights."""
         return sum(weight.nbytes for weight in self.weights)
 
     def run(self, advance: Advance = lambda written, verified: None) -> None:
@@ -100,24 +100,24 @@ def convert_checkpoint(
     max_shard_size: int | str = "5GB",
     **hub: Unpack[HubOptions],
 ) -> None:
-    """Writes a checkpoint in another format or type, in blocks of a few megabytes, and reads it back to compare.
+    """Writes a checkpoint in another format or type, in blocks of a few megabytes, reads it back and compares.
 
-    The destination gets the weights, `config.json`, and what the source has of `generation_config.json` and tokenizer
-    files. Nothing in it changes until all of these are complete.
+    The destination receives the weights, `config.json`, and those of `generation_config.json` and the tokenizer files
+    that the source has. Nothing in it changes until all of them are complete.
 
     Args:
         source: a checkpoint folder, or the id of a repository of the Hugging Face Hub.
-        destination: the folder to write: one without weights, or the source itself, which then has both formats.
+        destination: the folder to write. It has no weights yet, or is the source itself, which then has both formats.
         to: the format to write, one of "safetensors", "torch", "flax", "tf".
         weights: the format to read; see `open_checkpoint`.
-        dtype: name or framework type to store all weights in; None keeps each weight's.
-        max_shard_size: most bytes in one file, as a number or e.g. "500MB"; a larger single tensor has its own file.
+        dtype: the type to store, as a name or a framework's type; None keeps the type of each weight.
+        max_shard_size: the largest size of a file, in bytes or as in "500MB"; a larger tensor has a file of its own.
         hub: see `HubOptions`.
 
     Raises:
-        InputError: an argument is none of these, or the format has no such type.
-        CheckpointError: the source is damaged or does not fit its configuration, the destination holds weights or
-            cannot be written, a number is too large for `dtype`, or what was written does not read back the same.
+        InputError: an argument is invalid, or the format does not have the type.
+        CheckpointError: the source is damaged or does not fit its configuration; the destination holds weights or
+            cannot be written; a value is too large for `dtype`; or the written files do not read back the same.
         BackendError: a format needs a package that is not installed.
     """
     plan_conversion(
@@ -135,7 +135,7 @@ def plan_conversion(
     max_shard_size: int | str = "5GB",
     **hub: Unpack[HubOptions],
 ) -> Conversion:
-    """Checks all that can be checked before writing; arguments and errors are those of `convert_checkpoint`."""
+    """Checks everything that can be checked before writing; see `convert_checkpoint` for arguments and errors."""
     if to not in WRITABLE:
         raise InputError(f"to is {to!r}, expected one of {', '.join(WRITABLE)}")
     format, limit = FORMATS[to], parse_size(max_shard_size)
@@ -146,7 +146,7 @@ def plan_conversion(
     if others := [name for name in _COPIED if name in files.names]:
         files.fetch(others)
     _check_destination(checkpoint.folder, destination, format)
-    # A bare decoder stays one: without a head it says nothing about tying.
+    # A bare decoder stays one. Without a head, the file does not say whether the model is tied.
     config = plan_loading(checkpoint, with_head=HEAD in checkpoint.names).config
     for key in _TYPE_KEYS:
         if target is not None and key in config:
@@ -163,7 +163,7 @@ def plan_conversion(
 
 
 def _source_name(name: str, config: XGLMConfig) -> str:
-    """Which weight of the source becomes this one: a tied head is the embedding."""
+    """The source's weight for a name: a tied head is the embedding."""
     return EMBEDDING if name == HEAD and config.tie_word_embeddings else name
 
 

@@ -1,7 +1,7 @@
 """The floating-point types of checkpoint files, in numpy.
 
-numpy has no bfloat16. Its numbers are held as their bit patterns, uint16; a backend reinterprets these without a copy.
-Nor has it the two types of 8 bits, which are read alone: models have none of them.
+numpy has no bfloat16: its values are held as bit patterns, uint16, which a backend reinterprets without a copy. Nor
+does numpy have the two types of 8 bits. These can only be read: models do not use them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from xglm_core.errors import InputError
 
 @dataclass(frozen=True)
 class FloatType:
-    """A type of numbers, a floating-point one unless it is one of `INTEGERS`.
+    """A floating-point type, or one of `INTEGERS`.
 
     Attributes:
         name: the name users give, e.g. "bfloat16".
         code: the name in a safetensors header, e.g. "BF16".
-        storage: the numpy type that holds it; bit patterns, uint16 or uint8, for bfloat16 and the types of 8 bits.
+        storage: the numpy type that holds its values: bit patterns, uint16 or uint8, for bfloat16 and 8-bit types.
     """
 
     name: str
@@ -37,11 +37,11 @@ FLOAT64 = FloatType("float64", "F64", np.dtype("<f8"))
 FLOAT8_E4M3 = FloatType("float8_e4m3", "F8_E4M3", np.dtype("u1"))
 FLOAT8_E5M2 = FloatType("float8_e5m2", "F8_E5M2", np.dtype("u1"))
 
-# What models can have; files can have float64, too, and safetensors the types of 8 bits.
+# The types of models. Files may also have float64, and safetensors files the types of 8 bits.
 DTYPES = {dtype.name: dtype for dtype in (FLOAT32, FLOAT16, BFLOAT16)}
 STORED = {**DTYPES, FLOAT64.name: FLOAT64}
 FLOAT8 = (FLOAT8_E4M3, FLOAT8_E5M2)
-# What tensors have that are no weights: counters, masks, lists of positions.
+# The types of tensors that are not weights: counters, masks, lists of positions.
 INTEGERS = (
     *(FloatType(f"int{8 * size}", f"I{8 * size}", np.dtype(f"<i{size}")) for size in (8, 4, 2, 1)),
     FloatType("uint8", "U8", np.dtype("u1")),
@@ -49,7 +49,7 @@ INTEGERS = (
 )
 BY_CODE = {dtype.code: dtype for dtype in (*STORED.values(), *FLOAT8, *INTEGERS)}
 
-_BLOCK = 2**16  # Numbers to convert at a time: what is temporary stays small, and within the processor's cache.
+_BLOCK = 2**16  # Values to convert at a time: temporaries stay in the processor's cache.
 
 
 def float_type(dtype: Any) -> FloatType:
@@ -67,9 +67,9 @@ def float_type(dtype: Any) -> FloatType:
 
 
 def convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarray:
-    """Converts stored numbers, rounding to nearest, ties to even; returns `array` itself if the types are equal.
+    """Converts stored values, rounding to nearest, ties to even; returns `array` itself if the types are equal.
 
-    Numbers beyond the range of `target` become infinite, as in every framework. float64 becomes bfloat16 by way of
+    Values beyond the range of `target` become infinite, as in every framework. float64 becomes bfloat16 by way of
     float32, as in PyTorch.
     """
     if source is target:
@@ -80,38 +80,38 @@ def convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarr
 
 
 def overflows(array: np.ndarray, source: FloatType, converted: np.ndarray, target: FloatType) -> bool:
-    """Whether converting made a finite number infinite."""
-    if source is target or source in FLOAT8:  # Whose largest number, 57344, is within the range of all.
+    """Whether the conversion made a finite value infinite."""
+    if source is target or source in FLOAT8:  # Their largest value, 57344, is in the range of all types.
         return False
     infinite = _infinite(converted, target)
     return infinite > 0 and infinite > _infinite(array, source)
 
 
 def _infinite(array: np.ndarray, dtype: FloatType) -> int:
-    """How many of the numbers are infinite."""
+    """How many values are infinite."""
     return int(np.count_nonzero((array & 0x7FFF) == 0x7F80 if dtype is BFLOAT16 else np.isinf(array)))
 
 
 def _convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarray:
-    numbers, result = array.reshape(-1), np.empty(array.size, target.storage)
+    stored, result = array.reshape(-1), np.empty(array.size, target.storage)
     for begin in range(0, array.size, _BLOCK):
         block = slice(begin, begin + _BLOCK)
-        values = _float_values(numbers[block], source)
+        values = _float_values(stored[block], source)
         with np.errstate(over="ignore"):
             result[block] = _float32_to_bfloat16(values) if target is BFLOAT16 else values
     return result.reshape(array.shape)
 
 
-def _float_values(numbers: np.ndarray, dtype: FloatType) -> np.ndarray:
-    """The numbers in a type that numpy has."""
+def _float_values(stored: np.ndarray, dtype: FloatType) -> np.ndarray:
+    """The values in a type that numpy has."""
     if dtype is BFLOAT16:  # The upper half of a float32.
-        return (numbers.astype(np.uint32) << 16).view(np.float32)
-    return _float8_values(dtype)[numbers] if dtype in FLOAT8 else numbers
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return _float8_values(dtype)[stored] if dtype in FLOAT8 else stored
 
 
 @functools.cache
 def _float8_values(dtype: FloatType) -> np.ndarray:
-    """What each of the 256 bit patterns stands for, float32 [256].
+    """The values of the 256 bit patterns, float32 [256].
 
     E4M3 has no infinities, and NaN only where all bits but the sign are set; E5M2 is the upper half of a float16.
     """

@@ -1,4 +1,4 @@
-"""The original checkpoints, `model.pt` of fairseq: a `torch.save` file of the weights and of how they were trained."""
+"""The original checkpoints, fairseq's `model.pt`: a `torch.save` file of weights and training settings."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from xglm_core.checkpoint.mapped import shown
+from xglm_core.checkpoint.tensor_file import shown
 from xglm_core.checkpoint.torch_bin import TorchFile
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import ConfigError
 from xglm_core.weight_names import HEAD
 
-# What fairseq calls the keys of our configuration; those of the first group must be there.
+# fairseq's names for the keys of our configuration; those of the first group must exist.
 _REQUIRED = {
     "d_model": "decoder_embed_dim",
     "ffn_dim": "decoder_ffn_embed_dim",
@@ -27,11 +27,11 @@ _OPTIONAL = {
     "layerdrop": "decoder_layerdrop",
     "max_position_embeddings": "max_target_positions",
 }
-# fairseq has "gelu_accurate" for what others call "gelu_new": by the hyperbolic tangent.
+# fairseq calls the GELU by tanh "gelu_accurate", others "gelu_new".
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 
 _HEAD = "decoder.output_projection.weight"
-# Markers of a version and of a device, without meaning for the numbers.
+# Markers of a version and of a device; they do not affect the model.
 _DROPPED = {"decoder.version", "_float_tensor", "decoder._float_tensor", "decoder.embed_positions._float_tensor"}
 
 

@@ -1,9 +1,9 @@
 """Files of `flax.serialization.to_bytes`, without Flax, JAX or msgpack.
 
 A file is one msgpack map of maps, down to arrays: extension type 1, whose bytes are a msgpack array of shape, type name
-and numbers. An array above 1 GiB is a map with its shape and flat pieces. Of msgpack this takes a dozen type codes, so
-the reader has its own parser: it records where the numbers lie and copies none, where the `msgpack` package would hold
-the whole file in memory twice.
+and values. An array above 1 GiB is a map with its shape and flat pieces. This needs a dozen type
+codes of msgpack, so the reader has its own parser: it records where the values lie and copies none. The `msgpack`
+package would hold the whole file in memory twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Never
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import INTEGERS, STORED, FloatType
-from xglm_core.checkpoint.mapped import (
+from xglm_core.checkpoint.tensor_file import (
     Buffers,
     TensorFile,
     TensorInfo,
@@ -35,10 +35,10 @@ CHUNKED = "__msgpack_chunked_array__"
 ARRAY_TYPE = 1
 
 _MOST_DEPTH = 16
-_MOST_ENTRIES = 100_000  # Of all maps together.
+_MOST_ENTRIES = 100_000  # In all maps together.
 _LONGEST_KEY = 255
 
-# First byte -> kind of value, and how many bytes its length or the number itself has.
+# First byte -> kind of value, and the number of bytes of its length, or of the number itself.
 _CODES = {
     first + index: (kind, width)
     for first, kind, widths in (
@@ -57,7 +57,7 @@ _FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 
 @dataclass(frozen=True)
 class _Array:
-    """Numbers in the file."""
+    """An array in the file."""
 
     dtype: FloatType
     shape: tuple[int, ...]
@@ -86,19 +86,19 @@ class FlaxFile(TensorFile):
 
     @staticmethod
     def canonical_name(name: str) -> str:
-        """What an index file calls a tensor, e.g. "model/layers/0/fc1/kernel", as `tensors` has it."""
+        """The name in `tensors` for a name in an index file, such as "model/layers/0/fc1/kernel"."""
         return canonical_name(name.split("/"))[0]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored type: a copy-on-write view of the file, or a copy if it is there in pieces."""
+        """The tensor in its stored type: a copy-on-write view of the file, or a copy if it is stored in pieces."""
         info = self.tensors[name]
         if name not in self._pieces:
             return super().read(name)
-        numbers = self._numbers(name, 0, math.prod(info.shape))
-        return numbers.reshape(info.shape) if info.strides is None else numbers.reshape(info.shape[::-1]).T
+        values = self._values(name, 0, math.prod(info.shape))
+        return values.reshape(info.shape) if info.strides is None else values.reshape(info.shape[::-1]).T
 
     def blocks(self, name: str, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
-        """See `TensorFile.blocks`. Of a large matrix in pieces, a block at a time is put together."""
+        """See `TensorFile.blocks`. A large matrix in pieces is joined block by block."""
         info = self.tensors[name]
         if name not in self._pieces or info.strides is not None or not is_large(info.shape):
             yield from super().blocks(name, buffers, transposed=transposed)
@@ -106,11 +106,11 @@ class FlaxFile(TensorFile):
         rows, width = info.shape
         step = block_rows(info.shape, transposed=transposed)
         for begin in range(0, rows, step):
-            numbers = self._numbers(name, begin * width, min(begin + step, rows) * width)
-            yield ordered(numbers.reshape(-1, width), buffers, transposed=transposed)
+            values = self._values(name, begin * width, min(begin + step, rows) * width)
+            yield ordered(values.reshape(-1, width), buffers, transposed=transposed)
 
-    def _numbers(self, name: str, begin: int, end: int) -> np.ndarray:
-        """A copy of some numbers of a tensor that is there in pieces."""
+    def _values(self, name: str, begin: int, end: int) -> np.ndarray:
+        """A copy of some values of a tensor that is stored in pieces."""
         dtype = self.tensors[name].dtype.storage
         result = np.empty(end - begin, dtype)
         position = 0
@@ -138,7 +138,7 @@ class FlaxFile(TensorFile):
         self._add(name, TensorInfo(info.dtype, info.shape, info.begin, end, info.strides))
 
     def _joined(self, place: tuple[str, ...], leaf: dict[str, Any]) -> tuple[_Array, list[_Array]]:
-        """An array that is stored in pieces, as if it began at the first of them, and the pieces."""
+        """An array that is stored in pieces, as if it were all at the first piece; and the pieces."""
         shape, pieces = leaf.get("shape"), leaf.get("chunks")
         if not isinstance(shape, dict) or not isinstance(pieces, dict) or len(leaf) != 3:
             self._refuse(place, "expected a shape and chunks")
@@ -213,7 +213,7 @@ class FlaxFile(TensorFile):
         return size
 
     def _header(self, place: tuple[str, ...]) -> tuple[str, int]:
-        """The kind of the next value, and its length, number of entries, or the number itself."""
+        """The kind of the next value, and its length, its number of entries, or the number itself."""
         code = self._take(1)[0]
         if code < 0x80:
             return "int", code

@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
+from xglm_core.checkpoint.file_layout import Entry, Layout, Piece, Writer
 from xglm_core.checkpoint.flax_msgpack import ARRAY_TYPE, CHUNKED
-from xglm_core.checkpoint.layout import Entry, Layout, Piece, Writer
 
-# Of an array in one piece, as in Flax; msgpack itself ends at 4 GiB.
+# The largest array in one piece, as in Flax; msgpack itself allows 4 GiB.
 _MOST_BYTES = 2**30
 
 
@@ -31,7 +31,7 @@ def _lay_out(file: BinaryIO, entries: Sequence[Entry], sharded: bool) -> Layout:
 
 
 def _tree(entries: Sequence[Entry]) -> dict[str, Any]:
-    """The entries by the words of their names, as maps of maps."""
+    """The entries as maps of maps, by the parts of their names."""
     tree: dict[str, Any] = {}
     for entry in entries:
         *owners, last = entry.name.split("/")
@@ -43,7 +43,7 @@ def _tree(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _write_entry(file: BinaryIO, entry: Entry) -> list[Piece]:
-    """Writes an array without its numbers, and returns their places."""
+    """Writes an array without its values, and returns the places for them."""
     if entry.nbytes <= _MOST_BYTES:
         return [_write_array(file, entry.shape, entry)]
     most = _MOST_BYTES // entry.dtype.storage.itemsize
@@ -60,7 +60,7 @@ def _write_entry(file: BinaryIO, entry: Entry) -> list[Piece]:
 
 
 def _write_array(file: BinaryIO, shape: Sequence[int], entry: Entry) -> Piece:
-    """Writes the extension type of arrays: shape, name of the type, and numbers, which are left out."""
+    """Writes an array as an extension type: shape, name of the type, and room for the values."""
     size = math.prod(shape) * entry.dtype.storage.itemsize
     head = b"\x93" + _array(len(shape)) + b"".join(map(_integer, shape)) + _text(entry.dtype.name)
     head += b"\xc6" + size.to_bytes(4, "big")
@@ -70,7 +70,7 @@ def _write_array(file: BinaryIO, shape: Sequence[int], entry: Entry) -> Piece:
     return begin, size
 
 
-# msgpack has several widths for each length; the widest holds all of them, and a file has only thousands of lengths.
+# msgpack has several widths for a length. The widest fits always, and a file has only thousands of lengths.
 def _map(count: int) -> bytes:
     return b"\xdf" + count.to_bytes(4, "big")
 

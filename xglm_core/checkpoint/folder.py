@@ -12,7 +12,7 @@ import numpy as np
 from xglm_core.checkpoint.dtypes import FloatType, convert, overflows
 from xglm_core.checkpoint.fairseq import FairseqFile
 from xglm_core.checkpoint.formats import FORMATS, fetch_weights, find_format, open_files, shortened
-from xglm_core.checkpoint.mapped import Buffers, TensorFile, TensorInfo
+from xglm_core.checkpoint.tensor_file import Buffers, TensorFile, TensorInfo
 from xglm_core.config import CONFIG_FILE, GENERATION_CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError
 from xglm_core.hub import HubOptions, Source, find_source
@@ -25,10 +25,10 @@ class Checkpoint:
     """An open checkpoint: its configuration, and its tensors by canonical name, mapped into memory.
 
     Attributes:
-        folder: where it lies.
-        config: its configuration.
-        format: the format of its weights, as `open_checkpoint` calls it.
-        others: the types of tensors that are no weights, by name, without those that mean nothing.
+        folder: the folder.
+        config: the configuration.
+        format: the format of the weights, as in `open_checkpoint`.
+        others: the types, by name, of tensors that are not weights; those without a meaning are left out.
     """
 
     def __init__(self, folder: Path, config: XGLMConfig, format: str, files: Sequence[TensorFile]) -> None:
@@ -53,14 +53,14 @@ class Checkpoint:
         return frozenset(self._where)
 
     def info(self, name: str) -> TensorInfo:
-        """Stored type and shape of a tensor."""
+        """The stored type and shape of a tensor."""
         file, stored = self._where[name]
         return file.tensors[stored]
 
     def read(self, name: str, dtype: FloatType | None = None) -> np.ndarray:
-        """A tensor in canonical shape: a copy-on-write view of the file where its format and `dtype` allow that.
+        """A tensor in canonical shape: a copy-on-write view of the file if its format and `dtype` allow one.
 
-        The view of a matrix that Flax and Keras store transposed is not contiguous.
+        Flax and Keras store matrices transposed, so their views are not contiguous.
 
         Args:
             name: canonical name.
@@ -73,7 +73,7 @@ class Checkpoint:
     def blocks(
         self, name: str, dtype: FloatType, buffers: Buffers, *, transposed: bool = False
     ) -> Iterator[np.ndarray]:
-        """A tensor in blocks of rows, see `row_blocks`; the pages of the file are freed when the next one is asked for.
+        """Yields a tensor in blocks of rows, see `row_blocks`; the next block frees the file's pages of the last one.
 
         Args:
             name: canonical name.
@@ -82,7 +82,7 @@ class Checkpoint:
             transposed: whether each block is transposed.
 
         Raises:
-            CheckpointError: a number is finite, but beyond the range of `dtype`.
+            CheckpointError: a finite value is beyond the range of `dtype`.
         """
         file, stored_name = self._where[name]
         stored = file.tensors[stored_name].dtype
@@ -96,7 +96,7 @@ class Checkpoint:
             yield converted
 
     def release(self, name: str) -> None:
-        """Frees the resident pages of a tensor that was read and copied."""
+        """Frees the pages of a tensor that was read and copied."""
         file, stored = self._where[name]
         file.release(stored)
 
@@ -104,26 +104,26 @@ class Checkpoint:
 def open_checkpoint(
     folder: str | os.PathLike[str], weights: str | None = None, **hub: Unpack[HubOptions]
 ) -> Checkpoint:
-    """Opens a checkpoint; no tensor is read yet, and nothing in its files is run.
+    """Opens a checkpoint. No tensor is read yet, and no code in the files is ever run.
 
     Args:
-        folder: holds the weights and, unless they are fairseq's, `config.json`. Or the id of a repository of the
-            Hugging Face Hub, of which the configuration and the weights of one format are downloaded.
+        folder: a folder with the weights and, unless they are fairseq's, `config.json`. Or the id of a repository of
+            the Hugging Face Hub; its configuration and its weights in one format are downloaded.
         weights: the format to read, one of "safetensors", "torch", "flax", "tf", "fairseq"; None takes the first of
-            these that is there.
-        hub: which revision of a repository, and how it is downloaded; see `HubOptions`.
+            these that exists.
+        hub: the revision of a repository, and how it is downloaded; see `HubOptions`.
 
     Raises:
         CheckpointError: the folder or its weights are missing or damaged, or cannot be downloaded.
         ConfigError: its `config.json` does not describe an XGLM model.
-        InputError: `weights` is no format.
+        InputError: `weights` is not a format.
         BackendError: the format, or the hub, needs a package that is not installed.
     """
     return open_source(find_source(folder, **hub), weights)
 
 
 def open_source(source: Source, weights: str | None) -> Checkpoint:
-    """`open_checkpoint`, of a source that has been found already."""
+    """`open_checkpoint` for a source that was already found."""
     found = find_format(source, weights)
     is_fairseq = found is not None and found.open is FairseqFile
     if found is None or (CONFIG_FILE not in source.names and not is_fairseq):

@@ -1,4 +1,4 @@
-"""The formats in which checkpoints exist, and which files of a folder hold the weights."""
+"""The formats of checkpoints, and which files of a folder hold the weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xglm_core.checkpoint.fairseq import FairseqFile
+from xglm_core.checkpoint.file_layout import Writer
 from xglm_core.checkpoint.flax_msgpack import FlaxFile
 from xglm_core.checkpoint.flax_writer import FLAX_WRITER
 from xglm_core.checkpoint.keras_h5 import KerasFile
 from xglm_core.checkpoint.keras_writer import KERAS_WRITER
-from xglm_core.checkpoint.layout import Writer
-from xglm_core.checkpoint.mapped import TensorFile, shown
 from xglm_core.checkpoint.safetensors import SAFETENSORS_WRITER, SafetensorsFile
+from xglm_core.checkpoint.tensor_file import TensorFile, shown
 from xglm_core.checkpoint.torch_bin import TorchFile
 from xglm_core.checkpoint.torch_writer import TORCH_WRITER
 from xglm_core.errors import CheckpointError, InputError
@@ -44,8 +44,8 @@ class Format:
         name: what users give as `weights`.
         file: the file that holds all weights.
         open: opens a file of the format.
-        writer: how to write it; None for a format that is only read.
-        sharded: whether weights may be in several files, which an index then lists.
+        writer: writes the format; None if it can only be read.
+        sharded: whether weights may be in several files, which an index lists.
     """
 
     name: str
@@ -56,21 +56,21 @@ class Format:
 
     @property
     def index(self) -> str:
-        """The file that says which weight is in which file."""
+        """The file that lists which weight is in which file."""
         return f"{self.file}.index.json"
 
     def shard_names(self, count: int) -> list[str]:
-        """The names of the files that hold the weights together."""
+        """The names of `count` files that together hold the weights."""
         stem, suffix = self.file.rsplit(".", 1)
         return [self.file] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}" for i in range(count)]
 
     def is_weight_file(self, name: str) -> bool:
-        """Whether a file of this name holds weights in this format, or is their index."""
+        """Whether a file of this name holds weights in this format, or is the index."""
         stem, suffix = map(re.escape, self.file.rsplit(".", 1))
         return name in (self.file, self.index) or bool(re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{suffix}", name))
 
 
-# In the order of preference: first what needs no interpretation, then what most repositories have.
+# In order of preference: first what needs no interpretation, then what most repositories have.
 FORMATS = {
     format.name: format
     for format in (
@@ -89,11 +89,11 @@ def present_formats(names: Collection[str]) -> list[Format]:
 
 
 def find_format(source: Source, weights: str | None) -> Format | None:
-    """The format to read a checkpoint in: the one asked for, or the first that is there; None if there is none.
+    """The format to read: the requested one, or the first that exists; None if there are no weights.
 
     Raises:
-        InputError: `weights` is no format.
-        CheckpointError: there are no weights of the format that was asked for, but of others.
+        InputError: `weights` is not a format.
+        CheckpointError: there are weights, but not in the requested format.
     """
     present = present_formats(source.names)
     if weights is None:
@@ -109,10 +109,10 @@ def find_format(source: Source, weights: str | None) -> Format | None:
 
 
 def fetch_weights(source: Source, format: Format) -> None:
-    """Fetches the file of a format, or its index and all that this lists.
+    """Fetches the file of a format, or its index and the files that it lists.
 
     Raises:
-        CheckpointError: the index is damaged, or the source cannot give a file.
+        CheckpointError: the index is damaged, or a file cannot be fetched.
     """
     if format.file in source.names:
         source.fetch([format.file])
@@ -123,7 +123,7 @@ def fetch_weights(source: Source, format: Format) -> None:
 
 
 def open_files(folder: Path, format: Format) -> list[TensorFile]:
-    """Opens the file of a format, or all that the index lists.
+    """Opens the file of a format, or all files that the index lists.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the index does not fit the files.
@@ -147,18 +147,18 @@ def open_files(folder: Path, format: Format) -> list[TensorFile]:
 
 
 def shortened(items: Sequence[str], most: int = 8) -> str:
-    """The first items of a list in words."""
+    """The first items of a list, as text."""
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return (", ".join(items[:most]) or "nothing") + rest
 
 
 def _quoted(value: Any) -> str:
-    """A value of an index, which may be anything that JSON can hold, to be part of a message."""
+    """A value of an index, which may be any JSON value, for a message."""
     return shown(value) if isinstance(value, str) else repr(value)[:100]
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, in the words of an index; by plain names, which cannot lead out of the folder.
+    """The file of each tensor by an index. Names of files are plain: they cannot lead out of the folder.
 
     Raises:
         CheckpointError: the index is damaged.
@@ -169,7 +169,7 @@ def read_index(path: Path) -> dict[str, str]:
         if len(text) > _MOST_INDEX_BYTES:
             raise CheckpointError(f"{path}: has more than {_MOST_INDEX_BYTES} bytes")
         weight_map: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=_unique)["weight_map"]
-        shards = sorted({*weight_map.values()})  # Fails on anything but names, or numbers, which are no files.
+        shards = sorted({*weight_map.values()})  # Raises for anything but names; or numbers, which are not files.
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

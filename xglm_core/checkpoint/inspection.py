@@ -1,7 +1,7 @@
-"""What a checkpoint holds, and what is odd about it, as `xglm inspect` tells it.
+"""What a checkpoint holds, and what is odd about it, for `xglm inspect`.
 
-Weights are not loaded: names, types and shapes are in the files' headers. Only a head that is stored beside an
-embedding of the same shape is read, as far as the two are equal: nothing else tells whether the model is tied.
+Weights are not loaded: names, types and shapes are in the headers of the files. Only a head beside an embedding of the
+same shape is read, up to the first difference: nothing else shows whether the model is tied.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, num_parameters
 
 _SIZES = ("vocab_size", "d_model", "ffn_dim", "num_layers", "attention_heads")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\..+)")
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")  # What `replacing` writes to, until it is complete.
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")  # The temporary files of `replacing`.
 
 
 @dataclass
 class Inspection:
-    """What is known of a checkpoint; what could not be found out is None or empty.
+    """The facts about a checkpoint; unknown ones are None or empty.
 
     Attributes:
         checkpoint: the folder or the repository.
         error: why it cannot be loaded, in one line; None if it can.
         published_size: "564M", ... if the sizes are those of a published model.
         config: all keys of the configuration.
-        parameters: of the causal language model: "total", of which "embedding", "blocks" (with the final norm) and
-            "head", which is 0 if it is tied; without that one, it is the bare decoder.
+        parameters: the numbers of parameters of the causal language model: "total", "embedding", "blocks" (with the
+            final norm) and "head", which is 0 if tied; a bare decoder has no "head".
         format: the format that is read.
-        other_formats: the formats that are there, too.
-        tensors: number of stored tensors by type.
-        tensor_bytes: of their numbers.
+        other_formats: further formats in the folder.
+        tensors: the number of stored tensors by type.
+        tensor_bytes: the size of their values.
         head: "none stored", "equal" to the embedding bit for bit, or "differs".
         missing, unexpected, wrong_shape: the weights that do not fit the configuration.
-        tokenizer_length: number of tokens that the tokenizer knows.
-        files: size in bytes of each file; None for files of a repository that loading does not need.
-        notes: what is odd, though it does not keep the checkpoint from being loaded.
+        tokenizer_length: the number of tokens that the tokenizer knows.
+        files: the size of each file in bytes; None for files of a repository that loading does not need.
+        notes: oddities that do not prevent loading.
     """
 
     checkpoint: str
@@ -68,13 +68,13 @@ class Inspection:
 def inspect_checkpoint(
     folder: str | os.PathLike[str], weights: str | None = None, **hub: Unpack[HubOptions]
 ) -> Inspection:
-    """Looks at a checkpoint; arguments as of `open_checkpoint`.
+    """Inspects a checkpoint; see `open_checkpoint` for the arguments.
 
     Returns:
-        What is known, even if the checkpoint is damaged: then with an `error`.
+        The facts; for a damaged checkpoint, with an `error`.
 
     Raises:
-        CheckpointError: there is neither such a folder nor such a repository.
+        CheckpointError: there is no such folder or repository.
         BackendError: the hub needs a package that is not installed.
     """
     source = find_source(folder, **hub)
@@ -100,7 +100,7 @@ def inspect_checkpoint(
 
 
 def _config_alone(source: Source) -> XGLMConfig | None:
-    """The configuration of a checkpoint whose weights cannot be opened; None if it is the one that is damaged."""
+    """The configuration of a checkpoint whose weights cannot be opened; None if it is damaged, too."""
     try:
         return XGLMConfig.from_json_file(source.fetch([CONFIG_FILE]) / CONFIG_FILE)
     except XGLMError:
@@ -118,7 +118,7 @@ def _describe_config(result: Inspection, config: XGLMConfig) -> None:
                     f"activation_function is {config.activation_function!r}, but the published {size} model has "
                     f"{published.activation_function!r}; with the wrong one a model loads, and writes worse texts"
                 )
-    if config.num_layers > MOST_LAYERS:  # Which take too long to count, and which no file has.
+    if config.num_layers > MOST_LAYERS:  # No file has so many, and counting them takes too long.
         return
     tied = config.tie_word_embeddings and result.head != "differs"
     one = XGLMConfig.from_dict({**result.config, "tie_word_embeddings": tied})
@@ -134,7 +134,7 @@ def _describe_config(result: Inspection, config: XGLMConfig) -> None:
 
 
 def _describe_weights(result: Inspection, checkpoint: Checkpoint) -> None:
-    """Everything that the weights tell.
+    """Adds what the weights show.
 
     Raises:
         CheckpointError: they do not fit the configuration.
@@ -166,7 +166,7 @@ def _describe_weights(result: Inspection, checkpoint: Checkpoint) -> None:
 
 
 def _describe_leftovers(result: Inspection, source: Source, format: Format) -> None:
-    """Notes files that look like weights of the format, but are no part of the checkpoint."""
+    """Notes files that look like weights of the format but do not belong to the checkpoint."""
     parts = {format.file}
     if format.file not in source.names:
         parts = {format.index, *read_index(source.fetch([format.index]) / format.index).values()}

@@ -1,6 +1,6 @@
 """Files of the TensorFlow classes of transformers, `tf_model.h5`, without TensorFlow.
 
-h5py finds the datasets; their numbers are read by mapping the file, as in the other formats. A dataset is called, for
+h5py finds the datasets. Their values are read by mapping the file, as in the other formats. A dataset is called, for
 example, "model/tfxglm_for_causal_lm/model/layers.0/fc1/kernel:0".
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import FLOAT16, FLOAT32, FLOAT64, INTEGERS
-from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, is_shape, matrix_info, shown
+from xglm_core.checkpoint.tensor_file import TensorFile, TensorInfo, is_shape, matrix_info, shown
 from xglm_core.errors import BackendError, CheckpointError
 from xglm_core.weight_names import canonical_name
 
@@ -50,12 +50,12 @@ class KerasFile(TensorFile):
 
     @staticmethod
     def canonical_name(name: str) -> str:
-        """What an index file calls a tensor, as `tensors` has it."""
+        """The name in `tensors` for a name in an index file."""
         return _canonical(name)[0]
 
     def _datasets(self, group: Any, place: tuple[str, ...], h5py: Any) -> Iterator[tuple[str, Any]]:
-        """Name and dataset of all that lies below a group."""
-        if len(place) > _MOST_DEPTH:  # Also of a group that contains itself.
+        """The names and datasets below a group."""
+        if len(place) > _MOST_DEPTH:  # A group may contain itself.
             raise self._damaged(f"{shown('/'.join(place))}: expected at most {_MOST_DEPTH} levels")
         for key in group:
             self._entries += 1
@@ -83,7 +83,7 @@ class KerasFile(TensorFile):
             raise self._damaged(f"{shown(stored)}: shape is {sizes}, expected sizes that fit")
         begin = dataset.id.get_offset()
         info = matrix_info(dtype, sizes, begin or 0, transposed=transposed)
-        # None: in pieces, compressed, in another file, or never written. Of these, Keras writes the empty ones.
+        # None means: in pieces, compressed, in another file, or never written. Keras writes the last for empty ones.
         if begin is None and info.nbytes:
             raise self._damaged(f"{shown(stored)}: is in pieces, compressed or never written, expected plain numbers")
         if info.end > self._size:
@@ -101,7 +101,7 @@ class KerasFile(TensorFile):
 
 
 def import_h5py(path: str | os.PathLike[str]) -> Any:
-    """The library, or a `BackendError` that names the file it is needed for."""
+    """Imports h5py; raises a `BackendError` that names the file."""
     try:
         import h5py
     except ImportError:
@@ -110,9 +110,9 @@ def import_h5py(path: str | os.PathLike[str]) -> Any:
 
 
 def _canonical(stored: str) -> tuple[str, bool]:
-    """The canonical name, and whether the matrix is transposed."""
+    """The canonical name of a dataset, and whether its matrix is transposed."""
     path = stored.removesuffix(":0").split("/")
-    # Layers are repeated in scopes of other names; what counts begins at the last "model" or "lm_head".
+    # Scopes repeat the names of layers. The name proper begins at the last "model" or "lm_head".
     begin = max((index for index, part in enumerate(path) if part in ("model", "lm_head")), default=0)
     # transformers calls the embedding "weight", as PyTorch does.
     return canonical_name(path[begin:])

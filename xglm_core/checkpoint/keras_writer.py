@@ -1,7 +1,7 @@
 """Writes `tf_model.h5` as the TensorFlow classes of transformers 4 read it, without TensorFlow.
 
-h5py makes the tree of the file and sets space aside; the numbers are written as in the other formats. A file of its own
-has a group for each of the model's two layers, which lists its weights. A shard has one for each weight and lists all.
+h5py makes the tree of the file and reserves space; the values are written as in the other formats. A single file has a
+group for each of the model's two layers, which lists its weights. A shard has a group for each weight, and lists all.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import FLOAT16, FLOAT32, FLOAT64
+from xglm_core.checkpoint.file_layout import Entry, Layout, Writer
 from xglm_core.checkpoint.keras_h5 import import_h5py
-from xglm_core.checkpoint.layout import Entry, Layout, Writer
 from xglm_core.weight_names import WeightSpec
 
-_SCOPE = "tfxglm_for_causal_lm"  # The first word of a variable's name. Readers drop it, whatever it is.
+_SCOPE = "tfxglm_for_causal_lm"  # The first part of a variable's name. Readers drop it, whatever it is.
 _ALIGNMENT = 64  # Bytes. TensorFlow copies memory that is aligned to less.
-_MOST_BYTES = 64512  # Of an attribute; Keras' own limit, above which it numbers several.
+_MOST_BYTES = 64512  # Keras' limit for an attribute, above which it writes several numbered ones.
 
 
 def _stored_name(spec: WeightSpec) -> str:
-    """The name of the variable in transformers, which calls the embedding "weight", as PyTorch does."""
+    """The variable's name in transformers, which calls the embedding "weight", as PyTorch does."""
     return f"{_SCOPE}/{spec.keras.replace('embed_tokens/embeddings', 'embed_tokens/weight')}:0"
 
 
@@ -46,7 +46,7 @@ def _lay_out(file: BinaryIO, entries: Sequence[Entry], sharded: bool) -> Layout:
 
 
 def _add(group: Any, name: str, entry: Entry, h5py: Any) -> tuple[Any, Entry]:
-    """A dataset whose space is set aside in one piece, and not filled with anything."""
+    """Adds a dataset, whose space is reserved in one piece and not filled."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)

@@ -1,4 +1,4 @@
-"""What loading a checkpoint into a model means: which weights, of which type, with which head."""
+"""How a checkpoint is loaded into a model: which weights, in which type, with which head."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, convert, float_type
-from xglm_core.checkpoint.filling import equal_numbers
 from xglm_core.checkpoint.folder import Checkpoint, open_checkpoint
-from xglm_core.checkpoint.mapped import Buffers, aligned_empty, copy_numbers, is_aligned
+from xglm_core.checkpoint.tensor_file import Buffers, aligned_empty, copy_values, is_aligned
+from xglm_core.checkpoint.tensor_writing import equal_values
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.generation.config import GenerationConfig
@@ -24,9 +24,9 @@ from xglm_core.hub import HubOptions
 from xglm_core.keywords import split_options
 from xglm_core.weight_names import EMBEDDING, HEAD, IGNORED, WeightSpec, weight_specs
 
-_COPIED_NUMBERS = 2**19  # By a thread at a time.
-_RELEASED_BLOCKS = 32  # After which the pages of the file are freed.
-MOST_LAYERS = 1000  # Whose weights may be listed, unless a checkpoint has as many tensors.
+_COPIED_VALUES = 2**19  # How many values a thread copies at a time.
+_RELEASED_BLOCKS = 32  # After so many blocks, the pages of the file are freed.
+MOST_LAYERS = 1000  # The weights of more layers are listed only if a checkpoint has as many tensors.
 
 
 _Model = TypeVar("_Model")
@@ -34,7 +34,7 @@ _Model = TypeVar("_Model")
 
 @dataclass(frozen=True)
 class Loading:
-    """What a call of a model's `from_pretrained` asks for.
+    """The keywords of a model's `from_pretrained`.
 
     Attributes:
         dtype: the type that was given under any name, or None.
@@ -49,7 +49,7 @@ class Loading:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], *, dtype: Any, weights: str | None) -> Loading:
-        """Understands the further keywords of the call; see `xglm_core.keywords`.
+        """Interprets the further keywords of the call; see `xglm_core.keywords`.
 
         Raises:
             InputError: one is unknown, not offered, or given under two names.
@@ -66,10 +66,10 @@ class Loading:
         return cls(theirs if dtype is None else dtype, weights, hub, config, rest, wants_info)
 
     def config_of(self, folder: str | os.PathLike[str] | None) -> XGLMConfig:
-        """The configuration that the call asks for, which may be that of a checkpoint without weights.
+        """The configuration for the call; a checkpoint without weights may supply it.
 
         Raises:
-            XGLMError: there is none, or a value is impossible.
+            XGLMError: there is no configuration, or a value is impossible.
         """
         if self._config is not None:
             return self.configured(self._config)
@@ -78,10 +78,10 @@ class Loading:
         return self.configured(XGLMConfig.from_pretrained(folder, **self._hub))
 
     def open(self, folder: str | os.PathLike[str] | None) -> Checkpoint:
-        """Opens the checkpoint, with the configuration that the call asks for.
+        """Opens the checkpoint, with the configuration for the call.
 
         Raises:
-            XGLMError: see `open_checkpoint`; or there is none, or a value of the configuration is impossible.
+            XGLMError: see `open_checkpoint`; or there is no checkpoint, or a value of the configuration is impossible.
         """
         if folder is None:
             raise InputError("the checkpoint is None, expected a folder or the id of a repository")
@@ -90,14 +90,14 @@ class Loading:
         return checkpoint
 
     def configured(self, config: Any) -> XGLMConfig:
-        """A configuration, as `XGLMConfig.of` takes it, with the values that the call asks for; see `open`."""
+        """A configuration, as `XGLMConfig.of` takes it, with the values of the call; see `open`."""
         return XGLMConfig.of(config).with_values(self._overrides)
 
     def with_info(self, model: _Model) -> _Model:
-        """What the call returns: the model; with `output_loading_info` also what did not fit, which is nothing."""
+        """The result of the call: the model; with `output_loading_info`, also the list of misfits, which is empty."""
         names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         info: dict[str, list[str]] = {name: [] for name in names}
-        return (model, info) if self._wants_info else model  # type: ignore[return-value]  # Asked for by few.
+        return (model, info) if self._wants_info else model  # type: ignore[return-value]  # Few ask for it.
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class LoadPlan:
 
     Attributes:
         config: the checkpoint's configuration, with `tie_word_embeddings` as the stored weights have it.
-        specs: the model's weights, each of them stored in the checkpoint in its shape.
-        dtype: the type in which the model is to hold them.
+        specs: the model's weights; the checkpoint holds each of them in its shape.
+        dtype: the type of the model's weights.
     """
 
     config: XGLMConfig
@@ -117,7 +117,7 @@ class LoadPlan:
 
     @property
     def generation(self) -> GenerationConfig:
-        """The options of `generate` that the checkpoint has; a warning names those that are not offered.
+        """The checkpoint's options for `generate`; a warning names those that are not offered.
 
         Raises:
             ConfigError: `generation_config.json` is damaged.
@@ -127,33 +127,33 @@ class LoadPlan:
         return options
 
     def read(self, spec: WeightSpec) -> np.ndarray:
-        """A weight in canonical shape and `dtype.storage`: a copy-on-write view of the file where the type allows."""
+        """A weight in canonical shape and `dtype.storage`: a copy-on-write view of the file if the type allows one."""
         return self._checkpoint.read(spec.name, self.dtype)
 
     def aligned(self, spec: WeightSpec, *, transposed: bool = False) -> np.ndarray:
-        """A weight, row-major and in `dtype.storage`, that begins at a multiple of 64 bytes in memory.
+        """A weight in row-major order and `dtype.storage`, at a memory address that is a multiple of 64 bytes.
 
-        Frameworks demand that of an array that they take over. It is a copy-on-write view of the file where that has
-        the numbers so, and memory of its own otherwise.
+        Frameworks require this of an array that they use without a copy. It is a copy-on-write view of the file if the
+        file has the values in this form, and a copy otherwise.
 
         Args:
-            spec: which weight.
+            spec: the weight.
             transposed: whether to transpose it.
         """
         source = self._checkpoint.info(spec.name).dtype
         stored = self._checkpoint.read(spec.name)
         turned = transposed
-        if stored.ndim == 2 and stored.T.flags.c_contiguous:  # In the order of the file.
+        if stored.ndim == 2 and stored.T.flags.c_contiguous:  # In the file's order.
             stored, turned = stored.T, not transposed
         if source is self.dtype and not turned and is_aligned(stored):
             return stored
         result = aligned_empty(spec.shape[::-1] if transposed else spec.shape, self.dtype.storage)
-        step = max(1, _COPIED_NUMBERS // max(1, math.prod(stored.shape[1:])))
+        step = max(1, _COPIED_VALUES // max(1, math.prod(stored.shape[1:])))
 
         def fill(begin: int) -> None:
             rows = slice(begin, begin + step)
             block = convert(stored[rows], source, self.dtype)
-            copy_numbers(result[:, rows] if turned else result[rows], block.T if turned else block)
+            copy_values(result[:, rows] if turned else result[rows], block.T if turned else block)
 
         begins = range(0, len(stored), step)
         for count, _ in enumerate(map(fill, begins) if len(begins) < 2 else self._threads.map(fill, begins), 1):
@@ -164,11 +164,11 @@ class LoadPlan:
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        """Two: while one waits for the file, or for memory, the other copies. They end with the plan."""
+        """Two threads: while one waits for the file or for memory, the other copies. They end with the plan."""
         return ThreadPoolExecutor(2)
 
     def release(self, spec: WeightSpec) -> None:
-        """Frees the file pages of a weight that the backend has copied."""
+        """Frees the file's pages of a weight that the backend has copied."""
         self._checkpoint.release(spec.name)
 
 
@@ -178,14 +178,14 @@ def plan_loading(checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float
     Args:
         checkpoint: an open checkpoint.
         with_head: whether the model is a causal LM; the bare decoder ignores a stored head.
-        dtype: name or framework type to hold the weights in; "auto" keeps the type of the stored embedding.
+        dtype: the type of the model's weights, as a name or a framework's type; "auto" is that of the stored embedding.
 
     Returns:
-        The plan. If a head is stored that differs from the embedding, the planned model is not tied, with a warning
-        unless the configuration says so itself.
+        The plan. If the stored head differs from the embedding, the model is not tied; a warning says so if the
+        configuration ties the two.
 
     Raises:
-        CheckpointError: weights are missing, unexpected or of another shape; all of them are listed.
+        CheckpointError: weights are missing, unexpected or of another shape; the message lists all of them.
         InputError: `dtype` is unknown.
     """
     config = XGLMConfig.from_dict(checkpoint.config.to_dict())
@@ -203,7 +203,7 @@ def plan_loading(checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float
             "check that config.json and the weights belong together"
         )
     stored = checkpoint.info(EMBEDDING).dtype
-    # No model has float64.
+    # Models do not use float64.
     wanted = DTYPES.get(stored.name, FLOAT32) if isinstance(dtype, str) and dtype == "auto" else float_type(dtype)
     return LoadPlan(config, specs, wanted, checkpoint)
 
@@ -211,7 +211,7 @@ def plan_loading(checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float
 def compare_weights(
     checkpoint: Checkpoint, config: XGLMConfig, *, with_head: bool
 ) -> tuple[tuple[WeightSpec, ...], dict[str, list[str]]]:
-    """The weights that a model needs, and which of the stored ones do not fit.
+    """The weights that a model needs, and the stored ones that do not fit.
 
     Args:
         checkpoint: an open checkpoint.
@@ -219,10 +219,10 @@ def compare_weights(
         with_head: whether the model is a causal LM.
 
     Returns:
-        The weights needed, and what is "missing", "unexpected" and of "wrong shape", in words.
+        The weights, and descriptions of what is "missing", "unexpected" and of "wrong shape".
 
     Raises:
-        CheckpointError: the model has so many more layers than are stored that listing its weights makes no sense.
+        CheckpointError: the model has so many more layers than the checkpoint that listing weights makes no sense.
     """
     if config.num_layers > max(MOST_LAYERS, len(checkpoint.names)):  # Before all their weights are listed.
         raise CheckpointError(
@@ -238,7 +238,7 @@ def compare_weights(
     ]
     return specs, {
         "missing": [name for name in expected if name not in checkpoint.names],
-        # A head is never unexpected: the bare decoder does not use it, and a tied one repeats the embedding.
+        # A head is never unexpected: a bare decoder does not use it, and a tied head repeats the embedding.
         "unexpected": sorted(
             [*(checkpoint.names - expected.keys() - IGNORED - {HEAD})]
             + [f"{name} (of {dtype})" for name, dtype in checkpoint.others.items()]
@@ -254,6 +254,6 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     head, embedding = checkpoint.info(HEAD), checkpoint.info(EMBEDDING)
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         return False
-    return equal_numbers(
+    return equal_values(
         checkpoint.blocks(HEAD, head.dtype, Buffers()), checkpoint.blocks(EMBEDDING, head.dtype, Buffers())
     )

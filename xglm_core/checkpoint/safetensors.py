@@ -1,8 +1,8 @@
-"""The safetensors format, read and written.
+"""Reads and writes the safetensors format.
 
 A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes. The header maps each
 name to `dtype`, `shape` and `data_offsets` (begin and end within the bytes after the header). Nothing in a file is
-trusted: the header must describe exactly the bytes that are there, once each, before any tensor is handed out.
+trusted: before any tensor is returned, the header must describe all bytes of the file, each exactly once.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from xglm_core.checkpoint.dtypes import BY_CODE
-from xglm_core.checkpoint.layout import Entry, Layout, Writer
-from xglm_core.checkpoint.mapped import ALIGNMENT, TensorFile, TensorInfo, are_sizes, is_shape, shown
+from xglm_core.checkpoint.file_layout import Entry, Layout, Writer
+from xglm_core.checkpoint.tensor_file import ALIGNMENT, TensorFile, TensorInfo, are_sizes, is_shape, shown
 from xglm_core.errors import CheckpointError
 
 _LENGTH_BYTES = 8
-# The reference implementation reads 100 MB. As Python objects, JSON can take 30 times its size; this is 80 times what
-# the largest XGLM needs.
+# The reference implementation allows 100 MB. But JSON can take 30 times its size as Python objects, and this is 80
+# times what the largest XGLM needs.
 _MAX_HEADER_BYTES = 6_000_000
 _METADATA = "__metadata__"
 
@@ -50,7 +50,7 @@ class SafetensorsFile(TensorFile):
             header = json.loads(
                 self._map[_LENGTH_BYTES : _LENGTH_BYTES + length].decode(), object_pairs_hook=self._unique_names
             )
-        except CheckpointError:  # A name that is there twice.
+        except CheckpointError:  # A name occurs twice.
             raise
         except (ValueError, RecursionError):
             raise self._damaged("the header is not JSON in UTF-8; the file is no safetensors file") from None
@@ -89,7 +89,7 @@ class SafetensorsFile(TensorFile):
         return TensorInfo(dtype, tuple(shape), start + begin, start + end)
 
     def _check_coverage(self, start: int) -> None:
-        """Each byte after the header belongs to exactly one tensor."""
+        """Checks that each byte after the header belongs to exactly one tensor."""
         position = start
         for name, info in sorted(
             {**self.tensors, **self.others}.items(), key=lambda item: (item[1].begin, item[1].end)
@@ -110,7 +110,7 @@ def _lay_out(file: BinaryIO, entries: Sequence[Entry], sharded: bool) -> Layout:
         header[entry.name] = {"dtype": entry.dtype.code, "shape": list(entry.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # So that tensors which are views of the file, and whose sizes are multiples of that, too, are aligned in memory.
+    # Aligns tensors in memory that are views of the file, if their sizes are multiples of this as well.
     text += b" " * (-(_LENGTH_BYTES + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
     start = file.tell()

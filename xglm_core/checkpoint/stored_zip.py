@@ -1,6 +1,6 @@
-"""The directory of a zip archive whose members are stored as they are, as PyTorch writes them.
+"""The directory of a zip archive whose members are not compressed, as PyTorch writes them.
 
-Not by `zipfile`: it does not say where a member's bytes lie, and builds its list of members before anyone can bound it.
+`zipfile` cannot do this: it does not say where the bytes of a member lie, and reads a list of members of any size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import mmap
 import struct
 from collections.abc import Callable, Iterator
 
-from xglm_core.checkpoint.mapped import shown
+from xglm_core.checkpoint.tensor_file import shown
 from xglm_core.errors import CheckpointError
 
 _END = struct.Struct("<4s4H2LH")
@@ -17,8 +17,8 @@ _LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_FULL = 0xFFFFFFFF  # Of a 32-bit field: the number is in the 64-bit extension.
-_MOST_BYTES = 2**22  # 80 times what the largest XGLM needs.
+_FULL = 0xFFFFFFFF  # The value of a 32-bit field whose number is in the 64-bit extension.
+_MOST_BYTES = 2**22  # The largest XGLM needs an 80th of this.
 
 
 def stored_members(data: mmap.mmap, damaged: Callable[[str], CheckpointError]) -> dict[str, tuple[int, int]]:
@@ -49,7 +49,7 @@ def stored_members(data: mmap.mmap, damaged: Callable[[str], CheckpointError]) -
 
 
 def _directory(data: mmap.mmap, damaged: Callable[[str], CheckpointError]) -> tuple[int, int]:
-    """The byte range of the list of members."""
+    """The byte range of the directory."""
     position = len(data) - _END.size
     truncated = damaged("the archive does not end with its directory; the file is truncated or has trailing bytes")
     if position < 0 or data[position : position + 4] != b"PK\5\6":
@@ -71,7 +71,7 @@ def _directory(data: mmap.mmap, damaged: Callable[[str], CheckpointError]) -> tu
 def _entries(
     data: mmap.mmap, position: int, end: int, damaged: Callable[[str], CheckpointError]
 ) -> Iterator[tuple[str, int, int]]:
-    """Name, offset of the local header, and size of each member."""
+    """Yields name, offset of the local header, and size of each member."""
     while position < end:
         if position + _ENTRY.size > end or data[position : position + 4] != b"PK\1\2":
             raise damaged(f"the directory of the archive is damaged at byte {position}")
@@ -90,7 +90,7 @@ def _entries(
 
 
 def _extended(extra: bytes, numbers: list[int]) -> list[int]:
-    """The numbers of an entry, those that were full taken from its 64-bit extension, in their order."""
+    """The numbers of an entry; full ones are replaced by those of the 64-bit extension, in order."""
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if kind == 1:
@@ -101,7 +101,7 @@ def _extended(extra: bytes, numbers: list[int]) -> list[int]:
 
 
 def _body(data: mmap.mmap, name: str, header: int, damaged: Callable[[str], CheckpointError]) -> int:
-    """Where the bytes of a member begin."""
+    """The offset of a member's bytes."""
     text = header + _LOCAL.size
     if text > len(data) or data[header : header + 4] != b"PK\3\4":
         raise damaged(f"member {shown(name)}: no header at byte {header}")

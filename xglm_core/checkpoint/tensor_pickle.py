@@ -1,10 +1,10 @@
-"""Reads the pickles inside PyTorch checkpoints, and can run nothing.
+"""Reads the pickles inside PyTorch checkpoints without running any of their code.
 
-A pickle is a program for a stack machine; unpickling one calls whatever functions it names. The machine here has no
-functions: it knows the instructions and the few names that state dicts are made of, refuses any other by name, and
-builds descriptions of tensors. A `pickle.Unpickler` with a strict `find_class` would be shorter, but it lets the file
-set attributes of what `find_class` gives, reserves memory by the largest index the file names, and has no bound on what
-it builds.
+A pickle is a program for a stack machine; unpickling it calls whatever functions it names. The machine here has no
+functions: it knows only the instructions and names that state dicts consist of, refuses all others, and builds
+descriptions of tensors. A `pickle.Unpickler` with a strict `find_class` would be shorter. But it lets the file set
+attributes of the objects that `find_class` returns, reserves memory by the largest index in the file, and does not
+limit what it builds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from xglm_core.checkpoint.mapped import shown
+from xglm_core.checkpoint.tensor_file import shown
 from xglm_core.errors import CheckpointError
 
-# Far above what any XGLM needs; together they bound what a pickle can become in memory to 100 MB.
+# Far above the needs of any XGLM. Together they limit the memory of a pickle to 100 MB.
 MOST_BYTES = 2**23
 _MOST_STEPS = 500_000
-_MOST_BITS = 128  # Longer integers cannot always be written in an error message.
+_MOST_BITS = 128  # Python refuses to print much longer integers in messages.
 
 _KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _STORAGES = {f"torch.{kind}Storage" for kind in _KINDS}
@@ -34,7 +34,7 @@ _NAMES = {*_STORAGES, *_PARAMETERS, _TENSOR, _DICTIONARY}
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers in a row: their kind, e.g. "HalfStorage", the key by which the file holds them, and how many."""
+    """A sequence of values: their kind, such as "HalfStorage", their key in the file, and how many there are."""
 
     kind: str
     key: str
@@ -43,9 +43,9 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor within a storage; nothing about the numbers is checked yet.
+    """A tensor within a storage; nothing is checked yet.
 
-    `flags` say what else was done with them: "neg" that they have the other sign, "conj" that they are conjugated.
+    `flags` say what must still be done with the values: "neg" means that they are negated, "conj" conjugated.
     """
 
     storage: Storage
@@ -56,12 +56,12 @@ class StoredTensor:
 
 
 class Record(dict[Any, Any]):
-    """The attributes of an object, without the object."""
+    """The attributes of an object that is not created."""
 
 
 @dataclass(frozen=True)
 class _Name:
-    """A class or function that the pickle names."""
+    """The name of a class or function in the pickle."""
 
     name: str
 
@@ -70,17 +70,17 @@ class TensorPickle:
     """One pickle.
 
     Args:
-        data: begins with the pickle.
-        damaged: makes an error of a reason.
-        records: whether `argparse.Namespace` is allowed, as a `Record`.
+        data: bytes that begin with the pickle.
+        damaged: makes an error from a reason.
+        records: whether `argparse.Namespace` is allowed; it becomes a `Record`.
 
     Attributes:
-        value: what was pickled.
-        size: bytes of the pickle.
-        storages: all storages that its tensors use, by key.
+        value: the pickled value.
+        size: the number of bytes of the pickle.
+        storages: the storages of its tensors, by key.
 
     Raises:
-        CheckpointError: it is no pickle of tensors and plain values.
+        CheckpointError: it is not a pickle of tensors and plain values.
     """
 
     def __init__(self, data: bytes, damaged: Callable[[str], CheckpointError], *, records: bool = False) -> None:
@@ -88,7 +88,7 @@ class TensorPickle:
         self._damaged = damaged
         self._names = _NAMES | {NAMESPACE} if records else _NAMES
         self._stack: list[Any] = []
-        self._marks: list[int] = []  # Heights of the stack.
+        self._marks: list[int] = []  # Positions on the stack.
         self._memo: dict[int, Any] = {}
         self._run(io.BytesIO(data[:MOST_BYTES]))
 
@@ -105,7 +105,7 @@ class TensorPickle:
         except CheckpointError:
             raise
         except ValueError:
-            pass  # The reason, by pickletools, would quote the file.
+            pass  # The message of pickletools would quote the file.
         raise self._damaged("the pickle is damaged or cut short; the file is truncated or of another kind")
 
     def _step(self, name: str, argument: Any) -> None:
@@ -145,7 +145,7 @@ class TensorPickle:
                 self._build(*self._pop_many(2))
             case "BUILD":
                 state = self._pop()
-                owner = self._top(dict)  # Of an OrderedDict, this is `_metadata`, which no reader needs.
+                owner = self._top(dict)  # For an OrderedDict this is `_metadata`, which no reader needs.
                 if isinstance(owner, Record) and isinstance(state, dict):
                     owner.update(state)
             case "BINPERSID":
@@ -157,7 +157,7 @@ class TensorPickle:
         return self._pop_many(1)[0]
 
     def _pop_many(self, count: int) -> list[Any]:
-        """The last values, which must lie above the last mark."""
+        """Takes the last values, which must lie above the last mark."""
         height = len(self._stack) - count
         if height < (self._marks[-1] if self._marks else 0):
             raise self._damaged("the pickle takes values from an empty stack")
@@ -200,7 +200,7 @@ class TensorPickle:
         self._stack.append(_Name(name))
 
     def _build(self, function: Any, arguments: Any) -> None:
-        """What calling one of the names would give."""
+        """Pushes what a call of one of the names would return."""
         match function, arguments:
             case _Name(name), () if name == _DICTIONARY:
                 value: Any = {}

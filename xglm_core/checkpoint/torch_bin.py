@@ -1,7 +1,7 @@
-"""Files of `torch.save`, without PyTorch: a pickle that describes tensors, and their numbers.
+"""Files of `torch.save`, without PyTorch: a pickle that describes tensors, and their values.
 
-Since PyTorch 1.6 a file is a zip archive, `<any>/data.pkl` beside `<any>/data/<key>` for each storage. Before, it was a
-row of pickles (magic number, version, system, value, storage keys), then for each key a count and the numbers.
+Since PyTorch 1.6 a file is a zip archive, `<any>/data.pkl` beside `<any>/data/<key>` for each storage. Older files are
+a series of pickles (magic number, version, system, value, storage keys), then for each key a count and the values.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INTEGERS
-from xglm_core.checkpoint.mapped import TensorFile, TensorInfo, are_sizes, is_shape, shown
 from xglm_core.checkpoint.stored_zip import stored_members
+from xglm_core.checkpoint.tensor_file import TensorFile, TensorInfo, are_sizes, is_shape, shown
 from xglm_core.checkpoint.tensor_pickle import MOST_BYTES, Storage, StoredTensor, TensorPickle
 from xglm_core.weight_names import HEAD
 
@@ -32,10 +32,10 @@ _COUNT_BYTES = 8
 class TorchFile(TensorFile):
     """A state dict, or a list of parameters by name; see `TensorFile`.
 
-    Nothing in the file is run: see `TensorPickle`.
+    No code in the file is run: see `TensorPickle`.
 
     Attributes:
-        contents: what was pickled, its tensors as `StoredTensor`.
+        contents: the pickled value, with tensors as `StoredTensor`.
     """
 
     allows_records = False
@@ -43,20 +43,20 @@ class TorchFile(TensorFile):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path, least=4)
         self._big_endian = False
-        self._places: dict[str, int] = {}  # Of each storage: the offset of its numbers.
+        self._places: dict[str, int] = {}  # The offset of each storage's values.
         self.contents = self._open_zip() if self._map[:4] == b"PK\3\4" else self._open_legacy()
         for name, tensor in self._named_tensors().items():
             if not isinstance(tensor, StoredTensor):
                 raise self._damaged(f"{shown(name)}: is a {type(tensor).__name__}, expected a tensor")
             self._add(name, self._tensor_info(name, tensor))
-        # Tensors may share numbers, as a tied head does; but a small file must not become large in memory.
+        # Tensors may share values, as a tied head does. But a small file must not become large in memory.
         sizes = {name: info.nbytes for name, info in (*self.tensors.items(), *self.others.items())}
         claimed = sum(sizes.values()) - max((size for name, size in sizes.items() if name.endswith(HEAD)), default=0)
         if claimed > self._size:
             raise self._damaged(f"the tensors have {claimed} bytes, but the file has {self._size}: they overlap")
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored type: a copy-on-write view of the file, unless its bytes have the other order."""
+        """The tensor in its stored type: a copy-on-write view of the file, unless its byte order differs."""
         array = super().read(name)
         return array.byteswap() if self._big_endian else array
 
@@ -136,9 +136,9 @@ class TorchFile(TensorFile):
         if not is_shape(shape) or not are_sizes(strides) or not are_sizes([offset]) or len(shape) != len(strides):
             raise self._damaged(f"tensor {shown(name)}: expected offset, shape and strides as integers that fit")
         dtype, count = _TYPES[storage.kind], math.prod(shape)
-        # Of the elements, each at `offset` plus the sum of index times stride.
+        # Each element lies at `offset` plus the sum of index times stride.
         after = offset + (1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if count else 0)
-        # A tensor with repeated elements could be larger in memory than any file.
+        # With repeated elements, a tensor could be larger in memory than any file.
         if after > storage.count or count > storage.count:
             raise self._damaged(
                 f"tensor {shown(name)}: offset {offset}, shape {list(shape)} and strides {list(strides)} reach beyond "

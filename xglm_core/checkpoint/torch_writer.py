@@ -1,4 +1,4 @@
-"""Writes `pytorch_model.bin` as `torch.save` does, without PyTorch: a zip archive of a pickle and of plain numbers."""
+"""Writes `pytorch_model.bin` as `torch.save` does, without PyTorch: a zip archive of a pickle and plain values."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from xglm_core.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from xglm_core.checkpoint.layout import Entry, Layout, Writer
+from xglm_core.checkpoint.file_layout import Entry, Layout, Writer
 
 _STORAGES = {FLOAT64: "DoubleStorage", FLOAT32: "FloatStorage", FLOAT16: "HalfStorage", BFLOAT16: "BFloat16Storage"}
-_ALIGNMENT = 64  # Of the numbers, in bytes; what PyTorch gives them.
+_ALIGNMENT = 64  # The alignment of values in bytes, as in PyTorch.
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _END = struct.Struct("<4s4H2LH")
-_FULL = 0xFFFFFFFF  # Of a 32-bit field: the number is in the 64-bit extension.
-_VERSION = 45  # Of zip, 4.5: the first with 64-bit sizes.
-_UTF8 = 0x800  # A flag: how names are encoded.
+_FULL = 0xFFFFFFFF  # The value of a 32-bit field whose number is in the 64-bit extension.
+_VERSION = 45  # Zip 4.5: the first version with 64-bit sizes.
+_UTF8 = 0x800  # The flag for names in UTF-8.
 _FIRST_DAY = 0x21  # 1980-01-01, so that equal weights make equal files.
 
 
@@ -65,19 +65,19 @@ def _write_member(file: BinaryIO, name: str, body: bytes) -> _Member:
 
 
 def _local_header(member: _Member) -> bytes:
-    """What stands before a member's bytes, padded so that these are aligned."""
+    """The header before a member's bytes, padded so that these are aligned."""
     large = member.size >= _FULL
     size = _FULL if large else member.size
     extra = struct.pack("<2H2Q", 1, 16, member.size, member.size) if large else b""
     begin = member.begin + _LOCAL.size + len(member.name) + len(extra) + 4
     padding = -begin % _ALIGNMENT
-    extra += struct.pack("<2s1H", b"FB", padding) + b"Z" * padding  # As PyTorch calls its padding.
+    extra += struct.pack("<2s1H", b"FB", padding) + b"Z" * padding  # PyTorch's name for its padding.
     fields = (_VERSION, _UTF8, 0, 0, _FIRST_DAY, member.crc, size, size, len(member.name), len(extra))
     return _LOCAL.pack(b"PK\3\4", *fields) + member.name + extra
 
 
 def _directory(members: Sequence[_Member], begin: int) -> bytes:
-    """The list of members, and the end of the archive."""
+    """The directory and the end of the archive."""
     entries = b"".join(map(_directory_entry, members))
     count, size = len(members), len(entries)
     end64 = _END64.pack(b"PK\6\6", _END64.size - 12, _VERSION, _VERSION, 0, 0, count, count, size, begin)
@@ -97,7 +97,7 @@ def _directory_entry(member: _Member) -> bytes:
 def _pickle(entries: Sequence[Entry]) -> bytes:
     """A dictionary of tensors by name.
 
-    Written instruction by instruction: the `pickle` module would import what it names, and so PyTorch.
+    It is written instruction by instruction: the `pickle` module would import the named classes, and so PyTorch.
     """
     items = b"".join(
         _text(entry.name)
@@ -111,7 +111,7 @@ def _pickle(entries: Sequence[Entry]) -> bytes:
                 _integer(math.prod(entry.shape)),
             )
             + pickle.BINPERSID,
-            _integer(0),  # The first number of the storage.
+            _integer(0),  # The offset in the storage.
             _tuple(*map(_integer, entry.shape)),
             _tuple(*(_integer(math.prod(entry.shape[axis + 1 :])) for axis in range(len(entry.shape)))),
             pickle.NEWFALSE,  # No gradient.

@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder in any format: whole or not at all, in little memory, and read back."""
+"""Writes a checkpoint folder in any format: completely or not at all, in little memory, and verified."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import BinaryIO
 import numpy as np
 
 from xglm_core.checkpoint.dtypes import FloatType
-from xglm_core.checkpoint.filling import Advance, equal_numbers, in_threads, write_numbers
+from xglm_core.checkpoint.file_layout import Writer
 from xglm_core.checkpoint.formats import FORMATS, Format
-from xglm_core.checkpoint.layout import Writer
-from xglm_core.checkpoint.mapped import Buffers, is_large, row_blocks
+from xglm_core.checkpoint.tensor_file import Buffers, is_large, row_blocks
+from xglm_core.checkpoint.tensor_writing import Advance, equal_values, in_threads, write_values
 from xglm_core.config import CONFIG_FILE, XGLMConfig
 from xglm_core.errors import CheckpointError, InputError
 from xglm_core.files import remove_leftovers, replacing
@@ -31,19 +31,19 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 @dataclass(frozen=True)
 class NewWeight:
-    """A weight to be written, and its type in the file."""
+    """A weight to write, and its type in the file."""
 
     spec: WeightSpec
     dtype: FloatType
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its numbers."""
+        """The number of bytes of its values."""
         return math.prod(self.spec.shape) * self.dtype.storage.itemsize
 
 
-# Gives a weight in blocks of rows, see `row_blocks`: by canonical name, and whether each block is transposed.
-# A block is valid until the same thread asks for the next one, be that of the same weight or of another.
+# Yields a weight in blocks of rows, see `row_blocks`; the arguments are its canonical name and whether to transpose
+# blocks. A block is valid until the same thread asks for another one, of any weight.
 Blocks = Callable[[str, bool], Iterator[np.ndarray]]
 
 
@@ -55,22 +55,22 @@ def save_checkpoint(
     read: Callable[[str], np.ndarray],
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a checkpoint as safetensors that transformers can load too, two tensors in memory at a time.
+    """Writes a checkpoint as safetensors, which transformers can load, too; two tensors are in memory at a time.
 
-    An older checkpoint in the folder stays whole until the new one is complete; then it is replaced, and weight files
-    that no longer belong to it are removed.
+    An older checkpoint in the folder stays complete until the new one is. Then it is replaced, and weight files that no
+    longer belong to it are removed.
 
     Args:
         folder: created if it is missing.
         config: written as `config.json`.
         specs: the weights.
-        dtype: the type that `read` gives.
-        read: gives a weight by canonical name, in canonical shape and in `dtype.storage`; is called by two threads,
-            and twice for each weight.
-        max_shard_size: most bytes in one file, as a number or e.g. "500MB"; a larger single tensor has its own file.
+        dtype: the type of the weights.
+        read: returns a weight by canonical name, in canonical shape and `dtype.storage`. Two threads call it, and twice
+            for each weight.
+        max_shard_size: the largest size of a file, in bytes or as in "500MB"; a larger tensor has a file of its own.
 
     Raises:
-        InputError: `max_shard_size` is no size.
+        InputError: `max_shard_size` is not a size.
         ConfigError: the configuration cannot be saved.
         CheckpointError: the files cannot be written.
     """
@@ -94,22 +94,22 @@ def write_checkpoint(
     max_shard_bytes: int,
     advance: Advance = lambda written, verified: None,
 ) -> None:
-    """Writes weights in a format, with their index if there are several files, and other files beside them.
+    """Writes weights in a format, with an index if there are several files, and other files beside them.
 
-    All files are complete, and their weights were read back and compared, before the first takes its name. The file by
-    which the weights are found, their only one or their index, is the last to do so.
+    Before the first file takes its final name, all are complete, and their weights were read back and compared. The
+    file by which the weights are found - the only one, or the index - is renamed last.
 
     Args:
         folder: created if it is missing.
-        format: has a writer.
-        weights: what to write.
-        blocks: gives their numbers; is called by two threads, and twice for each weight.
-        others: the contents of other files by name, among them `config.json`.
-        max_shard_bytes: most bytes of weights in one file.
-        advance: is told about the progress, by one thread at a time.
+        format: a format with a writer.
+        weights: the weights.
+        blocks: yields their values. Two threads call it, and twice for each weight.
+        others: the contents of other files by name, including `config.json`.
+        max_shard_bytes: the largest number of bytes of weights in one file.
+        advance: is called with the progress, by one thread at a time.
 
     Raises:
-        CheckpointError: a file cannot be written, or does not read back as what was written.
+        CheckpointError: a file cannot be written, or does not read back the same.
     """
     assert format.writer is not None
     lock = threading.Lock()
@@ -134,7 +134,7 @@ def write_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        # The first that is opened is the last that is renamed.
+        # The file that is opened first is renamed last.
         order = sorted([*texts, *names], key=lambda name: name not in (format.index, format.file))
         with contextlib.ExitStack() as all_or_nothing:
             files = {name: all_or_nothing.enter_context(replacing(folder / name)) for name in order}
@@ -152,10 +152,10 @@ def write_checkpoint(
 
 
 def parse_size(size: int | str) -> int:
-    """A number of bytes from 5000000000, "5GB" or "5GiB".
+    """The number of bytes for 5000000000, "5GB" or "5GiB".
 
     Raises:
-        InputError: it is none of these, or not positive.
+        InputError: the size has another form, or is not positive.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
     if not match or (count := int(Decimal(match[1]) * _UNITS[match[2] or ""])) < 1:
@@ -172,7 +172,7 @@ def _write_weights(
     sharded: bool,
     advance: Advance,
 ) -> None:
-    """Writes one file, and reads it back."""
+    """Writes one file and verifies it."""
     assert format.writer is not None
     writer: Writer = format.writer
     entries = [writer.entry(weight.spec, weight.dtype) for weight in weights]
@@ -182,14 +182,14 @@ def _write_weights(
         spec = weights[index].spec
         return blocks(spec.name, writer.is_transposed(spec))
 
-    write_numbers(file, entries, layout, stored_blocks, advance)
+    write_values(file, entries, layout, stored_blocks, advance)
     _verify(file, path, format, weights, blocks, advance)
 
 
 def _verify(
     file: BinaryIO, path: Path, format: Format, weights: Sequence[NewWeight], blocks: Blocks, advance: Advance
 ) -> None:
-    """Opens a file that was written, as any reader would, and compares it with what it was made from."""
+    """Opens a written file as any reader would, and compares it with its source."""
     assert format.writer is not None
     writer = format.writer
     written = format.open(Path(file.name))
@@ -200,9 +200,9 @@ def _verify(
 
     def compare(weight: NewWeight) -> None:
         name = weight.spec.name
-        # What is transposed in both files needs not be turned at all, except that this is slow for large matrices.
+        # If both files store the transpose, it could be compared as it is; but that is slow for large matrices.
         transposed = writer.is_transposed(weight.spec) and not is_large(weight.spec.shape)
-        if not equal_numbers(blocks(name, transposed), written.blocks(name, buffers, transposed=transposed)):
+        if not equal_values(blocks(name, transposed), written.blocks(name, buffers, transposed=transposed)):
             raise CheckpointError(
                 f"{path}: {name} was written with other numbers than it should have; is the disk or the memory faulty?"
             )
@@ -212,7 +212,7 @@ def _verify(
 
 
 def _split(weights: Sequence[NewWeight], limit: int) -> Iterator[list[NewWeight]]:
-    """Cuts the weights, in order, into files of at most `limit` bytes."""
+    """Distributes the weights, in order, to files of at most `limit` bytes."""
     shard: list[NewWeight] = []
     size = 0
     for weight in weights:

@@ -1,4 +1,4 @@
-"""The command line: `xglm COMMAND`. Each command is a module of this package, imported when it is called."""
+"""The command line: `xglm COMMAND`. Each command is a module of this package, and is imported on use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 from xglm_core import __version__
 from xglm_core.errors import InputError, XGLMError
 
-# A command's module offers `configure(parser)`, which sets its arguments and the default `run`: arguments -> exit code.
+# The module of a command has `configure(parser)`, which adds its arguments and sets `run`: (arguments) -> exit code.
 _COMMANDS = {
     "generate": "continue texts",
     "score": "log-probabilities, perplexity and surprisal of texts",
@@ -25,13 +25,13 @@ _COMMANDS = {
     "bench": "make checkpoints for benchmarks",
 }
 
-EXIT_FAILED = 1  # A check that the command made did not pass.
+EXIT_FAILED = 1  # A check of the command did not pass.
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells.
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours: one line, without the usage before it."""
+    """A parser with errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see: {self.prog} --help")
@@ -41,33 +41,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the arguments after the program's name; None takes those of the process.
+        argv: the arguments after the program's name; None means those of the process.
 
     Returns:
         The exit code: 0, 1 if a check did not pass, 2 if the input was wrong (with one line on stderr), 130 if
-        interrupted. Any other exception is a defect of this package and goes on to the caller.
+        interrupted. Any other exception is a defect of this package, and is not caught.
     """
-    if sys.stderr is None:  # Closed: messages go nowhere, and nothing else fails for that.
+    if sys.stderr is None:  # It is closed: discard messages, so that nothing else fails.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout is None:
         print("xglm: error: standard output is closed; redirect it to a file, or to /dev/null", file=sys.stderr)
         return EXIT_BAD_INPUT
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal can show every script.
+        sys.stdout.reconfigure(errors="backslashreplace")  # Some terminals cannot show all scripts.
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
                 return _run(sys.argv[1:] if argv is None else list(argv))
             finally:
-                sys.stdout.flush()  # Not left to the interpreter's exit, where a closed pipe can no longer be caught.
+                sys.stdout.flush()  # At the interpreter's exit, a closed pipe could not be caught.
     except XGLMError as error:
         print("xglm: error:", " ".join(str(error).split()), file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:
-        _drop_output()  # The reader, `head` for example, has seen enough.
+        _drop_output()  # The reader has stopped reading, as `head` does.
         return EXIT_FAILED
-    except OSError as error:  # A disk that is full or gone, while something is read or written.
+    except OSError as error:  # For example, the disk is full or gone.
         where = "output" if error.filename is None else error.filename
         print(f"xglm: error: {where}: cannot be read or written: {error.strerror or error}", file=sys.stderr)
         _drop_output()
@@ -87,7 +87,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def show_help(arguments: argparse.Namespace) -> int:
-    """What a command without its sub-command does: prints the help of `arguments.parser`."""
+    """Runs a command without its sub-command: prints the help of `arguments.parser`."""
     arguments.parser.print_help()
     return 0
 
@@ -104,7 +104,7 @@ def _run(argv: list[str]) -> int:
         if argv[:1] == [name]:
             importlib.import_module(f"xglm_core.cli.{name}").configure(command)
     arguments, rest = parser.parse_known_args(argv)
-    # argparse takes no more texts after an option has followed the first of them, or none.
+    # argparse accepts no more texts after an option.
     if rest and (
         not hasattr(arguments, "texts_anywhere") or any(item.startswith("-") and item != "-" for item in rest)
     ):
@@ -116,7 +116,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _drop_output() -> None:
-    """Has what standard output still buffers, and cannot take, go nowhere: the interpreter's exit would fail again."""
+    """Discards what standard output still buffers: flushing it at the interpreter's exit would fail again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -131,5 +131,5 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Stands in for `warnings.showwarning`: users of a command need no line of our source."""
+    """Replaces `warnings.showwarning`: users of a command do not need our source line."""
     print("xglm: warning:", message, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`xglm bench`: the material of benchmarks, so far checkpoints of the published sizes with random weights."""
+"""`xglm bench`: makes checkpoints of the published sizes with random weights, for benchmarks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from xglm_core.config import CONFIG_FILE, PRESETS, XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.weight_names import EMBEDDING, num_parameters, weight_specs
 
-# With biases of 0 and norm weights of 1 nobody would see that a backend forgets them; this little changes no scale.
+# With biases of 0 and norm weights of 1, nobody would notice that a backend forgets them. This deviation is too small
+# to change scales.
 _VECTOR_STD = 0.02
-# As freshly initialised, a tied model repeats one token for ever, and any two backends agree on that. Where tokens
-# weigh more than positions, and blocks more than both, the next token depends on all of them, and the text varies.
+# A freshly initialised tied model repeats one token for ever, and any two backends agree on that. If tokens weigh more
+# than positions, and blocks more than both, the next token depends on all of them, and the text varies.
 _EMBEDDING_STD = 0.1
 _FC2_GAIN = 20
-_BLOCK_NUMBERS = 2**22  # Drawn at a time, so that converting them needs little memory beside the tensor.
+_BLOCK_VALUES = 2**22  # So many values are drawn at a time, so that the conversion needs little extra memory.
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -68,19 +69,19 @@ def write_random_checkpoint(
     """Writes a checkpoint with random weights, one tensor in memory at a time.
 
     The embedding is drawn from N(0, 0.1^2), other matrices from N(0, 1 / fan_in), with 20 times this deviation for fc2,
-    biases from N(0, 0.02^2) and norm weights from N(1, 0.02^2), so that none of them is without effect. A weight
-    depends on its name, its shape and the seed alone.
+    biases from N(0, 0.02^2) and norm weights from N(1, 0.02^2). So all of them have an effect. A weight depends only on
+    its name, its shape and the seed.
 
     Args:
         folder: created if it is missing.
         config: the architecture.
-        dtype: type of the stored weights.
-        seed: not negative.
+        dtype: the type of the stored weights.
+        seed: a seed that is not negative.
         max_shard_size: see `save_checkpoint`.
-        force: whether a checkpoint that the folder already holds is replaced.
+        force: whether to replace a checkpoint in the folder.
 
     Raises:
-        InputError: the folder holds a checkpoint and `force` is False, or `max_shard_size` is no size.
+        InputError: the folder holds a checkpoint and `force` is False, or `max_shard_size` is not a size.
     """
     safetensors = FORMATS["safetensors"]
     found = [name for name in (CONFIG_FILE, safetensors.file, safetensors.index) if (folder / name).exists()]
@@ -108,8 +109,8 @@ def _random_weight(name: str, shape: tuple[int, ...], dtype: FloatType, seed: in
     elif name.endswith("fc2.weight"):
         deviation *= _FC2_GAIN
     weight = np.empty(math.prod(shape), dtype.storage)
-    for begin in range(0, weight.size, _BLOCK_NUMBERS):
-        numbers = generator.standard_normal(min(_BLOCK_NUMBERS, weight.size - begin), np.float32)
+    for begin in range(0, weight.size, _BLOCK_VALUES):
+        numbers = generator.standard_normal(min(_BLOCK_VALUES, weight.size - begin), np.float32)
         numbers *= np.float32(deviation)
         numbers += np.float32(mean)
         weight[begin : begin + numbers.size] = convert(numbers, FLOAT32, dtype)

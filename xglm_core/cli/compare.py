@@ -38,7 +38,7 @@ class Prompts:
     Attributes:
         input_ids: int64 [texts, length], padded on the left.
         attention_mask: 1 for tokens, 0 for padding, int64 [texts, length].
-        show: one line to read, of a row and the ids of its text and its continuation.
+        show: makes a readable line from a row and the ids of its continuation.
     """
 
     input_ids: np.ndarray
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _read_texts(checkpoint: str, revision: str | None, texts: Sequence[str]) -> Prompts:
-    from xglm_core.tokenization.sentencepiece import XGLMTokenizer  # Only here, as --ids needs no tokenizer.
+    from xglm_core.tokenization.sentencepiece import XGLMTokenizer  # Only here: --ids needs no tokenizer.
 
     try:
         tokenizer = XGLMTokenizer.from_pretrained(checkpoint, revision=revision)
@@ -110,7 +110,7 @@ def _read_texts(checkpoint: str, revision: str | None, texts: Sequence[str]) -> 
     batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="np", verbose=False)
 
     def show(row: int, ids: np.ndarray) -> str:
-        # The text as the user wrote it: decoding loses what the vocabulary does not know.
+        # Shows the text as the user wrote it: decoding loses unknown characters.
         known = tokenizer.decode(batch.input_ids[row], skip_special_tokens=True)
         new = tokenizer.decode(ids, skip_special_tokens=True).removeprefix(known)
         return " ".join(texts[row].split()) + new
@@ -132,7 +132,7 @@ def _read_ids(lists: Sequence[str], pad: int) -> Prompts:
 
 
 def _check(prompts: Prompts, config: XGLMConfig, new_tokens: int) -> None:
-    """Raises `InputError` now for what a backend would refuse later."""
+    """Raises `InputError` early for inputs that a backend would refuse later."""
     check_input_ids(prompts.input_ids, config)
     if new_tokens:
         GenerationConfig(max_new_tokens=new_tokens).check()
@@ -151,7 +151,7 @@ def _choose_backends(names: str | None) -> tuple[list[str], list[str]]:
 
 
 def _print_texts(comparison: Comparison, prompts: Prompts) -> None:
-    """Each text as each backend continues it; nothing follows it on its line, as it may be wide or run to the left."""
+    """Prints how each backend continues each text. Nothing follows a text in its line, as it may run to the left."""
     names = list(comparison.generated)
     width = max(map(len, names))
     length = prompts.input_ids.shape[1]

@@ -1,4 +1,4 @@
-"""`xglm convert`: a checkpoint in another format or type."""
+"""`xglm convert`: writes a checkpoint in another format or type."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from xglm_core.compare.run import installed_backends, progress, run_backend
 from xglm_core.compare.worker import Job
 from xglm_core.errors import BackendError
 
-_TOKENS = 16  # Of each of the two rows that --verify reads.
-# What rounding to a type changes a weight by, at most and relative to it; float32 is the type that models compute in.
+_TOKENS = 16  # The length of the two rows that --verify reads.
+# The largest relative change of a weight when it is rounded to a type; models compute in float32.
 _ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-# Largest difference of a logit, in units of the largest logit and of the rounding of a weight.
+# The largest difference of a logit, in units of the largest logit times the rounding of a weight.
 _ROUNDINGS = 10
 
 
@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _verify(conversion: Conversion, backends: list[str]) -> int:
-    """Compares the logits of source and result in each backend."""
+    """Compares the logits of source and result in each backend; returns the exit code."""
     config = conversion.config
     length = min(_TOKENS, config.max_position_embeddings)
     input_ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, length)).tolist()
@@ -83,7 +83,7 @@ def _verify(conversion: Conversion, backends: list[str]) -> int:
             (conversion.destination, conversion.format.name),
         )
     ]
-    # Equal weights that lie elsewhere in memory can be summed in another order.
+    # The order of sums may depend on where equal weights lie in memory.
     roundings = [_ROUNDINGS * _ROUNDING.get(name, 0.0) for name in conversion.changed_types]
     limit = max([load_tolerances().logits, *roundings])
     rows = []

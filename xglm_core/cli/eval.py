@@ -54,12 +54,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     require_harness()
     _check(arguments)
-    # It may estimate errors in processes that it forks, which is not safe once a framework has threads.
+    # The harness may fork processes to estimate errors, which is unsafe once a framework has threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    if not sys.stderr.isatty():  # Bars are for people.
+    if not sys.stderr.isatty():  # Progress bars are for people.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    open_checkpoint(arguments.checkpoint, revision=arguments.revision)  # Before what takes seconds.
+    open_checkpoint(arguments.checkpoint, revision=arguments.revision)  # Checked before slow imports.
     tokenizer = XGLMTokenizer.from_pretrained(arguments.checkpoint, revision=arguments.revision)
     with written_file(arguments.json) as file:
         with _harness_on_stderr():
@@ -97,7 +97,7 @@ def _evaluated(arguments: argparse.Namespace, tokenizer: XGLMTokenizer) -> dict[
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuses numbers that the harness would take for something else."""
+    """Refuses numbers that the harness would misunderstand."""
     for name, value, allowed, expected in (
         ("--batch-tokens", arguments.batch_tokens, arguments.batch_tokens >= 1, "1 or more"),
         ("--num-fewshot", arguments.num_fewshot, (arguments.num_fewshot or 0) >= 0, "0 or more"),
@@ -112,7 +112,7 @@ def _is_limit(limit: float | None) -> bool:
 
 
 def _table(results: dict[str, Any]) -> str:
-    """What was evaluated and how, and the harness's tables."""
+    """A line about the model and the settings, and the harness's tables."""
     from lm_eval.utils import make_table
 
     config, version = results["config"], results["lm_eval_version"]
@@ -124,7 +124,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _as_json(results: dict[str, Any]) -> bytes:
-    """All results on one line; what JSON has no form for as the harness writes it."""
+    """All results as JSON on one line; other objects are converted as the harness does."""
     from lm_eval.utils import handle_non_serializable
 
     plain = json.loads(json.dumps(results, default=handle_non_serializable))
@@ -133,10 +133,10 @@ def _as_json(results: dict[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def _harness_on_stderr() -> Iterator[None]:
-    """Shows the harness's warnings as ours, and what it prints apart from the table."""
+    """Sends the harness's output to stderr, with its warnings in our form."""
     logger, handler = logging.getLogger("lm_eval"), logging.StreamHandler()
     before = logger.propagate, logger.level
-    # The harness's own tasks leave these to the defaults.
+    # The harness's own tasks cause these messages.
     handler.addFilter(lambda record: "using default" not in record.getMessage())
     handler.setFormatter(logging.Formatter("xglm: warning: %(message)s"))
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""`xglm generate`: texts continued, as they grow."""
+"""`xglm generate`: continues texts, and prints them while they grow."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from xglm_core.tokenization.base import Tokenizer
 from xglm_core.tokenization.sentencepiece import XGLMTokenizer
 
 _NEW_TOKENS = 50
-_BATCH = 8  # Texts to continue at a time, where nobody watches. No text depends on the others.
+_BATCH = 8  # How many texts are continued at a time if they are written to a file. Texts do not depend on each other.
 
-# Options of `GenerationConfig` by the names of their arguments, and what they take.
+# The arguments for options of `GenerationConfig`, and their settings for argparse.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--max-new-tokens": {"type": int, "metavar": "N", "help": f"most tokens to add ({_NEW_TOKENS})"},
     "--min-new-tokens": {"type": int, "metavar": "N", "help": "tokens before which no text ends"},
@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InputError("--output with --do-sample needs --seed, so that an interrupted run can go on with the same")
     tokenizer = XGLMTokenizer.from_pretrained(arguments.checkpoint, revision=arguments.revision)
     texts = _texts(arguments.text)
-    first = next(texts, None)  # Before the model is loaded, which takes longer.
+    first = next(texts, None)  # Before the model is loaded, which is slow.
     if first is None:
         raise InputError("there is no text to continue; expected TEXT, or lines on standard input")
     texts = itertools.chain([first], texts)
@@ -106,7 +106,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _texts(given: list[str]) -> Iterator[str]:
-    """The texts of the command line, with the lines of standard input in the place of "-"."""
+    """Yields the texts of the command line, and the lines of standard input for "-"."""
     for text in given or [STDIN]:
         if text == STDIN:
             yield from (_text(item, where) for where, item in read_items(standard_input(), STDIN))
@@ -123,7 +123,7 @@ def _text(item: Item, where: str) -> str:
 
 
 def _write(continuer: _Continuer, texts: Iterator[str], output: Output) -> None:
-    """Writes a row of JSON for each text, some at a time, from the first line that `output` does not hold."""
+    """Writes a row of JSON for each text, in batches, beginning with the first line that `output` lacks."""
     numbered = itertools.islice(enumerate(texts, start=1), output.first - 1, None)
     while batch := list(itertools.islice(numbered, _BATCH)):
         prompts = [prompt for _, prompt in batch]
@@ -133,7 +133,7 @@ def _write(continuer: _Continuer, texts: Iterator[str], output: Output) -> None:
 
 
 class _Continuer:
-    """A model, its tokenizer, and how texts are continued."""
+    """Continues texts, with a model, its tokenizer and options."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, newline: str | None, options: dict[str, Any]) -> None:
         self._model = model
@@ -142,9 +142,9 @@ class _Continuer:
         self._options = options
 
     def show(self, prompt: str) -> None:
-        """Prints a text, and its continuation as that grows."""
+        """Prints a text, and its continuation while it grows."""
         inputs = self._inputs([prompt])
-        if self._options["generation_config"].num_beams > 1:  # No token of a beam is final before the end.
+        if self._options["generation_config"].num_beams > 1:  # In beam search, no token is final before the end.
             tokens = iter(self._new_tokens(inputs))
         else:
             tokens = self._model.stream(**inputs, **self._options)
@@ -155,7 +155,7 @@ class _Continuer:
         print(text.rest(), flush=True)
 
     def continued(self, prompts: list[str]) -> list[str]:
-        """The continuations of some texts, without these."""
+        """The continuations of some texts, without the texts."""
         inputs = self._inputs(prompts)
         continuations = []
         for ids, new in zip(inputs["input_ids"], self._new_tokens(inputs), strict=True):

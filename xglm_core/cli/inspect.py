@@ -1,4 +1,4 @@
-"""`xglm inspect`: what a checkpoint holds, and whether anything is odd about it, without loading it."""
+"""`xglm inspect`: shows what a checkpoint holds, and whether anything is odd about it, without loading it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xglm_core.cli import add_checkpoint
 from xglm_core.errors import CheckpointError
 
 _MOST_COLUMNS = 120
-_LABEL = 14  # Columns of what stands before the facts.
+_LABEL = 14  # The width of the labels.
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _lines(found: Inspection, columns: int) -> Iterator[str]:
-    """The report in lines of at most so many columns, but for names that are longer."""
+    """Yields the report in lines of at most `columns` columns, unless a name is longer."""
     yield found.checkpoint
     for title, facts in (("Model", _model(found)), ("Weights", _weights(found))):
         if facts:
@@ -64,7 +64,7 @@ def _lines(found: Inspection, columns: int) -> Iterator[str]:
 
 
 def _model(found: Inspection) -> dict[str, str]:
-    """What the configuration says, by label."""
+    """The facts about the configuration, by label."""
     config, parameters = found.config, found.parameters
     if not config:
         return {}
@@ -98,7 +98,7 @@ def _model(found: Inspection) -> dict[str, str]:
 
 
 def _weights(found: Inspection) -> dict[str, str]:
-    """What the weights are, by label."""
+    """The facts about the weights, by label."""
     facts = {}
     if found.format:
         others = f" (also here: {', '.join(found.other_formats)})" if found.other_formats else ""

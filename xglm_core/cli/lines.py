@@ -1,4 +1,4 @@
-"""What `xglm score` and `xglm generate` read: lines of text, or of JSON."""
+"""Reads the input of `xglm score` and `xglm generate`: lines of text or JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXPECTED = 'expected {"text": ...}, or {"context": ..., "continuation": ...}, w
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
-    """The lines of a file, or of standard input.
+    """Opens a file, or standard input.
 
     Raises:
         InputError: it cannot be opened.
@@ -47,12 +47,13 @@ def standard_input() -> BinaryIO:
 
 
 def read_items(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, Item]]:
-    """The texts and pairs in a file, one on each line, each with the words that name its line.
+    """Yields the text or pair of each line, with a name of the line for messages.
 
-    The file is JSON on every line if its first line begins with "{", else text.
+    If the first line begins with "{", all lines are JSON, else text.
 
     Raises:
-        InputError: a line is no UTF-8, or empty, or JSON of another form, and the message names it; or there are none.
+        InputError: there are no lines; or a line, which the message names, is not UTF-8, empty, or JSON of another
+            form.
     """
     name = "standard input" if path == STDIN else path
     is_json = None
@@ -72,7 +73,7 @@ def read_items(lines: Iterable[bytes], path: str) -> Iterator[tuple[str, Item]]:
 
 
 def count_items(path: str) -> int | None:
-    """Reads a file once, so that a bad line is found before anything is computed; None for what can be read only once.
+    """Checks all lines of a file before anything is computed; returns None for an input that can be read only once.
 
     Raises:
         InputError: see `read_items`.

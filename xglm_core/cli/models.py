@@ -1,4 +1,4 @@
-"""What the commands that run a model share: its arguments, and how it is loaded."""
+"""Arguments and loading of models, for the commands that run one."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[str, Any]:
-    """`load` with what `add_model` added."""
+    """`load` with the arguments of `add_model`."""
     return load(arguments.checkpoint, arguments.revision, arguments.backend, arguments.dtype, arguments.device)
 
 
 def load(checkpoint: str, revision: str | None, backend: str, dtype: str, device: str | None = None) -> tuple[str, Any]:
-    """The name of the backend, and its causal language model.
+    """Loads a causal language model; returns the name of the backend and the model.
 
     Args:
         checkpoint: a folder, or a repository on the Hugging Face Hub.
-        revision: branch, tag or commit of that; None for its main branch.
-        backend: its name, or "auto" for the first that is installed.
+        revision: a branch, tag or commit of the repository; None means its main branch.
+        backend: the name of the backend, or "auto" for the first that is installed.
         dtype: the type of the computation, one of `DTYPES`.
         device: see `place_model`.
 
     Raises:
-        BackendError: it is not installed, or none is.
+        BackendError: the backend, or any backend, is not installed.
         InputError: see `place_model`.
         XGLMError: the checkpoint cannot be loaded.
     """
@@ -46,7 +46,7 @@ def load(checkpoint: str, revision: str | None, backend: str, dtype: str, device
         if not installed:
             raise BackendError(f"no backend is installed: {'; '.join(missing)}")
         backend = installed[0]
-    # What a user of the command has no reason to set. Keras may be configured for another backend.
+    # Users of the command have no reason to set these. Keras may be configured for another backend.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     model_class = getattr(load_backend(backend), BACKENDS[backend].causal_lm)
@@ -60,7 +60,7 @@ def place_model(model: Any, backend: str, device: str | None) -> None:
     """Moves a model to a device of PyTorch, by name; None leaves it where it is.
 
     Raises:
-        InputError: there is no such device, or the backend is another one, which chooses its device itself.
+        InputError: there is no such device; or another backend is used, which chooses its device itself.
     """
     if device is None:
         return

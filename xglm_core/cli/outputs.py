@@ -1,4 +1,4 @@
-"""Where commands write a row or some for each line of their input: standard output, or a file to go on with."""
+"""Per-line output of commands: to standard output, or to a file that a later run can resume."""
 
 from __future__ import annotations
 
@@ -14,29 +14,27 @@ from xglm_core.files import replacing
 
 STDOUT = "-"
 
-_ROW_BEGIN = '{"line": '  # Of a row of JSON; one of a table begins with the number.
+_ROW_BEGIN = '{"line": '  # A row of JSON begins so; a row of a table begins with the number.
 _NUMBER = re.compile(rf"(?:{re.escape(_ROW_BEGIN)})?(\d+)[,\t]")
 _FLOAT = re.compile(r"(-?\d+(?:\.\d+(?:e[+-]\d+)?|e[+-]\d+))")
 
 
 class Output:
-    """Rows of consecutive lines of an input.
+    """Writes rows for consecutive lines of an input.
 
-    A file goes on after what it already holds; a half-written last row is dropped. The last line of the input that it
-    speaks of is done again, and nothing changes before the new rows have been compared with the old ones: so rows of
-    another text, checkpoint or option are not mixed with these.
-
-    What is no file, a pipe or /dev/null, takes the rows and has none to go on after.
+    An existing file is resumed; a half-written last row is dropped. The last input line in the file is computed again,
+    and its new rows must agree with the old ones before anything changes. So rows for different texts, checkpoints or
+    options are never mixed. A pipe or /dev/null just takes the rows.
 
     Args:
-        path: the file; None or "-" for standard output.
-        header: the row to begin with; empty for none.
+        path: the file; None or "-" means standard output.
+        header: the first row; empty for none.
 
     Attributes:
-        first: the first line of the input that is to be done.
+        first: the first input line to compute.
 
     Raises:
-        InputError: the file cannot be written, or is no output of such a run.
+        InputError: the file cannot be written, or is not the output of such a run.
     """
 
     def __init__(self, path: str | None, header: str) -> None:
@@ -44,7 +42,7 @@ class Output:
         self._header = header
         self._to_write = [header] if header else []
         self._old: list[str] = []
-        self._end: int | None = None  # Where to go on in the file; None once that has been done.
+        self._end: int | None = None  # Where to resume in the file; None afterwards.
         self._file: BinaryIO = sys.stdout.buffer
         self._owned = path not in (None, STDOUT)
         if path is not None and self._owned:
@@ -52,7 +50,7 @@ class Output:
                 if os.path.exists(path) and not os.path.isfile(path):
                     self._file = open(path, "wb")  # noqa: SIM115
                     return
-                # Appending would not let the end be overwritten, and "w" would lose what is there.
+                # "a" could not overwrite the end, and "w" would lose the contents.
                 self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             except OSError as error:
                 raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
@@ -63,14 +61,14 @@ class Output:
 
     def __exit__(self, kind: object, *error: object) -> None:
         if self._owned:
-            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # The first error is told.
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # The first error counts.
                 self._file.close()
 
     def write(self, number: int, rows: Sequence[str]) -> None:
-        """Writes the rows of one line of the input.
+        """Writes the rows for one line of the input.
 
         Raises:
-            InputError: the file already has other rows of it.
+            InputError: the file already has other rows for it.
         """
         if self._old:
             if len(self._old) > len(rows) or not all(map(_agree, self._old, rows)):
@@ -87,10 +85,10 @@ class Output:
         self._to_write = []
 
     def flush(self) -> None:
-        """Hands over what has been written.
+        """Flushes the rows.
 
         Raises:
-            InputError: the disk is full, for example.
+            InputError: they cannot be written; for example, the disk is full.
         """
         try:
             self._file.flush()
@@ -101,10 +99,10 @@ class Output:
             raise InputError(f"{where}: cannot be written: {error.strerror or error}") from None
 
     def finish(self) -> None:
-        """Makes sure that the input was long enough.
+        """Checks that the input was long enough.
 
         Raises:
-            InputError: it ended before the line that the file speaks of last.
+            InputError: it ended before the last line that the file has rows for.
         """
         if self._old:
             raise InputError(
@@ -112,7 +110,7 @@ class Output:
             )
 
     def _find_end(self) -> None:
-        """Finds the last line that the file speaks of, and where its rows begin."""
+        """Finds the last input line in the file, and where its rows begin."""
         begin = end = place = 0
         for place, line in enumerate(self._file, start=1):
             row = line.removesuffix(b"\n").decode(errors="replace")
@@ -132,7 +130,7 @@ class Output:
         self._end = begin
 
     def _is_ours(self, row: str, place: int, *, is_whole: bool) -> bool:
-        """Whether a run of these options can have written a row, or a part of it."""
+        """Whether a run with these options can have written a row, or a part of it."""
         if place > 1:
             return _number_of(row) is not None or not is_whole
         begin = self._header or _ROW_BEGIN
@@ -140,15 +138,15 @@ class Output:
 
 
 def _number_of(row: str) -> int | None:
-    """The number that a row begins with; None if it is no row of ours."""
+    """The number at the begin of a row; None if it is not a row of ours."""
     found = _NUMBER.match(row)
     return int(found[1]) if found else None
 
 
 def _agree(old: str, new: str) -> bool:
-    """Whether two rows say the same: their numbers up to what batching and rounding change, the rest exactly.
+    """Whether two rows agree: numbers up to differences by batching and rounding, the rest exactly.
 
-    The bound is that of bfloat16; another model, stride or treatment of line breaks is far beyond it.
+    The tolerance is that of bfloat16. Another model, stride or treatment of line breaks differs by far more.
     """
     old_parts, new_parts = _FLOAT.split(old), _FLOAT.split(new)
     return old_parts[::2] == new_parts[::2] and all(
@@ -159,7 +157,7 @@ def _agree(old: str, new: str) -> bool:
 
 @contextlib.contextmanager
 def written_file(path: str | None) -> Iterator[BinaryIO | None]:
-    """A file that is there once it is complete; None if there is to be none; what is no file is written at once."""
+    """Opens a file that appears once it is complete; yields None without a path. A pipe is written directly."""
     if path is None:
         yield None
         return

@@ -1,19 +1,19 @@
-"""How far a long command is, on stderr."""
+"""Shows the progress of a long command on stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
 
-_INTERVAL = 0.1  # Seconds between two lines; more would be drawn than anybody sees.
-_BAR = 24  # Characters.
+_INTERVAL = 0.1  # Seconds between two updates.
+_BAR = 24  # The width of the bar in characters.
 
 
 class Progress:
-    """A bar with bytes, rate and time left, drawn over itself; only where stderr is a terminal.
+    """A bar with bytes, rate and remaining time; only if stderr is a terminal.
 
     Args:
-        total: bytes to write; each of them is read back, too.
+        total: the number of bytes to write; all of them are also read back.
     """
 
     def __init__(self, total: int) -> None:
@@ -34,7 +34,7 @@ class Progress:
             print(f"\r{self._line(now - self._begin)}\x1b[K", end="", file=sys.stderr, flush=True)
 
     def finish(self, text: str) -> None:
-        """Puts a last line in place of the bar: the text, bytes, seconds and rate."""
+        """Replaces the bar by a last line: the text, bytes, seconds and rate."""
         seconds = time.perf_counter() - self._begin
         self.clear()
         print(

@@ -1,4 +1,4 @@
-"""`xglm score`: how likely texts are, token by token and word by word."""
+"""`xglm score`: shows how likely texts are, token by token and word by word."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from xglm_core.cli.models import add_model, load_model
 from xglm_core.cli.outputs import Output, written_file
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.scoring.page import Page
-from xglm_core.scoring.rows import FORMATS, header, rows
+from xglm_core.scoring.html_page import Page
+from xglm_core.scoring.output_rows import FORMATS, header, rows
 from xglm_core.scoring.texts import BATCH_TOKENS, EncodedText, Item, checked_stride, encode, score_encoded
 from xglm_core.tokenization.base import Tokenizer
 from xglm_core.tokenization.sentencepiece import XGLMTokenizer
 
-# Batches to sort by length at a time: little is padded, and an interruption costs little.
+# So many batches are sorted by length at a time: there is little padding, and an interruption costs little.
 _GROUP_BATCHES = 8
 
-Group = list[tuple[int, Item, EncodedText]]  # Number of the line, what it holds, and its tokens.
+Group = list[tuple[int, Item, EncodedText]]  # The number of each line, its text or pair, and its tokens.
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def _groups(
     arguments: argparse.Namespace,
     first: int,
 ) -> Iterator[Group]:
-    """The lines from `first` on, some batches of them at a time."""
+    """Yields the lines from `first` on, in groups of several batches."""
     group: Group = []
     tokens = 0
     for number, (where, item) in items:
@@ -105,7 +105,7 @@ def _groups(
 
 @contextlib.contextmanager
 def _page(path: str | None, source: str) -> Iterator[Page | None]:
-    """The page, which is there once it is complete; None if there is to be none."""
+    """The page, whose file appears once it is complete; None without a path."""
     with written_file(path) as file:
         if file is None:
             yield None
@@ -116,7 +116,7 @@ def _page(path: str | None, source: str) -> Iterator[Page | None]:
 
 
 class _Progress:
-    """A line of stderr that says how far it is and goes away at the end; only on a terminal."""
+    """A line on stderr with the progress, which disappears at the end; only on a terminal."""
 
     def __init__(self, total: int | None) -> None:
         self._of = "" if total is None else f" of {total:,}"
@@ -128,7 +128,7 @@ class _Progress:
         return self
 
     def show(self, lines: int, tokens: int) -> None:
-        """Adds a group of so many tokens, which ends at the given line."""
+        """Shows that a group of `tokens` tokens, up to line `lines`, is done."""
         self._tokens += tokens
         if self._shown:
             speed = self._tokens / (time.monotonic() - self._start)

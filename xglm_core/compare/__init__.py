@@ -1,1 +1,1 @@
-"""Comparing the backends with an independent float64 oracle."""
+"""Compares the backends with an independent float64 oracle."""

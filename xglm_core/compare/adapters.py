@@ -1,4 +1,4 @@
-"""The backends' models behind one small numpy surface."""
+"""The models of all backends behind one small numpy interface."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from xglm_core.backends import BACKENDS, load_backend
 
-_ONE_BY_ONE = 8  # How many of the last positions the cached pass reads one at a time: eager frameworks are slow at it.
+_ONE_BY_ONE = 8  # The cached pass reads so many of the last positions one by one; eager frameworks are slow at that.
 
 
 class BackendModel:
@@ -37,7 +37,7 @@ class BackendModel:
 
         Args:
             input_ids: int64 [batch, length].
-            attention_mask: 1 for tokens, 0 for padding, int64 [batch, length]; None to pass none.
+            attention_mask: 1 for tokens, 0 for padding, int64 [batch, length]; None passes none.
 
         Returns:
             The logits [batch, length, vocab_size] and num_layers + 1 hidden states [batch, length, d_model], float32.
@@ -46,13 +46,13 @@ class BackendModel:
         return np.asarray(outputs.logits), [np.asarray(state) for state in outputs.hidden_states]
 
     def cached(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
-        """Reads the last positions token by token after all before them; returns the logits of all."""
+        """Reads the last positions token by token, after all others at once; returns the logits of all."""
         length = input_ids.shape[1]
         first = max(1, length - _ONE_BY_ONE)
         return self.chunked(input_ids, attention_mask, [first] + [1] * (length - first))
 
     def chunked(self, input_ids: np.ndarray, attention_mask: np.ndarray | None, chunks: Sequence[int]) -> np.ndarray:
-        """Reads the input in pieces of the given lengths, each with the cache of those before; returns all logits."""
+        """Reads the input in pieces of these lengths, each with the cache of those before; returns all logits."""
         logits, cache, begin = [], None, 0
         for length in chunks:
             end = begin + length
@@ -77,7 +77,7 @@ class BackendModel:
             return self._model(input_ids=self._tensor(input_ids), attention_mask=mask, **options)
 
 
-# What turns an array into a tensor, and the context that computes without gradients. The way back is np.asarray.
+# For each backend: a function that makes a tensor from an array, and a context without gradients.
 _Conversions = tuple[Callable[[np.ndarray], Any], Callable[[], AbstractContextManager[Any]]]
 
 

@@ -1,4 +1,4 @@
-"""One checkpoint and one batch of prompts in several backends, beside the oracle: what `xglm compare` prints."""
+"""Runs one checkpoint and one batch of prompts in several backends and in the oracle, for `xglm compare`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 
 from xglm_core.checkpoint import Checkpoint
+from xglm_core.compare.divergence import Parting, find_partings
 from xglm_core.compare.oracle import checkpoint_reader, forward
 from xglm_core.compare.report import Measurement, Tolerances, Worst, between_backends, measure
 from xglm_core.compare.run import progress, run_backend
-from xglm_core.compare.texts import Parting, find_partings
 from xglm_core.compare.worker import Job
 from xglm_core.config import XGLMConfig
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What the backends made of the prompts.
+    """The results of the backends.
 
     Attributes:
-        versions: of the frameworks, by backend.
-        measurements: errors, by backend.
-        between: the two backends that differ most, see `between_backends`.
-        generated: ids [rows, length + new], by backend; empty if none were asked for.
-        partings: see `find_partings`; one for each row if ids were generated.
-        failures: a line for each thing that is not as it should be.
+        versions: the versions of the frameworks, by backend.
+        measurements: the errors, by backend.
+        between: the two backends that differ most; see `between_backends`.
+        generated: ids [rows, length + new], by backend; empty if nothing was generated.
+        partings: one for each row if ids were generated; see `find_partings`.
+        failures: a line for each failure.
     """
 
     versions: dict[str, dict[str, str]]
@@ -40,7 +40,7 @@ class Comparison:
     failures: list[str]
 
     def numbers(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """All fields as plain values."""
         between = self.between and {"backends": self.between[1], **asdict(self.between[0])}
         return {
             "failures": self.failures,
@@ -62,16 +62,16 @@ def compare_backends(
     backends: Sequence[str],
     tolerances: Tolerances,
 ) -> Comparison:
-    """Runs the oracle here and each backend in a process of its own, one after the other.
+    """Runs the oracle here, and each backend in a process of its own, one after another.
 
     Args:
         checkpoint: the weights.
         config: as planned for loading, see `plan_loading`.
         input_ids: prompts padded on the left, int64 [rows, length].
         attention_mask: 1 for tokens, 0 for padding, int64 [rows, length].
-        new_tokens: most tokens to generate; 0 for none.
-        backends: their names.
-        tolerances: what passes.
+        new_tokens: the largest number of tokens to generate; 0 for none.
+        backends: the names of the backends.
+        tolerances: the largest errors that pass.
 
     Raises:
         XGLMError: the checkpoint or the input is at fault, or a backend cannot run here.
@@ -105,6 +105,6 @@ def compare_backends(
 
 
 def _unequal_chunks(length: int) -> list[int]:
-    """Half of the positions, one more, and the rest."""
+    """The lengths of three chunks: half of the positions, one position, and the rest."""
     half = length // 2
     return [chunk for chunk in (half, 1, length - half - 1) if chunk > 0]

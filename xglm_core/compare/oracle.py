@@ -1,7 +1,7 @@
-"""The oracle: XGLM's forward pass and loss in float64 numpy, written from the formulas and shared with nothing.
+"""The oracle: XGLM's forward pass and loss in float64 numpy, written from the formulas, independent of all other code.
 
-It is what the backends are judged by, so it uses none of their code, nor `xglm_core.positions`, and prefers the plain
-formula to the fast one. Only the position table is not float64: its definition rounds to float32 (docs/numerics.md).
+The backends are judged by it. So it uses neither their code nor `xglm_core.positions`, and prefers plain formulas to
+fast ones. Only the position table is not float64: its definition rounds to float32 (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from xglm_core.checkpoint import DTYPES, Checkpoint
 from xglm_core.config import XGLMConfig
 
-_VOCABULARY_BLOCK = 4096  # Rows of the head converted to float64 at a time: bounds the memory, changes no number.
+_VOCABULARY_BLOCK = 4096  # So many rows of the head are converted to float64 at a time, which limits memory.
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Read = Callable[[str], np.ndarray]
@@ -24,14 +24,14 @@ Read = Callable[[str], np.ndarray]
 
 @dataclass
 class OracleOutput:
-    """What the oracle computes.
+    """The results of the oracle.
 
     Attributes:
         hidden_states: num_layers + 1 arrays [batch, length, d_model], float64: the input of each block, then the state
             after the final norm.
-        logits: [batch, length, vocab_size], float64; vocab_size is 0 if none were asked for.
-        attentions: num_layers arrays [batch, heads, length, length], float64: the weights of the values, which are
-            softmax probabilities times the head mask; empty if none were asked for.
+        logits: [batch, length, vocab_size], float64; vocab_size is 0 if not requested.
+        attentions: num_layers arrays [batch, heads, length, length], float64: the weights of the values, softmax
+            probabilities times the head mask; empty if not requested.
         cross_attentions: the same for the encoder states, [batch, heads, length, encoder_length]; empty without them.
     """
 
@@ -59,22 +59,22 @@ def forward(
     """Runs the model.
 
     Args:
-        config: the architecture; its activation is one of the named ones, and no heads are pruned.
-        read: gives a weight by canonical name, in canonical shape, in any floating-point type of numpy. One
-            matrix is held at a time, and neither embedding nor head is ever converted to float64 as a whole.
-        input_ids: [batch, length]; not read if there are `inputs_embeds`.
+        config: the architecture, with a named activation and without pruned heads.
+        read: returns a weight by canonical name, in canonical shape, in any floating-point type of numpy. One matrix is
+            held at a time, and neither embedding nor head is ever converted to float64 as a whole.
+        input_ids: [batch, length]; ignored if there are `inputs_embeds`.
         attention_mask: nonzero for tokens, 0 for padding [batch, length]; None means no padding.
         position_ids: [batch, length]; None counts the tokens of each row from 0.
-        inputs_embeds: what stands for the scaled embeddings of the tokens [batch, length, d_model].
-        encoder_hidden_states: what the blocks also attend to [batch, encoder_length, d_model]; None skips that part.
-        encoder_attention_mask: 0 for encoder states to hide [batch, encoder_length]; None hides none.
+        inputs_embeds: scaled embeddings in place of the tokens [batch, length, d_model].
+        encoder_hidden_states: states for cross-attention [batch, encoder_length, d_model]; None skips it.
+        encoder_attention_mask: 0 for hidden encoder positions [batch, encoder_length]; None hides none.
         head_mask: factors of the self-attention probabilities [num_layers, attention_heads]; None means 1.
         cross_attn_head_mask: the same for cross-attention.
         logits: whether to compute the logits: batch x length x vocab_size x 8 bytes.
         attentions: whether to keep the probabilities: num_layers x batch x heads x length x keys x 8 bytes.
 
     Returns:
-        Hidden states, logits and attention probabilities. Those of padding are finite and mean nothing.
+        Hidden states, logits and attention probabilities. Those of padding are finite, but have no meaning.
     """
     if inputs_embeds is None:
         scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
@@ -131,14 +131,14 @@ def loss(
 
     Args:
         logits: [batch, length, vocab_size].
-        labels: ids, or -100 where nothing is to be predicted [batch, length]. Position t predicts the label of
-            position t + 1: the first label is predicted by none, and the last position predicts none.
-        num_items_in_batch: what to divide the sum by; None means the sum of the weights of the predicted labels.
+        labels: ids, or -100 where nothing is predicted [batch, length]. Position t predicts the label of position
+            t + 1: no position predicts the first label, and the last position predicts none.
+        num_items_in_batch: the divisor of the sum; None means the sum of the weights of the predicted labels.
         attention_mask: nonzero for tokens, 0 for padding, which predicts nothing [batch, length]; None means no
             padding.
-        weights: of each label [batch, length]; None means 1.
+        weights: the weight of each label [batch, length]; None means 1.
         label_smoothing: the part of each target that is spread over the whole vocabulary.
-        z_loss: factor of the squared log of the sum of exponentials, which is added.
+        z_loss: the factor of the squared logarithm of the sum of exponentials, which is added.
 
     Returns:
         The mean, or 0 if nothing is predicted.
@@ -157,7 +157,7 @@ def loss(
 
 
 def checkpoint_reader(checkpoint: Checkpoint) -> Read:
-    """The weights of a checkpoint for `forward`: views of the file; bfloat16, which numpy lacks, as float32 copies."""
+    """A reader of a checkpoint for `forward`: returns views of the file, and float32 copies of bfloat16 weights."""
 
     def read(name: str) -> np.ndarray:
         stored = checkpoint.info(name).dtype
@@ -212,7 +212,7 @@ def _attention(
     """Attention of `state` to `source` [batch, keys, d_model] where `visible` [batch, length or 1, keys].
 
     Returns:
-        What is to be added to the state, and the weights of the values [batch, heads, length, keys].
+        The update of the state, and the weights of the values [batch, heads, length, keys].
     """
     batch, length, _ = state.shape
     size = config.d_model // config.attention_heads
@@ -231,7 +231,7 @@ def _attention(
 
 
 def _softmax(scores: Array, visible: np.ndarray) -> Array:
-    """Softmax over the visible keys; all zeros where none is visible."""
+    """Softmax over the visible keys; all zeros if none is visible."""
     scores = np.where(visible, scores, -np.inf)
     highest = scores.max(axis=-1, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(highest), highest, 0))

@@ -1,4 +1,4 @@
-"""How far a backend is from the oracle, whether that passes, and how it reads."""
+"""Measures the errors of a backend against the oracle, judges them, and formats them."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Worst:
 
 @dataclass(frozen=True)
 class Agreement:
-    """At how many real positions the likeliest token is the oracle's.
+    """How often the likeliest token is the oracle's.
 
     Attributes:
-        positions: all real positions.
-        ties: another token, whose logit the oracle has less than the tolerance below its own choice.
-        different: another token, which the oracle finds clearly less likely.
+        positions: the number of positions that are not padding.
+        ties: those with another token, whose logit by the oracle is within the tolerance of the largest.
+        different: those with another token that the oracle finds clearly less likely.
     """
 
     positions: int
@@ -57,7 +57,7 @@ class Agreement:
 
     @property
     def percent(self) -> float:
-        """Positions with the same likeliest token or a tie, in percent."""
+        """The percentage of positions with the same likeliest token or a tie."""
         return 100 * (1 - self.different / self.positions)
 
 
@@ -66,11 +66,11 @@ class Measurement:
     """One backend on one input.
 
     Attributes:
-        logits, cached, chunked: worst logit of the full, the cached and the chunked pass.
-        layers: worst value of each hidden state, from the embeddings to the final norm.
-        argmax: agreement of the full pass.
+        logits, cached, chunked: the worst logit of the full, the cached and the chunked pass.
+        layers: the worst value of each hidden state, from the embeddings to the final norm.
+        argmax: the agreement of the full pass.
         seconds: see `Result`.
-        failures: one line for each tolerance exceeded.
+        failures: a line for each exceeded tolerance.
     """
 
     logits: Worst
@@ -83,7 +83,7 @@ class Measurement:
 
     @property
     def worst_layer(self) -> int:
-        """Index of the hidden state with the largest error."""
+        """The index of the hidden state with the largest error."""
         return int(np.argmax([layer.error for layer in self.layers]))
 
 
@@ -93,13 +93,13 @@ def load_tolerances() -> Tolerances:
 
 
 def measure(result: Result, oracle: OracleOutput, real: np.ndarray, tolerances: Tolerances) -> Measurement:
-    """Compares what a backend computed with the oracle.
+    """Compares a backend's results with the oracle.
 
     Args:
         result: the backend's arrays.
-        oracle: what they should be.
-        real: bool [batch, length], False for padding, whose values mean nothing but have to be finite.
-        tolerances: what passes.
+        oracle: the correct results.
+        real: bool [batch, length], False for padding, whose values have no meaning but must be finite.
+        tolerances: the largest errors that pass.
     """
     passes = {name: worst_error(getattr(result, name), oracle.logits, real) for name in ("logits", "cached", "chunked")}
     layers = tuple(
@@ -112,7 +112,7 @@ def measure(result: Result, oracle: OracleOutput, real: np.ndarray, tolerances: 
         if not worst.error <= getattr(tolerances, name)
     ]
     too_far = (i for i, layer in enumerate(layers) if not layer.error <= tolerances.hidden_states)
-    if (first := next(too_far, None)) is not None:  # The later layers only carry on what went wrong in the first one.
+    if (first := next(too_far, None)) is not None:  # Later layers only inherit the error of the first one.
         worst = layers[first]
         failures.append(
             f"hidden_states[{first}]{list(worst.index)}: error {worst.error:.1e}, "
@@ -124,7 +124,7 @@ def measure(result: Result, oracle: OracleOutput, real: np.ndarray, tolerances: 
 
 
 def worst_error(found: np.ndarray, expected: np.ndarray, real: np.ndarray) -> Worst:
-    """The largest difference at the real positions, relative to the largest absolute value expected there.
+    """The largest difference at real positions, relative to the largest absolute expected value there.
 
     Args:
         found, expected: [batch, length, width].
@@ -136,7 +136,7 @@ def worst_error(found: np.ndarray, expected: np.ndarray, real: np.ndarray) -> Wo
     if found.shape != expected.shape:
         raise ValueError(f"expected an array {list(expected.shape)}, found {list(found.shape)}")
     worst = Worst(-1.0, ())
-    for row, keep in enumerate(real):  # Row by row: with 256,008 logits at each position the temporaries are large.
+    for row, keep in enumerate(real):  # Row by row, as temporaries with 256,008 logits per position are large.
         with np.errstate(invalid="ignore"):
             difference = np.abs(found[row] - expected[row]) * keep[:, None]
         difference[~np.isfinite(found[row])] = np.inf
@@ -147,7 +147,7 @@ def worst_error(found: np.ndarray, expected: np.ndarray, real: np.ndarray) -> Wo
 
 
 def compare_argmax(found: np.ndarray, expected: np.ndarray, real: np.ndarray, tolerance: float) -> Agreement:
-    """Compares the likeliest tokens at the real positions; arguments as for `worst_error`."""
+    """Compares the likeliest tokens at real positions; see `worst_error` for the arguments."""
     ties = different = 0
     limit = tolerance * _scale(expected, real)
     for row, keep in enumerate(real):
@@ -168,7 +168,7 @@ SUMMARY_HEADER = ("logits", "worst at", "layers", "cached", "chunked", "argmax",
 
 
 def legend(tolerances: Tolerances) -> str:
-    """What the numbers below `SUMMARY_HEADER` are."""
+    """Explains the numbers below `SUMMARY_HEADER`."""
     return f"largest error / largest value, worst at row, position, id; up to {tolerances.logits:.0e} passes"
 
 
@@ -187,7 +187,7 @@ def summary_cells(measurement: Measurement) -> tuple[str, ...]:
 
 
 def layer_table(measurements: dict[str, Sequence[Measurement]]) -> str:
-    """The worst error of each hidden state, with a column for each backend, over all its measurements."""
+    """A table of the worst error of each hidden state, with a column for each backend."""
     depth = max(len(measurement.layers) for each in measurements.values() for measurement in each)
     rows = []
     for layer in range(depth):
@@ -210,13 +210,13 @@ def json_line(values: dict[str, Any], *, ensure_ascii: bool = True) -> str:
 
 
 def _scale(expected: np.ndarray, real: np.ndarray) -> float:
-    """The largest absolute value at the real positions; 1 if all are 0."""
+    """The largest absolute value at real positions; 1 if all are 0."""
     largest = max(float(np.abs(values[keep]).max(initial=0)) for values, keep in zip(expected, real, strict=True))
     return largest or 1.0
 
 
 def _finite(value: Any) -> Any:
-    """Replaces, at any depth, the floats that JSON cannot hold by None."""
+    """Replaces floats that JSON cannot hold by None, at any depth."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

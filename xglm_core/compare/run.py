@@ -1,4 +1,4 @@
-"""Runs jobs in the backends, each in a process of its own, and the oracle here."""
+"""Runs jobs in the backends, each backend in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from xglm_core.backends import BACKENDS, require_frameworks
 from xglm_core.compare.worker import JOBS_FILE, OUTCOME_FILE, Job, array_file
 from xglm_core.errors import BackendError, XGLMError
 
-# For the workers, unless the user's environment says otherwise. The tolerances are those of float32 on a CPU: on a GPU,
-# TensorFlow would compute float32 matrix products with 10-bit mantissas.
+# Defaults for the workers' environment. The tolerances are for float32 on a CPU; on a GPU, TensorFlow would compute
+# float32 matrix products with 10-bit mantissas.
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
     "JAX_PLATFORMS": "cpu",
@@ -26,20 +26,20 @@ _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
-_KILLED = -9  # The exit code of a process that got SIGKILL.
+_KILLED = -9  # The exit code of a process that received SIGKILL.
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What one backend computed for one job. The arrays are maps of files.
+    """The results of one job in one backend. The arrays are mapped files.
 
     Attributes:
-        logits: of the full pass, float32 [batch, length, vocab_size].
+        logits: the logits of the full pass, float32 [batch, length, vocab_size].
         hidden_states: float32 [num_layers + 1, batch, length, d_model].
-        cached: logits of the pass that ends token by token, as `logits`.
-        chunked: logits of the pass in chunks, as `logits`.
-        generated: ids [batch, length + new]; None if the job asked for none.
-        seconds: for loading the checkpoint, compiling, and all passes.
+        cached: the logits of the pass that ends token by token, like `logits`.
+        chunked: the logits of the pass in chunks, like `logits`.
+        generated: ids [batch, length + new]; None if not requested.
+        seconds: the time for loading the checkpoint, compilation and all passes.
     """
 
     logits: np.ndarray
@@ -52,11 +52,11 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class BackendRun:
-    """What one backend computed.
+    """The results of one backend.
 
     Attributes:
-        versions: of its frameworks, by name.
-        results: one for each job.
+        versions: the versions of its frameworks, by name.
+        results: one result for each job.
     """
 
     versions: dict[str, str]
@@ -64,7 +64,7 @@ class BackendRun:
 
 
 def installed_backends() -> tuple[list[str], list[str]]:
-    """The backends whose frameworks are installed, and for each of the others a line that says what is missing."""
+    """The installed backends, and for each of the others a line that says what is missing."""
     installed, missing = [], []
     for backend in BACKENDS:
         try:
@@ -76,10 +76,10 @@ def installed_backends() -> tuple[list[str], list[str]]:
 
 
 def parse_backends(names: str) -> list[str]:
-    """The backends of a comma-separated list, each once.
+    """The backends in a comma-separated list, without repetitions.
 
     Raises:
-        BackendError: one does not exist or is not installed.
+        BackendError: a backend does not exist or is not installed.
     """
     backends = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for backend in backends:
@@ -93,7 +93,7 @@ def run_backend(backend: str, jobs: Sequence[Job], folder: Path) -> BackendRun:
     Args:
         backend: "torch", "tf" or "flax".
         jobs: what to compute.
-        folder: for files, which have to stay as long as the results are used; each backend has its own folder in it.
+        folder: the folder for files, which must exist while the results are used; each backend has a subfolder.
 
     Raises:
         XGLMError: a checkpoint or an input is at fault, or the backend cannot run here.
@@ -104,7 +104,7 @@ def run_backend(backend: str, jobs: Sequence[Job], folder: Path) -> BackendRun:
     (folder / JOBS_FILE).write_text(json.dumps([asdict(job) for job in jobs]))
     process = subprocess.run(
         [sys.executable, "-P", "-m", "xglm_core.compare.worker", backend, str(folder)],
-        # The worker imports from where this process does, and not first from the folder that the user happens to be in.
+        # The worker imports from where this process does, not from the user's current folder.
         env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -128,7 +128,7 @@ def run_backend(backend: str, jobs: Sequence[Job], folder: Path) -> BackendRun:
 
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[None]:
-    """Shows what is going on, on a line of stderr that goes away when it is done; only if stderr is a terminal."""
+    """Shows a line on stderr until the block ends; only if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield
         return

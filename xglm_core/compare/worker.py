@@ -1,8 +1,8 @@
 """One backend in a process of its own: `python -m xglm_core.compare.worker BACKEND FOLDER`.
 
-Three frameworks in one process would share threads, memory and the meaning of environment variables. The folder holds
-`jobs.json`; the worker adds one `.npy` file for each array of each job, which the parent maps into memory, and at the
-end `outcome.json`: the frameworks' "versions" and the "seconds" of each job, or the "error" that the input caused.
+Three frameworks in one process would share threads, memory and environment variables. The folder holds `jobs.json`. The
+worker adds a `.npy` file for each array of each job, which the parent maps into memory. At the end it writes
+`outcome.json`: the frameworks' "versions" and the "seconds" of each job, or the "error" that the input caused.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ OUTCOME_FILE = "outcome.json"
 
 @dataclass(frozen=True)
 class Job:
-    """A checkpoint, an input and what to compute of it; plain values, which travel as JSON.
+    """A checkpoint, an input and what to compute; plain values that are sent as JSON.
 
     Attributes:
         checkpoint: the folder.
         input_ids: [batch][length].
-        attention_mask: 1 for tokens, 0 for padding [batch][length]; None to pass none.
-        chunks: lengths of the pieces of the chunked pass.
-        new_tokens: most tokens to generate; 0 for none.
+        attention_mask: 1 for tokens, 0 for padding [batch][length]; None passes none.
+        chunks: the lengths of the pieces of the chunked pass.
+        new_tokens: the largest number of tokens to generate; 0 for none.
         weights: the format to read; see `open_checkpoint`.
     """
 
@@ -48,7 +48,7 @@ class Job:
 
 
 def array_file(folder: Path, job: int, name: str) -> Path:
-    """Holds "logits", "hidden_states" (stacked), "cached", "chunked" or "generated" of one job."""
+    """The file for "logits", "hidden_states" (stacked), "cached", "chunked" or "generated" of a job."""
     return folder / f"{job}-{name}.npy"
 
 
@@ -58,7 +58,7 @@ def run_jobs(backend: str, folder: Path) -> dict[str, Any]:
     Raises:
         XGLMError: a checkpoint or an input is at fault.
     """
-    load_backend(backend)  # Now, so that the first job's time does not hold it.
+    load_backend(backend)  # Now, so that the first job's time does not include it.
     seconds = []
     for index, entry in enumerate(json.loads((folder / JOBS_FILE).read_text())):
         begin = time.perf_counter()
@@ -70,7 +70,7 @@ def run_jobs(backend: str, folder: Path) -> dict[str, Any]:
 
 
 def _arrays(backend: str, job: Job) -> Iterator[tuple[str, np.ndarray]]:
-    """The results of a job by name, one at a time: with 256,008 logits at each position they are large."""
+    """Yields the results of a job by name, one at a time: with 256,008 logits per position they are large."""
     model = BackendModel(backend, job.checkpoint, job.weights)
     input_ids = np.array(job.input_ids, np.int64)
     mask = None if job.attention_mask is None else np.array(job.attention_mask, np.int64)

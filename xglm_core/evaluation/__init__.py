@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on any backend: its tasks, metrics and tables, over our models."""
+"""Runs EleutherAI's lm-evaluation-harness on any backend: its tasks, metrics and tables with our models."""
 
 from xglm_core.evaluation.harness import register
 

@@ -1,10 +1,10 @@
-"""The harness's own command line, which then knows `--model xglm`: `python -m xglm_core.evaluation run ...`."""
+"""The harness's own command line, with `--model xglm`: `python -m xglm_core.evaluation run ...`."""
 
 from xglm_core.evaluation.harness import register
 
 
 def main() -> None:
-    """Registers the model and hands over."""
+    """Registers the model and runs the harness."""
     register()
     from lm_eval.__main__ import cli_evaluate
 

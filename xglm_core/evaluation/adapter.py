@@ -1,7 +1,7 @@
-"""What the harness asks of a model, over `score` and `generate` of any backend.
+"""The harness's interface to a model, over `score` and `generate` of any backend.
 
-The harness makes the requests and judges the answers; here are only ids and numbers. Its base class is mixed in where
-the harness is loaded, so that this module does not need it.
+The harness makes the requests and judges the answers. Its base class is mixed in when the harness is loaded, so this
+module does not need the harness.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from xglm_core import __version__
 from xglm_core.cli.models import load, place_model
 from xglm_core.errors import InputError
-from xglm_core.evaluation.continuing import continued
+from xglm_core.evaluation.continuation import continued
 from xglm_core.scoring.continuations import Pair, score_continuations
 from xglm_core.scoring.texts import BATCH_TOKENS
 from xglm_core.tokenization.base import Tokenizer
@@ -24,25 +24,25 @@ Answer = tuple[float, bool]  # The log-probability of a continuation, and whethe
 
 
 class Adapter:
-    """A causal language model for the harness; made a model of it by `xglm_core.evaluation.register`.
+    """A causal language model for the harness; `xglm_core.evaluation.register` makes it a model of the harness.
 
     Args:
         pretrained: a checkpoint, as everywhere in this package; or a loaded causal language model, with `tokenizer`.
-        tokenizer: of a loaded model.
-        name: what results call it; None for the checkpoint.
-        backend: "torch", "tf", "flax", or "auto" for the first that is installed; of a checkpoint.
-        revision, dtype: of a checkpoint; see `from_pretrained`.
+        tokenizer: the tokenizer of a loaded model.
+        name: the model's name in results; None means that of the checkpoint.
+        backend: for a checkpoint: "torch", "tf", "flax", or "auto" for the first that is installed.
+        revision, dtype: for a checkpoint; see `from_pretrained`.
         newline: what line breaks become, "space" or "eos"; None follows the tokenizer.
-        batch_tokens: most tokens of a batch, padding and tokens to generate included.
-        device: where PyTorch is to compute; None leaves the model where it is.
-        batch_size, max_batch_size: given by the harness's command line; `batch_tokens` decides.
+        batch_tokens: the largest number of tokens in a batch, including padding and tokens to generate.
+        device: the device for PyTorch; None leaves the model where it is.
+        batch_size, max_batch_size: arguments of the harness's command line without effect; see `batch_tokens`.
 
     Raises:
-        InputError: an argument does not go with the others.
+        InputError: the arguments contradict each other.
         XGLMError: the checkpoint cannot be loaded.
     """
 
-    cache_hook: Any  # Of the harness: keeps answers in a file if asked to.
+    cache_hook: Any  # The harness's; can store answers in a file.
 
     def __init__(
         self,
@@ -83,26 +83,26 @@ class Adapter:
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that stands before every text: `</s>`, as in XGLM's training."""
+        """The id that precedes every text: `</s>`, as in XGLM's training."""
         return self._end
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads to predict one more: a context and its last token fit the model together."""
+        """The number of tokens that the model can read to predict one more; that one, too, must fit into the model."""
         return int(self._model.config.max_position_embeddings) - 1
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens to generate where a task does not say."""
+        """The default number of tokens to generate."""
         return 256
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness names its files of requests after."""
+        """The name for the harness's files of requests."""
         return self._name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness keeps in its results."""
+        """Information about the model for the harness's results."""
         return {
             "pretrained": self._name,
             "backend": self._backend,
@@ -111,9 +111,9 @@ class Adapter:
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
-        """The ids of a text, with `</s>` in front once unless `add_special_tokens` is False, and none at the end.
+        """The ids of a text, after one `</s>` unless `add_special_tokens` is False; none follows it.
 
-        So the ids of a text begin with those of its parts, apart from a token that reaches across the end of a part.
+        So the ids of a text begin with those of its beginning, except for a token that crosses the end of that part.
         """
         options: dict[str, Any] = {"add_special_tokens": False, "newline": self._newline, "verbose": False}
         ids: list[int] = self.tokenizer(string, **options).input_ids
@@ -125,7 +125,7 @@ class Adapter:
         return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, newline=self._newline)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Answer]:
-        """Of each (context, continuation) the log-probability, and whether greedy generation would give it."""
+        """For each (context, continuation): the log-probability, and whether greedy generation would give it."""
         for request in requests:
             context, continuation = request.args
             if not context and not self.tok_encode(continuation, add_special_tokens=False):
@@ -152,7 +152,7 @@ class Adapter:
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each text; one longer than the model's context is read in the harness's windows."""
+        """The log-probability of each text; longer texts are read in the harness's windows."""
         from lm_eval import utils
 
         pairs, numbers = [], []
@@ -171,7 +171,7 @@ class Adapter:
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each text, up to and without the first of its stop strings or `</s>`."""
+        """The continuation of each text, up to its first stop string or `</s>`."""
         answers = [""] * len(requests)
         arguments = [request.args for request in requests]
         with _progress("continuations", len(requests), disable_tqdm) as progress:
@@ -197,7 +197,7 @@ class Adapter:
 
 
 def _progress(what: str, total: int, disabled: bool) -> Any:
-    """A bar on stderr, as the harness draws them; only on a terminal."""
+    """A progress bar on stderr, like the harness's; only on a terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, disable=disabled or None)

@@ -1,4 +1,4 @@
-"""The harness itself: our model in its registry, its tasks, and one evaluation with errors of one line."""
+"""Uses the harness: registers our model, finds tasks, and evaluates, with errors in one line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from xglm_core.errors import BackendError, InputError
 from xglm_core.evaluation.adapter import Adapter
 
 LIST_TASKS = "python -m xglm_core.evaluation ls tasks"
-_CLOSE = 5  # Names to suggest.
+_CLOSE = 5  # The number of names to suggest.
 
 
 def require_harness() -> None:
-    """Checks, without importing it, that the harness is installed.
+    """Checks, without an import, that the harness is installed.
 
     Raises:
-        BackendError: it is not; the message names the pip extra.
+        BackendError: it is not installed; the message names the pip extra.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise BackendError("evaluation needs lm_eval, not installed here; run: pip install 'xglm[eval]'")
@@ -30,8 +30,8 @@ def require_harness() -> None:
 def register() -> type[Any]:
     """Makes `Adapter` a model of the harness, under the name "xglm", and returns its class.
 
-    After that, `lm_eval.simple_evaluate(model="xglm", model_args={"pretrained": "facebook/xglm-564M"}, ...)` works, and
-    an instance of the class may stand in for the name.
+    Afterwards `lm_eval.simple_evaluate(model="xglm", model_args={"pretrained": "facebook/xglm-564M"}, ...)` works. An
+    instance of the class may replace the name.
 
     Raises:
         BackendError: the harness is not installed.
@@ -46,14 +46,14 @@ def register() -> type[Any]:
 
 
 def find_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]]:
-    """The tasks by these names, not loaded yet.
+    """Finds tasks without loading them.
 
     Args:
-        names: of tasks, groups or tags, with "*" for any characters; or paths of YAML files.
-        folder: with further tasks, which take precedence; None for none.
+        names: names of tasks, groups or tags, with "*" for any characters; or paths of YAML files.
+        folder: a folder with further tasks, which take precedence; None for none.
 
     Returns:
-        A task manager of the harness, whose errors are ours, and the names that it knows.
+        A task manager of the harness with our errors, and the names that it knows.
 
     Raises:
         InputError: there is no such folder, or no such task.
@@ -62,18 +62,18 @@ def find_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]
         raise InputError(f"{folder}: no such folder, expected one with the YAML files of tasks")
     if folder is not None:
         manager = task_manager([folder], include_defaults=False)
-        if {*names} <= {*manager.all_subtasks}:  # Reading the definitions that come with the harness takes seconds.
+        if {*names} <= {*manager.all_subtasks}:  # Reading the harness's own definitions takes seconds.
             return manager, _check_names(manager, names)
     manager = task_manager([folder] if folder else [])
     return manager, _check_names(manager, names)
 
 
 def task_manager(folders: Sequence[str], *, include_defaults: bool = True) -> Any:
-    """A task manager of the harness, whose errors are ours.
+    """A task manager of the harness with our errors.
 
     Args:
-        folders: with further tasks; the last one that has a name takes precedence.
-        include_defaults: whether to know the tasks that come with the harness.
+        folders: folders with further tasks; for the same name, the last one takes precedence.
+        include_defaults: whether to include the harness's own tasks.
     """
     from lm_eval.tasks import TaskManager
 
@@ -81,7 +81,7 @@ def task_manager(folders: Sequence[str], *, include_defaults: bool = True) -> An
         ready: tuple[list[str], Any] | None = None
 
         def prepare(self, names: list[str]) -> None:
-            """Loads tasks before the model, which takes longer; the next `load` hands them over."""
+            """Loads tasks before the slower model; the next `load` returns them."""
             self.ready = names, self.load(names)
 
         def load(self, task_list: Any) -> Any:
@@ -91,7 +91,7 @@ def task_manager(folders: Sequence[str], *, include_defaults: bool = True) -> An
                 return loaded
             try:
                 loaded = super().load(task_list)
-            except Exception as error:  # Of a task's own code, of what reads its data, or of the network.
+            except Exception as error:  # A task's own code, its data reader, or the network failed.
                 raise InputError(_reason(task_list, error)) from error
             for name, task in loaded["tasks"].items():
                 for mark, meaning in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "has images")):
@@ -106,10 +106,10 @@ def evaluate(lm: Any, manager: Any, names: Sequence[str], **options: Any) -> dic
     """`simple_evaluate` of the harness.
 
     Args:
-        lm: an instance of the class that `register` gives.
-        manager: that of `find_tasks`.
+        lm: an instance of the class that `register` returns.
+        manager: the result of `find_tasks`.
         names: the tasks.
-        options: of `simple_evaluate`.
+        options: options of `simple_evaluate`.
 
     Returns:
         The harness's results.
@@ -124,7 +124,7 @@ def evaluate(lm: Any, manager: Any, names: Sequence[str], **options: Any) -> dic
 
 
 def _check_names(manager: Any, names: Sequence[str]) -> list[str]:
-    """The names without patterns and repetitions; raises `InputError` for one that nothing has."""
+    """The names without patterns and repetitions; raises `InputError` for an unknown name."""
     found: list[str] = []
     for name in names:
         is_file = Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
@@ -136,7 +136,7 @@ def _check_names(manager: Any, names: Sequence[str]) -> list[str]:
 
 
 def _reason(names: Any, error: Exception) -> str:
-    """Why tasks cannot be loaded, on one line."""
+    """The reason why tasks cannot be loaded, in one line."""
     lines = str(error).strip().splitlines()
     text = f"{', '.join(map(str, names))}: cannot be loaded: {type(error).__name__}: {lines[0] if lines else ''}"
     if isinstance(error, ConnectionError) or "offline" in text.lower() or "reach" in text.lower():
@@ -145,7 +145,7 @@ def _reason(names: Any, error: Exception) -> str:
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    """The message that there is no such task, with the names that look like it."""
+    """The message for an unknown task, with similar names."""
     close = difflib.get_close_matches(name, known, n=_CLOSE, cutoff=0.6)
     hint = f"did you mean {', '.join(close)}?" if close else f"see: {LIST_TASKS}"
     return f"no task {name!r}; {hint}"

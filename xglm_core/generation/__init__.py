@@ -1,1 +1,1 @@
-"""The generation policy: which token next, and when to stop."""
+"""Generation: which token comes next, and when to stop."""

@@ -17,20 +17,20 @@ from xglm_core.errors import ConfigError, InputError
 from xglm_core.files import replacing
 from xglm_core.hub import find_source
 from xglm_core.keywords import split_options, writes
-from xglm_core.values import plain
+from xglm_core.python_values import plain
 
 _DEFAULT_NEW_TOKENS = 20
 _PUBLISHED_VOCABULARY = 256_008
-_OLD_MAX_LENGTH = 20  # In a config.json a default, which nobody chose.
-_MADEUP_WORDS = 7  # The last ids of that vocabulary, which no text contains.
+_OLD_MAX_LENGTH = 20  # A default in old config.json files, which nobody chose.
+_MADEUP_WORDS = 7  # The last ids of the published vocabulary, which no text contains.
 
 _AS_FUNCTION = "write it as a function for logits_processor"
 _FEW_BEAMS = "take num_beams with num_return_sequences, or do_sample=True"
 _SAME_TEXT = "the text is the same without it"
 _AFTERWARDS = "call the model with the sequences that come out, and with this option"
 
-# Options of transformers that would change the result and are not here: the value, beside None and False, at which they
-# have no effect, and what to do instead.
+# Options of transformers that would change the result, and are not offered here: the value, beside None and False, at
+# which they have no effect, and what to do instead.
 NOT_OFFERED: dict[str, tuple[Any, str]] = {
     "assistant_model": (None, _SAME_TEXT),
     "constraints": (None, "take prefix_allowed_tokens_fn"),
@@ -58,7 +58,7 @@ NOT_OFFERED: dict[str, tuple[Any, str]] = {
     "watermarking_config": (None, _AS_FUNCTION),
 }
 
-# Options of transformers that say how to compute, not what; and those of what is not there.
+# Options of transformers that do not change the result, or belong to options that are not offered.
 _HOW = """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bos_token_id
     cache_config cache_implementation compile_config continuous_batching_config decoder_start_token_id disable_compile
@@ -69,7 +69,7 @@ WITHOUT_EFFECT = frozenset(_HOW.split())
 
 
 def not_offered(options: Mapping[str, Any]) -> dict[str, str]:
-    """Those of some options that would have an effect in transformers and are not here, and what to do instead."""
+    """The given options that would have an effect in transformers but are not offered here, with advice."""
 
     def acts(name: str, value: Any) -> bool:
         off = value is None or value is False or (isinstance(value, numbers.Number) and value == NOT_OFFERED[name][0])
@@ -83,42 +83,42 @@ class GenerationConfig:
     """How to continue a text. The names and defaults are those of transformers where it has the option.
 
     Attributes:
-        max_new_tokens: most tokens to add to each row; None follows `max_length`, or is 20 without that.
-        max_length: most columns of the result, prompt and its padding included.
-        min_new_tokens: tokens before which no row ends.
-        min_length: columns of the result, prompt and its padding included, before which no row ends.
-        max_time: seconds after which no further token is begun; None for no limit.
+        max_new_tokens: the largest number of new tokens in each row; None follows `max_length`, or means 20 without it.
+        max_length: the largest number of columns of the result, including prompt and padding.
+        min_new_tokens: the number of new tokens before which no row ends.
+        min_length: the number of columns, including prompt and padding, before which no row ends.
+        max_time: the time [s] after which no further token is begun; None means no limit.
         eos_token_id: the id, or several ids, that end a row.
-        stop_at_eos: False goes on after `eos_token_id`, which for XGLM is the line break, too.
+        stop_at_eos: False goes on after `eos_token_id`, which is also XGLM's line break.
         stop_strings: a string, or several, that end a row when they appear in the new text; needs a tokenizer.
-        pad_token_id: id that fills a row after its end.
-        do_sample: whether to draw tokens by their probabilities; otherwise the likeliest is taken.
-        temperature: divides the logits before drawing; below 1 is more cautious.
-        top_k: draws from this many likeliest tokens; 0 from all of them.
-        top_p: draws from the likeliest tokens that together have this probability.
-        min_p: draws from tokens with at least this share of the largest probability; None from all.
-        typical_p: draws from the tokens whose information is closest to the expected one, and that together have this
+        pad_token_id: the id that fills a row after its end.
+        do_sample: whether to sample tokens by their probabilities; otherwise the likeliest one is taken.
+        temperature: the divisor of the logits before sampling; below 1 is more cautious.
+        top_k: samples from so many likeliest tokens; 0 means all.
+        top_p: samples from the likeliest tokens that together have this probability.
+        min_p: samples from tokens with at least this fraction of the largest probability; None means all.
+        typical_p: samples from the tokens whose information is closest to the expected one, and that together have this
             probability.
-        seed: of sampling; the same seed gives the same texts; None draws a seed.
-        num_beams: beams of a beam search; 1 for none.
+        seed: the seed of sampling; the same seed gives the same texts. None draws a seed.
+        num_beams: the number of beams; 1 means no beam search.
         length_penalty: a finished beam's log-probability is divided by its length to this power.
         early_stopping: True ends the search when there are `num_beams` finished beams, False when no better one is
             likely, "never" when no better one is possible.
         num_return_sequences: continuations of each prompt; their rows follow each other.
-        repetition_penalty: tokens that the text contains become less likely by this factor; 1 for none.
-        no_repeat_ngram_size: no sequence of this many tokens occurs twice; 0 for no such rule.
+        repetition_penalty: tokens that the text contains become less likely by this factor; 1 has no effect.
+        no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0 has no effect.
         bad_words_ids: sequences of ids that are not generated.
-        suppress_tokens: ids that are not generated; of the published vocabulary the seven words that no text has.
+        suppress_tokens: ids that are not generated; for the published vocabulary, the seven made-up words.
         begin_suppress_tokens: ids that are not the first new token, or the first after `forced_bos_token_id`.
-        sequence_bias: what to add to the score of the last id of a sequence where the text has the others: a dictionary
-            of tuples of ids, or a list of pairs of such a list and a number.
+        sequence_bias: a bias for the score of the last id of a sequence, where the text ends with the others: a
+            dictionary of biases by tuples of ids, or a list of pairs of a list of ids and a bias.
         forced_bos_token_id: the first new token.
-        forced_eos_token_id: the id, or one of several, that a row gets in its last column if it has not ended before.
-        renormalize_logits: whether scores are log-probabilities after all bans and limits.
-        return_dict_in_generate: whether to return a `GenerateOutput` in place of the ids alone.
-        output_scores, output_logits: whether that has the scores and logits of each step, which takes their memory.
-        use_cache: whether that has the cache. To generate, there always is one.
-        other: further keys of `generation_config.json`, which are kept for the file.
+        forced_eos_token_id: the id, or several ids, of which a row gets one in its last column if it has not ended.
+        renormalize_logits: whether scores become log-probabilities again after all bans and limits.
+        return_dict_in_generate: whether to return a `GenerateOutput` instead of only the ids.
+        output_scores, output_logits: whether the output has the scores and logits of each step, which take memory.
+        use_cache: whether the output has the cache. Generation always uses one.
+        other: further keys of `generation_config.json`, kept for saving.
     """
 
     max_new_tokens: int | None = None
@@ -160,7 +160,7 @@ class GenerationConfig:
     def from_model(cls, config: XGLMConfig, folder: str | os.PathLike[str] | None = None) -> GenerationConfig:
         """The options for a model: its special ids, and what `generation_config.json` in `folder` says.
 
-        Without that file, the options that the model's own configuration has besides, as old checkpoints do, count.
+        Without that file, options in the model's own configuration count; old checkpoints have them there.
 
         Raises:
             ConfigError: see `from_pretrained`.
@@ -188,11 +188,11 @@ class GenerationConfig:
 
         Args:
             pretrained_model_name: the folder, or the id of the repository.
-            config_file_name: the file, if it has another name.
-            options: see `HubOptions`; and options of generation whose value is to be another one.
+            config_file_name: another name of the file.
+            options: see `HubOptions`; and options of generation to replace.
 
         Raises:
-            ConfigError: the file is missing or is no JSON object.
+            ConfigError: the file is missing or is not a JSON object.
             CheckpointError: there is no such folder, or the file cannot be downloaded.
             BackendError: the hub needs a package that is not installed.
         """
@@ -204,13 +204,13 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GenerationConfig:
-        """The options in a dictionary; None means the default, unknown keys are kept in `other`."""
+        """Reads options from a dictionary; None means the default, and unknown keys are kept in `other`."""
         known = {item.name for item in dataclasses.fields(cls)} - {"other"}
         options = {name: value for name, value in values.items() if name in known and value is not None}
         return cls(**options, other={name: value for name, value in values.items() if name not in known})
 
     def warn_of_others(self) -> None:
-        """Warns of keys of the file that would change the text in transformers and have no effect here."""
+        """Warns of keys in the file that change the text in transformers but have no effect here."""
         found = {k: v for k, v in not_offered(self.other).items() if v not in (_SAME_TEXT, _AFTERWARDS)}
         if found:
             ways = "; ".join(f"{name}: {instead}" for name, instead in found.items())
@@ -224,7 +224,7 @@ class GenerationConfig:
         """The options that differ from the defaults, and `other`."""
         defaults = GenerationConfig()
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "other"}
-        if isinstance(self.sequence_bias, Mapping):  # Whose keys are none that JSON has.
+        if isinstance(self.sequence_bias, Mapping):  # JSON has no such keys.
             values["sequence_bias"] = [[list(word), bias] for word, bias in self.sequence_bias.items()]
         return self.other | {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
@@ -243,7 +243,7 @@ class GenerationConfig:
             file.write((json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode())
 
     def updated(self, options: dict[str, Any]) -> GenerationConfig:
-        """A copy with the options of a call. None switches an option off, as in transformers.
+        """A copy with the options of a call. As in transformers, None switches an option off.
 
         Raises:
             InputError: an option is unknown, has an impossible value, or contradicts another one.
@@ -267,9 +267,9 @@ class GenerationConfig:
         return result
 
     def over(self, base: GenerationConfig) -> GenerationConfig:
-        """A copy in which options that are None are those of another configuration."""
+        """A copy in which options that are None are taken from another configuration."""
         unset = {item.name for item in dataclasses.fields(self) if getattr(self, item.name) is None}
-        if self.max_length is not None:  # Which an inherited number of new tokens would outdo.
+        if self.max_length is not None:  # An inherited `max_new_tokens` would override it.
             unset -= {"max_new_tokens"}
         return dataclasses.replace(self, **{name: getattr(base, name) for name in unset})
 
@@ -282,7 +282,7 @@ class GenerationConfig:
         for name, (allowed, expected) in _ALLOWED.items():
             value = getattr(self, name)
             if name in FOR_SAMPLING and not self.do_sample:
-                continue  # As in transformers, where a file may have temperature 0 to say that nothing is drawn.
+                continue  # As in transformers: a file may have temperature 0 without sampling.
             if not allowed(value):
                 raise InputError(f"{name} is {value!r}, expected {expected}")
         if self.min_new_tokens > (self.max_new_tokens or self.min_new_tokens):
@@ -299,12 +299,12 @@ class GenerationConfig:
 
     @property
     def last_ids(self) -> tuple[int, ...]:
-        """The ids of which a row gets one in its last column."""
+        """The ids of `forced_eos_token_id`."""
         return _as_ids(self.forced_eos_token_id)
 
     @property
     def biases(self) -> dict[tuple[int, ...], float]:
-        """What to add to the score of the last id of a sequence."""
+        """The biases of `sequence_bias`, by sequence."""
         pairs = self.sequence_bias or {}
         return {tuple(word): bias for word, bias in (pairs.items() if isinstance(pairs, Mapping) else pairs)}
 
@@ -316,7 +316,7 @@ class GenerationConfig:
         return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
 
     @property
-    def filler(self) -> int:
+    def pad_id(self) -> int:
         """The id that fills a row after its end."""
         if self.pad_token_id is not None:
             return self.pad_token_id
@@ -325,16 +325,16 @@ class GenerationConfig:
 
     @property
     def padding(self) -> int | None:
-        """The id that is padding at the ends of prompts without a mask: `pad_token_id`, unless it also ends rows."""
+        """The padding id of prompts without a mask: `pad_token_id`, unless it also ends rows."""
         ends = dataclasses.replace(self, stop_at_eos=True).eos_ids
         return None if self.pad_token_id in ends else self.pad_token_id
 
     def least_tokens(self, columns: int) -> int:
-        """Tokens to add to a prompt of so many columns before a row ends."""
+        """The smallest number of new tokens after a prompt of so many columns."""
         return max(self.min_new_tokens, self.min_length - columns)
 
     def new_tokens(self, columns: int) -> int:
-        """Most tokens to add to a prompt of so many columns.
+        """The largest number of new tokens after a prompt of so many columns.
 
         Raises:
             InputError: `max_length` leaves no room.
@@ -352,12 +352,12 @@ class GenerationConfig:
 
 
 def arguments(input_ids: Any, attention_mask: Any, generation_config: Any, inputs: Any) -> tuple[Any, Any, Any]:
-    """The first three, also where a caller gives them by the names or in the order of transformers.
+    """Returns the first three arguments, also if they are given by the names or in the order of transformers.
 
-    There `inputs` is the name of `input_ids`, and options may come second.
+    There, `inputs` is the name of `input_ids`, and the options may come second.
 
     Raises:
-        InputError: something is given twice.
+        InputError: an argument is given twice.
     """
     if inputs is not None:
         if input_ids is not None:
@@ -371,15 +371,14 @@ def arguments(input_ids: Any, attention_mask: Any, generation_config: Any, input
 
 
 def given_options(given: Any, own: GenerationConfig) -> GenerationConfig:
-    """What a call's `generation_config` stands for.
+    """The options for the `generation_config` of a call.
 
     Args:
-        given: options, of which those that are None are the model's; an object of transformers' class, which leaves to
-            the model what it does not set; or None.
+        given: our options, or an object of transformers' class, or None. Unset options follow the model's.
         own: the model's options.
 
     Raises:
-        InputError: it is something else, or has options that are not offered.
+        InputError: it has another type, or has options that are not offered.
     """
     if given is None:
         return own
@@ -427,7 +426,7 @@ def _is_biases(value: Any) -> bool:
         and _is_ids(pair[0])
         and len(pair[0]) > 0
         and _is_number(pair[1])
-        and pair[1] < 3e38  # As float32.
+        and pair[1] < 3e38  # It must fit float32.
         for pair in pairs
     )
 
@@ -450,7 +449,7 @@ _ID_OR_IDS = (lambda value: value is None or _is_int(value) or _is_ids(value), "
 _SHARE = (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0, at most 1")
 _FLAG = (lambda value: isinstance(value, bool), "True or False")
 
-# For each option whether a value is allowed, and what is.
+# For each option: whether a value is allowed, and what is expected.
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": _POSITIVE_OR_NONE,
     "max_length": _POSITIVE_OR_NONE,
@@ -498,13 +497,13 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 _DEFAULTS = vars(GenerationConfig())
 FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
-# What None says of an option, where that is not its default: as in transformers, no limit.
+# The meaning of None for options where it is not the default: no limit, as in transformers.
 _OFF = {**_DEFAULTS, "top_k": 0}
 _FOR_BEAMS = ("length_penalty", "early_stopping")
 
 
 def _check_effects(config: GenerationConfig, options: dict[str, Any]) -> None:
-    """Refuses options of a call that could not have the effect that the caller expects of them."""
+    """Refuses options of a call that would have no effect together with the others."""
     asked = {name for name, value in options.items() if value != _DEFAULTS[name]}
     for names, needed, is_met in (
         (FOR_SAMPLING, "do_sample=True", config.do_sample),

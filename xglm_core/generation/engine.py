@@ -1,4 +1,4 @@
-"""What a backend brings to generation: compiled code behind a small protocol."""
+"""The protocol by which generation uses a backend."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 from xglm_core.errors import InputError
 from xglm_core.generation.rules import Rules
 
-# Tokens to ask for between two looks at the end-of-text ids: rows that ended waste at most this many steps.
+# How many tokens to compute between two checks for end ids. Rows that have ended waste at most this many steps.
 BLOCK = 16
 
-# What `Engine.select` and `Engine.advance` give in place of an id.
-NOT_A_NUMBER = -1  # The row's logits are not numbers.
+# What `Engine.select` and `Engine.advance` return in place of an id.
+NOT_A_NUMBER = -1  # The row's logits contain NaN.
 NOTHING_LEFT = -2  # All ids are banned.
 
-# A user's hook: the tokens so far [rows, length] and the logits [rows, vocab_size] -> logits, tensors of the framework.
+# A user's hook: (tokens so far [rows, length], logits [rows, vocab_size]) -> logits; all are tensors of the framework.
 Processor = Callable[[Any, Any], Any]
 
 
 class Engine(Protocol):
-    """The state of one call: a cache, and the logits of what was read last, which both stay on the device.
+    """The state of one call: a cache and the latest logits, both on the device.
 
     Attributes:
-        bucket: prompt lengths and capacities are rounded up to multiples of this many tokens, so that compiled code is
-            reused; 1 where shapes are free.
-        logits: of the last token of each row, the framework's tensor [rows, vocab_size].
+        bucket: prompt lengths and capacities are multiples of this many tokens, so that compiled code is reused; 1 if
+            nothing is compiled.
+        logits: the logits of the last token of each row, the framework's tensor [rows, vocab_size].
     """
 
     bucket: int
@@ -39,36 +39,36 @@ class Engine(Protocol):
         Args:
             tokens: padded on the left, ids int64 [rows, length] or embeddings float32 [rows, length, d_model].
             attention_mask: 1 for tokens, 0 for padding, of cached and new positions, int64 [rows, past + length].
-            capacity: positions that the cache must hold.
-            seen: the ids that each row contains, for the repetition penalty, int32 [rows, any]; `vocab_size` where
-                there is none. None if nobody will ask.
+            capacity: how many positions the cache must hold.
+            seen: the ids that each row contains, int32 [rows, any], filled up with `vocab_size`. None without a
+                repetition penalty.
         """
 
     def reorder(self, rows: np.ndarray) -> None:
-        """Continues with these rows of the present ones, int64 [new rows]; one may be taken several times."""
+        """Keeps these rows, int64 [new rows], in this order; a row may occur several times."""
 
     def feed(self, tokens: np.ndarray) -> None:
         """Reads one token of each row, int64 [rows]."""
 
     def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
-        """Chooses a token of each row by the present logits.
+        """Chooses a token for each row, by the latest logits.
 
         Args:
-            rules: how.
-            keys: of the rows' noise, uint32 [rows, 2]; of no effect unless the rules sample.
+            rules: how to choose.
+            keys: the keys of the rows' noise, uint32 [rows, 2]; without effect unless the rules sample.
 
         Returns:
-            Ids, int64 [rows], or `NOT_A_NUMBER` or `NOTHING_LEFT`.
+            Ids, int64 [rows]; `NOT_A_NUMBER` or `NOTHING_LEFT` for a row without a token.
         """
         ...
 
     def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
-        """`feed` and `select`, `keys.shape[1]` times, each time with the token that was selected before.
+        """Repeats `feed` and `select` for each step of `keys`, feeding the token that was selected last.
 
         Args:
-            tokens: what to feed first, int64 [rows].
-            rules: how to select, the same for all steps.
-            keys: uint32 [rows, steps, 2]; 1 to `BLOCK` steps.
+            tokens: the tokens to feed first, int64 [rows].
+            rules: how to select in all steps.
+            keys: uint32 [rows, steps, 2], with 1 to `BLOCK` steps.
 
         Returns:
             Ids, int64 [rows, steps]; see `select`.
@@ -78,45 +78,45 @@ class Engine(Protocol):
     def candidates(
         self, rules: Rules, totals: np.ndarray, keys: np.ndarray, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best continuations of groups of rows, for a beam search.
+        """Finds the best continuations of each group of rows, for beam search.
 
         Args:
-            rules: how to score; they are normalized. If they sample, `count` are drawn without replacement, by noise
-                that is added to the totals, with the group's key and the index below.
-            totals: what to add to the scores of each row, float32 [groups, beams]; rows of a group are neighbours.
+            rules: how to score; they are normalized. If they sample, `count` continuations are drawn without
+                replacement: noise by the group's key and the index below is added to the totals.
+            totals: what to add to the scores of each row, float32 [groups, beams]; the rows of a group are neighbours.
             keys: uint32 [groups, 2].
-            count: how many to return for each group.
+            count: how many continuations to return for each group.
 
         Returns:
-            Totals with the scores of the new tokens, without noise, float32 [groups, count], best (or drawn) first; and
-            beam * vocab_size + id of each, int64 [groups, count].
+            Totals plus the scores of the new tokens, without noise, float32 [groups, count], in descending order, or in
+            the order of drawing; and beam * vocab_size + id, int64 [groups, count].
         """
         ...
 
     def scores(self, rules: Rules) -> Any:
-        """What `select` chooses from, before noise: the framework's tensor, float32 [rows, vocab_size]."""
+        """The scores from which `select` chooses, without noise: the framework's tensor, float32 [rows, vocab_size]."""
 
     def recorded(self) -> Any:
-        """The present logits, for the user: the framework's tensor, which nothing that follows changes."""
+        """The latest logits for the user: a tensor of the framework that never changes."""
 
     def ids(self, texts: np.ndarray) -> Any:
-        """Tokens int64 [rows, length] as the user's functions get them: the framework's tensor."""
+        """Token ids int64 [rows, length] as a tensor of the framework, for the user's functions."""
 
     def cache(self, places: np.ndarray, mask: np.ndarray) -> Any:
-        """The cache of some positions, for the user; None if positions are not counted as below.
+        """The cache of some positions, for the user; None if the engine does not number positions as below.
 
         Args:
-            places: positions of each row, int64 [rows, length]: those of the prefill's mask, then one for each token
-                that was fed.
-            mask: which of them hold a token that the user knows, bool [rows, length].
+            places: positions of each row, int64 [rows, length]: first those of the prefill's mask, then one for each
+                token that was fed.
+            mask: which of them hold a token of the result, bool [rows, length].
         """
 
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
-        """Replaces the logits by what a user's hooks make of a copy of them.
+        """Applies a user's hooks to a copy of the logits, and keeps what they return.
 
         Args:
             processors: the hooks, in order.
-            texts: the tokens so far, int64 [rows, length]; each row ends at the right.
+            texts: the tokens so far, int64 [rows, length], padded on the left.
 
         Raises:
             InputError: see `check_processed`.
@@ -124,12 +124,12 @@ class Engine(Protocol):
 
 
 def is_overridden(model: object, base: type, name: str = "prepare_inputs_for_generation") -> bool:
-    """Whether a model's method is not that of `base`: a subclass has its own, or it was replaced in the object."""
+    """Whether a subclass of `base`, or the model object itself, has replaced a method."""
     return getattr(getattr(model, name), "__func__", None) is not getattr(base, name)
 
 
 def check_not_overridden(model: object, base: type, *names: str) -> None:
-    """Raises `InputError` if a method is not that of `base`, where compiled generation never asks it."""
+    """Raises `InputError` if methods that compiled generation never calls are overridden."""
     for name in names:
         if is_overridden(model, base, name):
             raise InputError(
@@ -139,7 +139,7 @@ def check_not_overridden(model: object, base: type, *names: str) -> None:
 
 
 def check_processed(result: Any, shape: tuple[int, ...], place: int) -> None:
-    """Raises `InputError` unless what a hook returned has the shape of the logits; `place` is its index."""
+    """Raises `InputError` unless the result of hook number `place` has the shape of the logits."""
     found = getattr(result, "shape", None)
     if found is None or tuple(found) != shape:
         raise InputError(
@@ -149,7 +149,7 @@ def check_processed(result: Any, shape: tuple[int, ...], place: int) -> None:
 
 
 def no_token(code: int, row: int, step: int) -> InputError:
-    """The error for what an engine gives in place of a row's next token."""
+    """The error for a code that an engine returned in place of a row's next token."""
     if code == NOT_A_NUMBER:
         return InputError(
             f"the logits of row {row} are not numbers at new token {step}; check the weights and inputs_embeds for "

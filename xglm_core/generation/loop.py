@@ -15,16 +15,17 @@ from xglm_core.errors import InputError
 from xglm_core.generation.beams import search
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import BLOCK, Engine, Processor, no_token
-from xglm_core.generation.prompts import Prompts, filled, rounded_up
+from xglm_core.generation.prompts import Prompts, filled
 from xglm_core.generation.randomness import Keys, drawn_seed
 from xglm_core.generation.rules import PrefixFunction, RuleMaker, allowed_ids
 from xglm_core.generation.stopping import Criterion, StopStrings, stopped
 from xglm_core.inputs import check_positions
 from xglm_core.outputs import GenerateOutput
+from xglm_core.rounding import rounded_up
 
 
 class Streamer(Protocol):
-    """What follows a text as it grows."""
+    """Receives a text while it is generated."""
 
     def put(self, value: np.ndarray) -> None:
         """Takes the prompts, int64 [rows, length], and then each new token, int64 [rows]."""
@@ -40,17 +41,17 @@ class Request:
     Attributes:
         config: the model's configuration.
         generation: the options.
-        prompts: what to continue.
+        prompts: the prompts.
         processors: hooks that change the logits of each step.
-        tokenizer: for `stop_strings`.
+        tokenizer: the tokenizer for `stop_strings`.
         criteria: functions that end rows.
-        prefix: which ids may follow a text; None if all.
-        draw: makes the seed of sampling if the options have none.
-        seed: of this call; None if nothing is drawn.
+        prefix: a function that gives the ids that may follow a text; None allows all.
+        draw: draws a seed if the options have none.
+        seed: the seed of this call; None if nothing is sampled.
 
     Raises:
         InputError: the options do not fit the model or each other, the text would grow past `max_position_embeddings`,
-            or something is no function.
+            or a function is expected where something else is given.
     """
 
     config: XGLMConfig
@@ -83,11 +84,11 @@ class Request:
 
     @property
     def stepwise(self) -> bool:
-        """Whether something has to see each token before the next."""
+        """Whether a hook or the clock must see each token before the next one is computed."""
         return bool(self.processors or self.criteria or self.prefix or self.generation.max_time is not None)
 
     def stopped(self, engine: Engine, ids: np.ndarray, record: Mapping[str, list[Any]]) -> np.ndarray:
-        """Which of these rows end by the clock or by a function of the user: bool [rows]; see `steps`."""
+        """Which rows the clock or a user's function ends: bool [rows]; see `steps`."""
         late = self.generation.max_time is not None and time.monotonic() - self._begin > self.generation.max_time
         result = np.full(len(ids), late)
         if self.criteria:
@@ -95,20 +96,20 @@ class Request:
         return result
 
     def allowed(self, engine: Engine, ids: np.ndarray, prompts: Sequence[int | None]) -> list[np.ndarray] | None:
-        """The ids that each of these rows may get; None if all. See `allowed_ids`."""
+        """The ids that each row may get; None allows all. See `allowed_ids`."""
         if self.prefix is None:
             return None
         return allowed_ids(self.prefix, engine.ids(ids), prompts, self.config.vocab_size)
 
     @property
     def copies(self) -> int:
-        """Rows for each prompt."""
+        """The number of rows for each prompt."""
         return 1 if self.generation.num_beams > 1 else self.generation.num_return_sequences
 
     def prefill(self, engine: Engine) -> None:
-        """Reads the prompts, so that `engine` has the logits of their last tokens."""
+        """Lets `engine` read the prompts."""
         generation, prompts = self.generation, self.prompts
-        tokens, mask = prompts.left_padded(engine.bucket, generation.filler)
+        tokens, mask = prompts.left_padded(engine.bucket, generation.pad_id)
         capacity = mask.shape[1] + rounded_up(self.limit, engine.bucket)
         penalized = generation.repetition_penalty != 1
         seen = filled(prompts.texts, self.config.vocab_size).astype(np.int32) if penalized else None
@@ -119,15 +120,15 @@ def generate(engine: Engine, request: Request, streamer: Streamer | None = None)
     """Continues each row until it ends or is long enough.
 
     Args:
-        engine: the backend's engine, used for this call alone.
-        request: what to do.
-        streamer: is told the prompt and each token as soon as it is there.
+        engine: an engine for this call alone.
+        request: the call.
+        streamer: receives the prompt, then each token as soon as it is chosen.
 
     Returns:
-        numpy arrays, apart from `scores`, `logits` and `past_key_values`; see `GenerateOutput`.
+        See `GenerateOutput`; numpy arrays, except for `scores`, `logits` and `past_key_values`.
 
     Raises:
-        InputError: see `steps`; or a streamer is given and beams, of which none is final until the end.
+        InputError: see `steps`; or a streamer is given for a beam search, in which no token is final before the end.
     """
     generation = request.generation
     if streamer is not None and generation.num_beams > 1:
@@ -162,12 +163,12 @@ def generate(engine: Engine, request: Request, streamer: Streamer | None = None)
 
 
 def _cache(engine: Engine, request: Request, lengths: np.ndarray) -> Any:
-    """The cache of the columns of the result but for the last, which the model has not read.
+    """The cache of all columns of the result except the last one, which the model has not read.
 
     Args:
-        engine: has generated.
-        request: what it was asked for.
-        lengths: new tokens of each row [rows].
+        engine: the engine after generation.
+        request: the call.
+        lengths: the number of new tokens of each row [rows].
     """
     places, width = request.prompts.places(engine.bucket)
     new = np.arange(int(lengths.max()) - 1)
@@ -189,17 +190,17 @@ def steps(
     """Continues each row, without beams.
 
     Args:
-        engine: the backend's engine, used for this call alone.
-        request: what to do.
-        record: lists that get the "scores" and "logits" of each step.
-        lengths: gets the number of new tokens of each row, int64 [rows]; None if nobody asks.
-        one_by_one: whether to yield each token as soon as it is there; else up to `BLOCK` of them at a time.
+        engine: an engine for this call alone.
+        request: the call.
+        record: lists to which the "scores" and "logits" of each step are appended.
+        lengths: is filled with the number of new tokens of each row, int64 [rows]; None if not needed.
+        one_by_one: whether to yield each token as soon as it is chosen, not up to `BLOCK` tokens at a time.
 
     Yields:
-        The next tokens, int64 [rows, new]; of rows that ended the padding id.
+        The next tokens, int64 [rows, new]; the padding id for rows that have ended.
 
     Raises:
-        InputError: logits are not numbers, all ids are banned, or a function of the user returns nothing of use.
+        InputError: logits contain NaN, all ids are banned, or a user's function returns something unusable.
     """
     generation, prompts = request.generation, request.prompts
     request.prefill(engine)
@@ -208,8 +209,8 @@ def steps(
         engine.reorder(np.repeat(np.arange(len(prompts.tokens)), copies))
     texts = [list(text) for text in prompts.texts for _ in range(copies)]
     begins = [len(text) for text in texts]
-    keys = Keys(request.seed, [content for content in prompts.contents for _ in range(copies)])
-    blocks = [np.repeat(prompts.as_read(generation.filler), copies, axis=0)]  # What the model has read of each row.
+    keys = Keys(request.seed, [fingerprint for fingerprint in prompts.fingerprints for _ in range(copies)])
+    blocks = [np.repeat(prompts.as_read(generation.pad_id), copies, axis=0)]  # What the model has read of each row.
     ended = np.zeros(len(texts), bool)
     eos = generation.eos_ids
     one_by_one = one_by_one or request.stepwise or bool(record)
@@ -232,7 +233,7 @@ def steps(
             block = engine.select(rules, noise[:, 0])[:, None]
         else:
             block = engine.advance(last, rules, noise)
-        block = np.where(ended[:, None], generation.filler, block)
+        block = np.where(ended[:, None], generation.pad_id, block)
         last = block[:, -1].copy()
         for row in np.flatnonzero(~ended):
             for place, token in enumerate(block[row].tolist()):
@@ -240,7 +241,7 @@ def steps(
                     raise no_token(token, int(row), done + place)
                 texts[row].append(token)
                 if token in eos or request.stops.found(texts[row], begins[row]):
-                    block[row, place + 1 :] = generation.filler
+                    block[row, place + 1 :] = generation.pad_id
                     ended[row] = True
                     break
         longest = max(len(text) - begin for text, begin in zip(texts, begins, strict=True))
@@ -258,7 +259,7 @@ def stream(engine: Engine, request: Request) -> Iterator[np.ndarray]:
     """`steps` as an iterator over single tokens, int64 [rows].
 
     Raises:
-        InputError: beams are asked for; or see `steps`.
+        InputError: see `steps`; or a beam search is asked for.
     """
     if request.generation.num_beams > 1:
         raise InputError("num_beams is above 1, but no token of a beam is final before the end; expected 1 to stream")

@@ -1,4 +1,4 @@
-"""The texts that `generate` continues, in the form in which engines read them."""
+"""The prompts of `generate`, checked and in the form that engines read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.inputs import check_attention_mask, check_cache_batch, check_has_tokens, check_input_ids, check_shapes
+from xglm_core.rounding import rounded_up
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Prompts:
     """What each row begins with.
 
     Attributes:
-        columns: what the result begins with: the ids as given, int64 [rows, length]; of embeddings nothing, [rows, 0].
-        tokens: what is to be read, ids int64 [rows, length] or embeddings float32 [rows, length, d_model]; without what
-            a cache holds.
+        columns: the ids as given, int64 [rows, length], with which the result begins; [rows, 0] for embeddings.
+        tokens: what the model reads, without what a cache holds: ids int64 [rows, length] or embeddings float32
+            [rows, length, d_model].
         mask: 1 for tokens, 0 for padding, int64 [rows, past + length].
-        past: positions that a given cache holds.
-        masked: whether the caller said what is padding.
-        dtype: of the result: that of the given ids, if it can hold all ids.
+        past: how many positions a given cache holds.
+        masked: whether the caller gave an attention mask.
+        dtype: the type of the result: that of the given ids, if it can hold all ids.
     """
 
     columns: np.ndarray
@@ -47,19 +48,19 @@ class Prompts:
         past_mask: np.ndarray | None = None,
         first: int | None = None,
     ) -> Prompts:
-        """Checks what a caller gives.
+        """Checks the prompts of a call.
 
         Args:
             config: the model's configuration.
-            input_ids: integers [rows, length], those that a cache holds included. None with nothing in its place is one
-                row of one token.
-            attention_mask: [rows, length], of embeddings [rows, past + length]; None for what the cache has and no
-                other padding, but see `without`.
+            input_ids: integers [rows, length], including the ids that a cache holds. Without ids and embeddings, the
+                prompt is one row of one id, `first`.
+            attention_mask: [rows, length], or [rows, past + length] with embeddings. None means the mask of the cache
+                and no other padding, but see `without`.
             inputs_embeds: [rows, length, d_model], in place of ids, without what a cache holds.
-            past: positions that a given cache holds.
-            past_rows: rows of that cache, one of which serves all prompts; None if there is none.
-            past_mask: the mask of these [rows, past], or None.
-            first: the id of a row of one token; None means `first_id(config)`.
+            past: how many positions a given cache holds.
+            past_rows: how many rows that cache has; a single one serves all prompts. None without a cache.
+            past_mask: the mask of the cache [rows, past], or None.
+            first: that id; None means `first_id(config)`.
 
         Raises:
             InputError: the shapes do not fit, ids are outside the vocabulary, a row has no token, or there is nothing
@@ -107,12 +108,12 @@ class Prompts:
         return cls(columns, tokens, mask, past, attention_mask is not None, dtype)
 
     def without(self, padding: int | None) -> Prompts:
-        """The prompts with this id as padding where it begins or ends a row, if the caller did not say what is padding.
+        """Treats an id as padding where it begins or ends a row, unless the caller gave a mask.
 
-        Between other ids it is text, and what a cache holds is as it was read. None changes nothing.
+        Between other ids it stays text, and what a cache holds stays as it was read. None changes nothing.
 
         Raises:
-            InputError: a row has nothing else to be read.
+            InputError: a row has no other id to read.
         """
         if self.masked or padding is None or not self.columns.size:
             return self
@@ -130,36 +131,36 @@ class Prompts:
 
     @cached_property
     def texts(self) -> tuple[list[int], ...]:
-        """The ids of each row, cached ones included, without padding; empty for embeddings."""
+        """The ids of each row without padding, including cached ones; empty for embeddings."""
         if not self.columns.size:
             return tuple([] for _ in self.columns)
         return tuple(row[keep].tolist() for row, keep in zip(self.columns, self.mask != 0, strict=True))
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row, cached ones included."""
+        """The number of tokens of the longest row, including cached ones."""
         return int(self.mask.sum(axis=1).max())
 
     @property
-    def contents(self) -> list[bytes]:
-        """What distinguishes the rows, as bytes."""
+    def fingerprints(self) -> list[bytes]:
+        """Bytes that are equal for rows with the same text."""
         if self.columns.size:
             return [np.array(text, "<i8").tobytes() for text in self.texts]
         rows = zip(self.tokens, self.mask[:, self.past :] != 0, strict=True)
         return [row[keep].astype("<f4").tobytes() for row, keep in rows]
 
-    def as_read(self, filler: int) -> np.ndarray:
-        """`columns` as the model reads them: the tokens of each row at its right end, `filler` before them."""
-        read = np.full_like(self.columns, filler)
+    def as_read(self, pad_id: int) -> np.ndarray:
+        """`columns` as the model reads them: each row right-aligned, with `pad_id` on its left."""
+        read = np.full_like(self.columns, pad_id)
         for row, text in zip(read, self.texts, strict=True):
             row[len(row) - len(text) :] = text
         return read
 
     def left_padded(self, multiple: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-        """Moves the tokens of each row to its right end, in order, and rounds the length up to a multiple.
+        """Pads all rows on the left, to a length that is a multiple of `multiple`.
 
         Returns:
-            `tokens` in that order, and the mask of cached and new positions.
+            The padded `tokens`, and the mask of cached and new positions.
         """
         new = self.mask[:, self.past :] != 0
         length = rounded_up(int(new.sum(axis=1).max()), multiple)
@@ -173,10 +174,10 @@ class Prompts:
         return tokens, np.concatenate([self.mask[:, : self.past], mask], axis=1)
 
     def places(self, multiple: int) -> tuple[np.ndarray, int]:
-        """Where `left_padded` puts the positions of `mask`.
+        """Where `left_padded` puts each position of `mask`.
 
         Returns:
-            Places int64 [rows, past + length], 0 of padding; and how many there are.
+            The new places, int64 [rows, past + length], 0 for padding; and the padded length.
         """
         _, mask = self.left_padded(multiple, 0)
         result = np.zeros_like(self.mask)
@@ -185,20 +186,15 @@ class Prompts:
 
 
 def first_id(config: XGLMConfig) -> int | None:
-    """What the tokenizer puts before every text, and training did: `</s>`. None if the configuration has no such id."""
+    """The id of `</s>`, which precedes every text in training; None if the configuration has no such id."""
     ends = config.eos_token_id
     end = ends[0] if isinstance(ends, Sequence) else ends
     return end if config.decoder_start_token_id is None else config.decoder_start_token_id
 
 
-def rounded_up(count: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-count // multiple) * multiple
-
-
-def filled(rows: Sequence[Sequence[int]], filler: int) -> np.ndarray:
-    """Rows of different lengths as an array, int64 [rows, longest]."""
-    result = np.full((len(rows), max(map(len, rows))), filler, np.int64)
+def filled(rows: Sequence[Sequence[int]], pad_id: int) -> np.ndarray:
+    """Pads rows of different lengths on the right: int64 [rows, longest]."""
+    result = np.full((len(rows), max(map(len, rows))), pad_id, np.int64)
     for place, row in zip(result, rows, strict=True):
         place[: len(row)] = row
     return result

@@ -1,13 +1,13 @@
-"""Chance, the same in every framework.
+"""Random sampling that is the same in every framework.
 
 A token is drawn by the Gumbel-max trick: with independent noise g_i = -log(-log(u_i)), the index of the largest
 score_i + g_i has the distribution softmax(score) (Gumbel 1954; Maddison et al., A* Sampling, 2014), and the indices of
-the n largest are n draws without replacement. Backends whose scores differ in the last bit part only where two of these
-sums are that close, while running sums of 256,008 probabilities would make them part often.
+the n largest are n draws without replacement. If the scores of two backends differ in the last bit, they draw different
+tokens only where two of these sums are that close. With running sums of 256,008 probabilities they often would.
 
-The numbers u_i are a function of a key of two words and of the id i, computed on the device by 32-bit arithmetic
-(`noise_bits`); the key is a function of the seed, the prompt, which copy of the prompt it is, and the step. So a row's
-text depends neither on its place in the batch nor on its neighbours.
+The values u_i depend on a key of two 32-bit words and on the id i. The device computes them by 32-bit arithmetic
+(`noise_bits`). The key depends on the seed, the prompt, the number of the prompt's copy, and the step. So the text of a
+row depends neither on its place in the batch nor on its neighbours.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Of `noise_bits`: the golden ratio spreads neighbouring ids, the others are the multipliers of a well-tested mixing of
-# 32 bits (Wellons, "lowbias32", 2018).
+# For `noise_bits`. The golden ratio spreads neighbouring ids; the others belong to a well-tested 32-bit mixing function
+# (Wellons, "lowbias32", 2018).
 GOLDEN = 0x9E3779B9
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 SHIFTS = (16, 15, 16)
 
 
 def noise_bits(key: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """The definition of what backends compute: 32 random bits for each index.
+    """Computes 32 random bits for each index. This is the definition; `Selection` computes the same on the device.
 
     Args:
         key: two words, uint32 [..., 2].
-        index: uint32 [...] or one that can be combined with it.
+        index: integers that broadcast with [...].
 
     Returns:
         uint32.
@@ -41,7 +41,7 @@ def noise_bits(key: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def gumbel(bits: np.ndarray) -> np.ndarray:
-    """Gumbel noise of random bits, float32: -log(-log(1 - u)) for u = (bits + 1/2) / 2^32, which is finest near 0."""
+    """Gumbel noise from random bits, float32: -log(-log(1 - u)) with u = (bits + 1/2) / 2^32, finest near 0."""
     uniform = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2**-32)
     with np.errstate(divide="ignore"):
         noise: np.ndarray = -np.log(-np.log1p(-uniform))
@@ -49,7 +49,7 @@ def gumbel(bits: np.ndarray) -> np.ndarray:
 
 
 def drawn_seed() -> int:
-    """A seed that nobody can know."""
+    """An unpredictable seed."""
     return secrets.randbits(63)
 
 
@@ -57,8 +57,8 @@ class Keys:
     """The keys of the rows of a batch.
 
     Args:
-        seed: of the whole call; None where nothing is drawn.
-        prompts: what each row continues, as bytes; equal ones are told apart by their order.
+        seed: the seed of the call; None if nothing is drawn.
+        prompts: the prompt of each row, as bytes. Equal prompts get different keys, by their order.
     """
 
     def __init__(self, seed: int | None, prompts: Sequence[bytes]) -> None:

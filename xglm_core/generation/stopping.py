@@ -1,4 +1,4 @@
-"""What ends a text before its end: strings, and functions of the user."""
+"""What ends a text early: stop strings, and the user's functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from xglm_core.errors import InputError
 
-# A user's function: the tokens so far [rows, length], and the scores so far or None -> whether to end, for all or each.
+# A user's function: (tokens so far [rows, length], scores so far or None) -> whether to end, for all rows or for each.
 Criterion = Callable[[Any, Any], Any]
 
 
@@ -17,18 +17,18 @@ class StopStrings:
     """Looks for strings in new text.
 
     Args:
-        strings: the strings; there may be none.
-        tokenizer: makes text of ids.
+        strings: the strings; may be empty.
+        tokenizer: decodes ids.
 
     Raises:
-        InputError: there are strings but no tokenizer, or no text of the tokenizer can contain one of them.
+        InputError: there are strings but no tokenizer, or the tokenizer's texts can never contain one of them.
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:
         if strings and tokenizer is None:
             raise InputError("stop_strings needs the tokenizer; give generate(..., tokenizer=tokenizer)")
         for string in strings:
-            # Between letters, as SentencePiece drops spaces at the ends.
+            # Between letters, because SentencePiece drops spaces at the ends.
             if string not in tokenizer.decode(tokenizer.encode(f"a{string}a"), skip_special_tokens=True):
                 raise InputError(
                     f"stop_strings has {string!r}, which the tokenizer's texts never contain; newlines and repeated "
@@ -38,10 +38,10 @@ class StopStrings:
         self._tokenizer = tokenizer
 
     def found(self, text: Sequence[int], begin: int) -> bool:
-        """Whether the new part of a text, its ids from `begin` on, contains one of the strings."""
+        """Whether the ids of a text from `begin` on contain one of the strings."""
         if not self._strings:
             return False
-        # With the token before, so that a space at the begin of the new text is not lost.
+        # Decoding begins one token earlier: otherwise a space at the start of the new text would be lost.
         before = self._decode(text[max(begin - 1, 0) : begin])
         new = self._decode(text[max(begin - 1, 0) :])[len(before) :]
         return any(string in new for string in self._strings)
@@ -52,23 +52,23 @@ class StopStrings:
 
 
 def stopped(criteria: Sequence[Criterion], ids: Any, scores: tuple[Any, ...] | None) -> np.ndarray:
-    """Which rows some of the user's functions end.
+    """Which rows are ended by at least one of the user's functions.
 
     Args:
         criteria: the functions.
         ids: the tokens so far, the framework's tensor [rows, length].
-        scores: what each step chose from, if it is recorded.
+        scores: the scores of each step, if they are recorded.
 
     Returns:
         bool [rows].
 
     Raises:
-        InputError: a function returns something else than a bool or one for each row.
+        InputError: a function returns anything but a bool, or one bool for each row.
     """
     result = np.zeros(ids.shape[0], bool)
     for place, criterion in enumerate(criteria):
         found = criterion(ids, scores)
-        values = np.asarray(found.tolist() if hasattr(found, "tolist") else found)  # Wherever a tensor is.
+        values = np.asarray(found.tolist() if hasattr(found, "tolist") else found)  # `tolist` works on any device.
         if values.dtype != bool or values.shape not in ((), result.shape):
             raise InputError(
                 f"stopping_criteria[{place}] returned {values.dtype} {list(values.shape)}, expected True or False, or "

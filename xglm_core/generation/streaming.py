@@ -1,4 +1,4 @@
-"""Text as it grows."""
+"""Decodes text token by token."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from xglm_core.errors import InputError
 
-_UNFINISHED = "\ufffd"  # What decoding gives for a character of which not all bytes are there.
+_UNFINISHED = "\ufffd"  # What an incomplete character is decoded as.
 
 
 class GrowingText:
-    """The text of tokens that come one after the other.
+    """Decodes tokens that arrive one after another.
 
     Args:
-        tokenizer: makes text of ids.
+        tokenizer: decodes ids.
         skip_special_tokens, newline: see its `decode`.
     """
 
@@ -26,19 +26,19 @@ class GrowingText:
         self._options = {
             "skip_special_tokens": skip_special_tokens,
             "newline": newline,
-            "clean_up_tokenization_spaces": False,  # Which would change what was returned already.
+            "clean_up_tokenization_spaces": False,  # It would change text that was already returned.
         }
         self._ids: list[int] = []
         self._text = ""
 
     def add(self, ids: Iterable[int]) -> str:
-        """Takes further ids; returns what they add to the text, or nothing until their characters are complete."""
+        """Takes more ids; returns the text that they add, or nothing until its characters are complete."""
         self._ids += [int(number) for number in ids]
         text = self._decoded()
         return "" if text.endswith(_UNFINISHED) else self._beyond(text)
 
     def rest(self) -> str:
-        """What was not returned, as no more ids come."""
+        """The rest of the text, after the last ids."""
         return self._beyond(self._decoded())
 
     def _decoded(self) -> str:
@@ -50,7 +50,7 @@ class GrowingText:
 
 
 def texts_of(tokenizer: Any, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> Iterator[str]:
-    """The text of tokens, piece by piece as they come; joined, it is that of `decode`."""
+    """Yields the text of tokens piece by piece; joined, the pieces are what `decode` returns."""
     text = GrowingText(tokenizer, skip_special_tokens=skip_special_tokens)
     for token in tokens:
         yield text.add([token])
@@ -58,11 +58,11 @@ def texts_of(tokenizer: Any, tokens: Iterable[int], *, skip_special_tokens: bool
 
 
 class TextStreamer:
-    """Prints a text as `generate` makes it, for its argument `streamer`.
+    """Prints a text while it is generated; for the argument `streamer` of `generate`.
 
     Args:
-        tokenizer: makes text of ids.
-        skip_prompt: whether to print new text alone.
+        tokenizer: decodes ids.
+        skip_prompt: whether to print only new text.
         skip_special_tokens: whether special tokens are left out.
         file: where to print; None for the standard output.
     """

@@ -1,4 +1,4 @@
-"""`generate`, `stream` and `score` as methods of a model: written once, over what a backend knows of its arrays."""
+"""The methods `generate`, `stream` and `score` of a model, written once for all backends."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from xglm_core.scoring.engine import ScoringEngine, score
 
 
 class GenerationSurface:
-    """A base of the causal language models. A backend implements the methods that raise `NotImplementedError`.
+    """A base class of the causal language models. Backends implement the methods that raise `NotImplementedError`.
 
     Attributes:
         config: the architecture.
-        generation_config: the options of `generate` where a call has none.
-        own_arguments: what `generate`, `stream` and `score` take in this backend alone, by name.
+        generation_config: the default options of `generate`.
+        own_arguments: the names of arguments of `generate`, `stream` and `score` in this backend alone.
     """
 
     config: XGLMConfig
@@ -50,37 +50,37 @@ class GenerationSurface:
         tokenizer: Any = None,
         **options: Any,
     ) -> Any:
-        """Continues each row: with its likeliest tokens, with drawn ones, or with the best beams.
+        """Continues each row: by its likeliest tokens, by sampling, or by beam search.
 
         Args:
-            input_ids: prompts, integers [rows, length], padded on either side, with what a cache holds of them; as
-                `inputs`, too. Without any there is one row, which begins with the option `bos_token_id`, or with `</s>`
-                as the tokenizer's texts do.
-            attention_mask: 1 for tokens, 0 for padding [rows, length]; None means that `pad_token_id` is padding where
-                it begins or ends a row, unless it ends texts as well.
-            generation_config: the options; what is None in it is as in `self.generation_config`. Also one of
-                transformers.
+            input_ids: prompts, integers [rows, length], padded on either side, including the ids that a cache holds.
+                May also be given as `inputs`. Without prompts there is one row, which begins with the option
+                `bos_token_id`, or with `</s>`.
+            attention_mask: 1 for tokens, 0 for padding [rows, length]. None means that `pad_token_id` is padding where
+                it begins or ends a row, unless it also ends texts.
+            generation_config: the options, also as an object of transformers; options that are None follow
+                `self.generation_config`.
             inputs_embeds: prompts as embeddings [rows, length, d_model], in place of `input_ids`.
-            past_key_values: the cache of an earlier call, which stays as it is; its positions are not read again. A
-                single row serves all prompts that begin with its text.
+            past_key_values: the cache of an earlier call, which is not modified; its positions are not read again. A
+                cache of a single row serves all prompts that begin with its text.
             logits_processor: functions of ids [rows, length] and logits [rows, vocab_size] that return other logits.
-            stopping_criteria: functions of ids [rows, length] and the scores so far, a tuple with `output_scores` and
-                else None; they return whether to end, for all rows or each.
+            stopping_criteria: functions of ids [rows, length] and the scores so far (a tuple with `output_scores`, else
+                None) that return whether to end, for all rows or for each.
             prefix_allowed_tokens_fn: a function of the number of a prompt and its ids so far [length] that returns the
-                ids that may follow; of copies by `num_return_sequences`, each counts as a prompt of its own.
-            streamer: is told the prompt and each new token, as numpy arrays.
-            tokenizer: for `stop_strings`.
-            options: options of `GenerationConfig` that take precedence; in JAX also `params`, the parameters, and
-                `prng_key`, a key to sample by in place of `seed`; in PyTorch also what a
-                `prepare_inputs_for_generation` of one's own names.
+                ids that may follow. Each copy by `num_return_sequences` counts as a prompt of its own.
+            streamer: receives the prompt and each new token, as numpy arrays.
+            tokenizer: the tokenizer for `stop_strings`.
+            options: options of `GenerationConfig`, which take precedence. In JAX also `params`, the parameters, and
+                `prng_key`, a key to sample by in place of `seed`. In PyTorch also the arguments of an overridden
+                `prepare_inputs_for_generation`.
 
         Returns:
-            [rows, length + new], in the type of `input_ids`: these as given, then the new tokens; rows that ended are
-            filled with padding. With `return_dict_in_generate`, a `GenerateOutput`.
+            [rows, length + new], in the type of `input_ids`: the given ids, then the new tokens; rows that have ended
+            are filled with padding. With `return_dict_in_generate`, a `GenerateOutput`.
 
         Raises:
-            InputError: an option is unknown, impossible or contradicts another one, or the prompts do not fit the model
-                or its window; before anything is computed. Or logits are not numbers.
+            InputError: before anything is computed: an option is unknown, impossible or contradicts another one, or the
+                prompts do not fit the model or its window. Later: logits contain NaN.
         """
         engine, request = self._generation(
             input_ids,
@@ -109,13 +109,13 @@ class GenerationSurface:
         generation_config: GenerationConfig | None = None,
         **arguments: Any,
     ) -> Iterator[np.ndarray]:
-        """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is there.
+        """`generate` as an iterator: yields the next token of each row, int64 [rows], as soon as it is chosen.
 
         Args:
-            input_ids, attention_mask, generation_config, arguments: see `generate`, which has `streamer` beside them.
+            input_ids, attention_mask, generation_config, arguments: see `generate`; without `streamer`.
 
         Raises:
-            InputError: see `generate`; or beams are asked for, of which none is final before the end.
+            InputError: see `generate`; or a beam search is asked for, in which no token is final before the end.
         """
         return stream(*self._generation(input_ids, attention_mask, generation_config, **arguments))
 
@@ -123,18 +123,18 @@ class GenerationSurface:
     def score(
         self, input_ids: Any, attention_mask: Any = None, *, return_likeliest: bool = False, **own: Any
     ) -> Any | tuple[Any, Any]:
-        """The log-probability of each token given those before it, without gradients and without holding all logits.
+        """The log-probability of each token given those before it, without gradients, and never holding all logits.
 
         Args:
             input_ids: integers [batch, length], a tensor or a numpy array, padded on either side.
             attention_mask: 1 for tokens, 0 for padding [batch, length]; None means no padding.
-            return_likeliest: whether to return a pair.
-            own: in JAX, `params`: the parameters; None means the model's.
+            return_likeliest: whether to return the likeliest ids, too.
+            own: in JAX `params`, the parameters; None means the model's.
 
         Returns:
-            float32 [batch, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding
-            before it. With `return_likeliest` also the likeliest id in that place, int32 [batch, length - 1]; -1 where
-            there is nothing to predict.
+            float32 [batch, length - 1]: column i belongs to token i + 1. It is 0 if this token is padding, or has only
+            padding before it. With `return_likeliest` also the likeliest id in its place, int32 [batch, length - 1]; -1
+            where nothing is predicted.
 
         Raises:
             InputError: see `xglm_core.scoring.engine.score`.
@@ -148,19 +148,19 @@ class GenerationSurface:
     def compute_transition_scores(
         self, sequences: Any, scores: Sequence[Any], beam_indices: Any = None, normalize_logits: bool = False
     ) -> Any:
-        """The score of each new token of a text that `generate` has made.
+        """The score of each new token in the output of `generate`.
 
         Args:
             sequences: ids [rows, prompt + new].
-            scores: those of `output_scores=True`, or logits, one [rows or beams, vocab_size] for each step.
-            beam_indices: of a beam search, as `generate` returned them.
-            normalize_logits: whether to make log-probabilities of the scores.
+            scores: the scores of `output_scores=True`, or logits, one [rows or beams, vocab_size] for each step.
+            beam_indices: for beam search, as `generate` returned them.
+            normalize_logits: whether to turn the scores into log-probabilities.
 
         Returns:
             float32 [rows, new].
 
         Raises:
-            InputError: the arguments do not belong together.
+            InputError: the arguments do not fit together.
         """
         beams = None if beam_indices is None else self._to_numpy(beam_indices)
         of_steps = map(self._to_numpy, scores)
@@ -182,7 +182,7 @@ class GenerationSurface:
         tokenizer: Any = None,
         **options: Any,
     ) -> tuple[Engine, Request]:
-        """What to run, and on what, with everything checked."""
+        """Checks everything; returns the engine and the request."""
         own = {name: options.pop(name) for name in self.own_arguments if name in options}
         input_ids, attention_mask, generation_config = arguments(input_ids, attention_mask, generation_config, inputs)
         check_not_traced("generate", self._is_traced(input_ids, attention_mask, inputs_embeds, *own.values()))
@@ -207,43 +207,43 @@ class GenerationSurface:
         )
 
     def _engine(self, past: Any, prompts: Prompts, options: dict[str, Any], **own: Any) -> Engine:
-        """The engine of one call.
+        """Makes the engine of one call.
 
         Args:
-            past: a cache to go on from, or None.
-            prompts: what it will read.
-            options: those of the call; what is not for `GenerationConfig` is taken out.
+            past: a cache to continue, or None.
+            prompts: the prompts.
+            options: the options of the call; those that are not for `GenerationConfig` are removed.
             own: see `own_arguments`.
 
         Raises:
-            InputError: the model cannot generate as it is.
+            InputError: the model cannot generate in its present state.
         """
         raise NotImplementedError
 
     def _scorer(self, **own: Any) -> ScoringEngine:
-        """The engine of `score`."""
+        """Makes the engine of `score`."""
         raise NotImplementedError
 
     def _as_cache(self, past_key_values: Any) -> Any:
-        """A cache as the backend has it, with `length`, `batch` and `mask` [batch, at least length]; None if None."""
+        """A cache in the backend's form, with `length`, `batch` and `mask` [batch, at least length]; None for None."""
         raise NotImplementedError
 
     def _to_numpy(self, array: Any) -> np.ndarray:
-        """An array of the framework, or what numpy takes, as an array of the host."""
+        """Converts an array of the framework, or anything that numpy takes, to a numpy array."""
         raise NotImplementedError
 
     def _from_numpy(self, array: np.ndarray, like: Any) -> Any:
-        """An array of the host as one of the framework: where `like` is, or the model if that is None."""
+        """Converts a numpy array to an array of the framework, on the device of `like`, or of the model for None."""
         raise NotImplementedError
 
     def _is_traced(self, *values: Any) -> bool:
-        """Whether the framework traces or compiles, or some of the values have no values yet."""
+        """Whether the framework traces or compiles, or some values are still unknown."""
         raise NotImplementedError
 
     def _seeded(self, generation: GenerationConfig, options: dict[str, Any], **own: Any) -> GenerationConfig:
-        """The options, with a seed that the caller gave in another form."""
+        """The options, with a seed that was given in another form."""
         return generation
 
     def _draw_seed(self) -> int:
-        """A seed for a call that has none: of the framework's generator, if it has one, else of the system."""
+        """Draws a seed, from the framework's generator if it has one, else from the system."""
         return drawn_seed()

@@ -1,4 +1,4 @@
-"""What each token of a generated text scored."""
+"""The scores of the tokens of a generated text."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def transition_scores(
 
     Args:
         sequences: ids [rows, prompt + new].
-        scores: of each step [rows or beams, vocab_size].
+        scores: the scores of each step [rows or beams, vocab_size].
         beam_indices: of a beam search, the beam that each new token continued [rows, new]; -1 after the end.
-        normalize: whether to make log-probabilities of the scores.
+        normalize: whether to turn the scores into log-probabilities.
 
     Returns:
         float32 [rows, new]; 0 after the end of a beam.
 
     Raises:
-        InputError: there are no scores, or the rows do not belong together.
+        InputError: there are no scores, or the arguments do not fit together.
     """
     steps = [np.asarray(array, np.float32) for array in scores]
     if not steps:

@@ -1,4 +1,4 @@
-"""How likely texts are: scoring of ids in any backend, and of texts, pairs and words on top of it."""
+"""Scoring: how likely token ids, texts, pairs of texts and words are."""
 
 from xglm_core.scoring.texts import TextScore, score_texts
 from xglm_core.scoring.words import Word

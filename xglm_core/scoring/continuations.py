@@ -1,4 +1,4 @@
-"""Ids after ids: how likely continuations are, and whether they are what greedy generation would give."""
+"""Scores continuations as ids: how likely they are, and whether greedy generation would give them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 
 class GreedyScorer(Protocol):
-    """What scores ids and knows likelier ones: the causal language model of any backend.
+    """A causal language model of any backend.
 
     Attributes:
-        config: its configuration.
+        config: the model's configuration.
     """
 
     config: XGLMConfig
@@ -33,17 +33,17 @@ def score_continuations(
 ) -> Iterator[tuple[int, float, bool]]:
     """Scores continuations after their contexts, both as ids.
 
-    The model reads one window of each: all of it, or as much of its end as the context has places for.
+    The model reads each pair in one window: all of it, or as much of its end as the model can read.
 
     Args:
         model: the causal language model of any backend.
-        pairs: contexts and continuations; neither may be empty, and a continuation has fewer than
+        pairs: contexts and continuations. Neither may be empty; a continuation must have fewer than
             `max_position_embeddings` ids.
-        batch_tokens: most tokens of a batch, padding included; one long pair may be more.
+        batch_tokens: the largest number of tokens in a batch, including padding; a single long pair may exceed it.
 
     Yields:
-        Of each pair, the longest first, its number, the log-probability of its continuation [nats], and whether each of
-        its ids is the likeliest in its place, the first one of equals.
+        For each pair, longest first: its index, the log-probability of the continuation [nats], and whether each id of
+        the continuation is the likeliest one in its place (the lowest id on ties).
     """
     limit = model.config.max_position_embeddings
     sequences = [np.array([*context, *continuation], np.int64) for context, continuation in pairs]

@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens, written once over a small protocol that each backend implements.
+"""Log-probabilities of given tokens, over a small protocol that each backend implements.
 
-No array of batch x length x vocabulary exists. An engine makes a tile of logits at a time, some positions by a part of
-the vocabulary, and keeps of each position the target's logit, the log of the sum of exponentials, and the largest logit
-with its id.
+No array of batch x length x vocabulary exists. An engine computes one tile of logits at a time: some positions by a
+part of the vocabulary. For each position it keeps the target's logit, the logarithm of the sum of exponentials, and the
+largest logit with its id.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import numpy as np
 
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import check_attention_mask, check_has_tokens, check_input_ids, check_positions
+from xglm_core.rounding import power_of_two, rounded_up
 
-# A tile of 16 MB in float32: products are as fast as they get, and what follows them finds the logits in the cache.
-# Fewer positions at a time would read the whole head more often.
+# A tile has 16 MB in float32: products reach full speed, and the logits stay in the processor's cache afterwards.
+# Smaller tiles would read the head more often.
 TILE_POSITIONS = 1024
 TILE_VOCABULARY = 4096
 
 
 class ScoringEngine(Protocol):
-    """What a backend brings.
+    """The protocol by which scoring uses a backend.
 
     Attributes:
         bucket: rows are padded to a multiple of this many tokens, and their number to a power of two, so that compiled
-            code is reused; 1 where shapes are free.
+            code is reused; 1 if nothing is compiled.
     """
 
     bucket: int
@@ -33,17 +34,17 @@ class ScoringEngine(Protocol):
     def log_probabilities(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Runs the model, and its head on some positions alone.
+        """Runs the model, and the head only on some positions.
 
         Args:
             input_ids: int64 [rows, length].
             attention_mask: 1 for tokens, 0 for padding, int64 [rows, length].
-            sources: positions to predict from, row * length + column, int64 [targets].
+            sources: the positions that predict, row * length + column, int64 [targets].
             targets: the ids to predict, int64 [targets].
 
         Returns:
-            log softmax(logits)[target], in float32 [targets], and the id with the largest logit, the first one of
-            equals, in integers [targets].
+            log softmax(logits)[target], float32 [targets], and the id with the largest logit (the lowest id on ties),
+            integers [targets].
         """
         ...
 
@@ -51,7 +52,7 @@ class ScoringEngine(Protocol):
 def score(
     engine: ScoringEngine, input_ids: np.ndarray, attention_mask: np.ndarray | None, config: XGLMConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The log-probability of each token given those before it in its row, and what is likeliest in its place.
+    """The log-probability of each token given those before it in its row, and the likeliest id in its place.
 
     Args:
         engine: the backend's engine.
@@ -60,9 +61,9 @@ def score(
         config: the model's configuration.
 
     Returns:
-        float32 [rows, length - 1]: column i is that of token i + 1; 0 where this is padding, or has only padding before
-        it. And the likeliest id in that place, the first one of equals, int32 [rows, length - 1]; -1 where there is
-        nothing to predict.
+        float32 [rows, length - 1]: column i belongs to token i + 1. It is 0 if this token is padding, or has only
+        padding before it. And the likeliest id in its place (the lowest id on ties), int32 [rows, length - 1]; -1 where
+        nothing is predicted.
 
     Raises:
         InputError: ids outside the vocabulary, a mask of another shape, a row without tokens, or one that is longer
@@ -75,7 +76,7 @@ def score(
     check_has_tokens(mask)
     check_positions(0, int(np.count_nonzero(mask, axis=1).max()) - 1, config)
     is_token = mask != 0
-    # A token is predicted from the last one before it, which padding may separate from it.
+    # Each token is predicted from the last token before it. Padding may lie between the two.
     last = np.maximum.accumulate(np.where(is_token, np.arange(length), -1), axis=1)[:, :-1]
     scored = is_token[:, 1:] & (last >= 0)
     scores = np.zeros((rows, length - 1), np.float32)
@@ -89,10 +90,10 @@ def score(
 
 
 def in_chunks(values: np.ndarray, positions: int) -> np.ndarray:
-    """Values [targets] as int32 [chunks, chunk], a chunk being what a tile takes of so many positions.
+    """Splits values [targets] into chunks of a tile's size, int32 [chunks, chunk].
 
-    There is room for all of the positions, whatever the number of targets, so that compiled code has one shape; zeros
-    fill the rest.
+    There is room for all positions, whatever the number of targets, so that compiled code has one shape. Zeros fill the
+    rest.
     """
     chunk = min(positions, TILE_POSITIONS)
     chunks = np.zeros((-(-positions // chunk), chunk), np.int32)
@@ -101,10 +102,10 @@ def in_chunks(values: np.ndarray, positions: int) -> np.ndarray:
 
 
 def _padded(array: np.ndarray, bucket: int) -> np.ndarray:
-    """The array [rows, length] in int64, with zeros on the right and below."""
+    """Pads an array [rows, length] with zeros on the right and below; returns int64."""
     rows, length = array.shape
     if bucket > 1:
-        rows, length = 1 << (rows - 1).bit_length(), -(-length // bucket) * bucket
+        rows, length = power_of_two(rows), rounded_up(length, bucket)
     padded = np.zeros((rows, length), np.int64)
     padded[: len(array), : array.shape[1]] = array
     return padded

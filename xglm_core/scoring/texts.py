@@ -1,4 +1,4 @@
-"""Texts and pairs to log-probabilities of their tokens, over any backend's model."""
+"""Scores texts, and continuations after their contexts, with any backend's model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Item = str | tuple[str, str]
 
 
 class Scorer(Protocol):
-    """What scores ids: the causal language model of any backend.
+    """A causal language model of any backend.
 
     Attributes:
-        config: its configuration.
+        config: the model's configuration.
     """
 
     config: XGLMConfig
 
     def score(self, input_ids: Any, attention_mask: Any) -> Any:
-        """Log-probabilities [rows, length - 1] that `np.asarray` reads, for int64 arrays [rows, length]."""
+        """Log-probabilities [rows, length - 1] of int64 arrays [rows, length]; `np.asarray` can read them."""
         ...
 
 
@@ -42,13 +42,13 @@ class TextScore:
     """How likely a text is, or a continuation after its context.
 
     Attributes:
-        text: the text; of a pair, context and continuation joined.
-        tokens: the tokens that count: all of a text, those of the continuation of a pair. The `</s>` that stands before
-            every text does not: nothing precedes it.
-        ids: of each of them.
-        offsets: begin and end of each of them in `text` [characters], the space before it included.
-        log_probabilities: of each of them, given all before it [nats].
-        words: the same numbers for words, in bits.
+        text: the text; for a pair, context and continuation joined.
+        tokens: the tokens that are scored: those of the text, or of the continuation. The `</s>` before every text is
+            not scored, as nothing precedes it.
+        ids: the id of each of these tokens.
+        offsets: where each token begins and ends in `text` [characters], including the space before it.
+        log_probabilities: the log-probability of each token, given all before it [nats].
+        words: the surprisal of words [bits].
     """
 
     text: str
@@ -60,17 +60,17 @@ class TextScore:
 
     @property
     def sum(self) -> float:
-        """The log-probability of all of them [nats]."""
+        """The log-probability of all scored tokens together [nats]."""
         return math.fsum(self.log_probabilities)
 
     @property
     def count(self) -> int:
-        """How many they are."""
+        """The number of scored tokens."""
         return len(self.ids)
 
     @property
     def perplexity(self) -> float:
-        """exp(-sum / count): per token of this tokenizer, `</s>` at line breaks included."""
+        """exp(-sum / count), per token of this tokenizer, including `</s>` at line breaks."""
         with np.errstate(over="ignore"):
             return float(np.exp(-self.sum / self.count))
 
@@ -80,8 +80,8 @@ class EncodedText:
     """A text as the model will read it after `</s>`.
 
     Attributes:
-        text, ids, offsets: see `TextScore`, but of all tokens.
-        first: the first token that counts.
+        text, ids, offsets: see `TextScore`, but for all tokens.
+        first: the index of the first token that is scored.
     """
 
     text: str
@@ -101,29 +101,29 @@ def score_texts(
 ) -> list[TextScore]:
     """Scores texts, or continuations after their contexts.
 
-    A pair is joined as it stands, without a space in between, and its tokens are those of the whole. The continuation's
-    are those that reach into it, or into the white space before it: what follows "The dog" + " runs" and "The dog " +
-    "runs" is the same token. One across a boundary inside a word counts as well; a line break that is `</s>` belongs to
-    the side on which it was written.
+    A pair is joined as it stands, without a space in between, and the whole is tokenized. The tokens of the
+    continuation are those that reach into it, or into the white space before it. So "The dog" + " runs" and "The dog "
+    + "runs" score the same token. A token that crosses the boundary inside a word counts as well. A line break that is
+    `</s>` belongs to the side on which it was written.
 
-    Texts longer than the model's context are read in windows, which move by `stride` tokens: each token is scored
-    once, given all that precedes it in the first window, and at least `max_position_embeddings - stride` tokens
-    afterwards.
+    A text that is longer than the model's context is read in windows that move by `stride` tokens. Each token is scored
+    once: in the first window given all that precedes it, in the others given at least
+    `max_position_embeddings - stride` tokens.
 
     Args:
         model: the causal language model of any backend.
         tokenizer: its tokenizer.
         texts: strings, or pairs (context, continuation) of strings, or some of each; a context may be empty.
-        stride: how far the window moves [tokens], 1 to `max_position_embeddings` - 1; None for half of the context.
+        stride: how far the window moves [tokens], 1 to `max_position_embeddings` - 1; None means half of the context.
         newline: "space" or "eos"; None follows the tokenizer.
-        batch_tokens: most tokens of a batch, padding included; one long text may be more.
+        batch_tokens: the largest number of tokens in a batch, including padding; a single long text may exceed it.
 
     Returns:
         A score for each text, in order.
 
     Raises:
-        InputError: there are no texts; one is neither a string nor a pair, or has no tokens to score, or some that the
-            model does not know; `stride`, `newline` or `batch_tokens` is out of range.
+        InputError: there are no texts; one of them is neither a string nor a pair, has no tokens to score, or has
+            tokens that the model does not know; or `stride`, `newline` or `batch_tokens` is out of range.
     """
     if not isinstance(texts, list | tuple) or not texts:
         raise InputError(f"texts is {texts!r:.80}, expected a list of strings or pairs of strings, not empty")
@@ -135,7 +135,7 @@ def score_texts(
 
 
 def checked_stride(config: XGLMConfig, stride: int | None) -> int:
-    """The stride, half of the context if it is None; raises `InputError` if it is out of range."""
+    """The stride, or half of the context for None; raises `InputError` if it is out of range."""
     limit = config.max_position_embeddings
     stride = limit // 2 if stride is None else stride
     if not isinstance(stride, int) or not 1 <= stride < limit:
@@ -144,14 +144,14 @@ def checked_stride(config: XGLMConfig, stride: int | None) -> int:
 
 
 def encode(config: XGLMConfig, tokenizer: Tokenizer, item: Item, newline: str | None, where: str) -> EncodedText:
-    """The tokens of a text or a pair.
+    """Tokenizes a text or a pair.
 
     Args:
         config: the model's configuration.
         tokenizer: its tokenizer.
         item: a text, or a context and its continuation.
         newline: "space" or "eos"; None follows the tokenizer.
-        where: what errors call it.
+        where: the name of the text in errors.
 
     Raises:
         InputError: see `score_texts`.
@@ -181,7 +181,7 @@ def encode(config: XGLMConfig, tokenizer: Tokenizer, item: Item, newline: str | 
 def score_encoded(
     model: Scorer, tokenizer: Tokenizer, texts: Sequence[EncodedText], stride: int, batch_tokens: int
 ) -> list[TextScore]:
-    """`score_texts` for what `encode` gave."""
+    """`score_texts` for the results of `encode`."""
     begin = tokenizer.sep_token_id
     if begin is None:
         raise InputError("the first token is scored given sep_token (</s>), but the tokenizer has none; set it")
@@ -208,7 +208,7 @@ def score_encoded(
 def _score_batch(
     model: Scorer, sequences: Sequence[np.ndarray], batch: Sequence[Window], scores: Sequence[np.ndarray]
 ) -> None:
-    """Scores windows, and writes the numbers where their tokens stand."""
+    """Scores windows, and writes the scores to the places of their tokens."""
     found = np.asarray(model.score(*padded(sequences, batch)))
     for row, window in enumerate(batch):
         scores[window.sequence][window.first : window.end] = found[row, window.scored]

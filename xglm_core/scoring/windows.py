@@ -1,4 +1,4 @@
-"""Sequences in windows that a model can read, and windows in batches."""
+"""Splits sequences into windows that a model can read, and windows into batches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Window:
     """A part of a sequence that the model reads at once.
 
     Attributes:
-        sequence: which sequence.
-        begin, end: the places that are read, `end` excluded.
-        first: the first of them that is scored; all after it are, too.
+        sequence: the index of the sequence.
+        begin, end: the positions that are read, without `end`.
+        first: the first position that is scored; so are all after it.
     """
 
     sequence: int
@@ -25,22 +25,23 @@ class Window:
 
     @property
     def scored(self) -> slice:
-        """The columns of what `score` gives for the window that belong to its places from `first` on."""
+        """The columns of the window's scores that belong to the positions from `first` on."""
         return slice(self.first - self.begin - 1, self.end - self.begin - 1)
 
 
 def windows(sequence: int, length: int, first: int, limit: int, stride: int) -> Iterator[Window]:
-    """Windows that score each place of a sequence once, from `first` on.
+    """Yields windows that score each position of a sequence once, from `first` on.
 
-    Window k reads the places k * stride to k * stride + limit - 1. A place is scored in the first window that reads it:
-    given everything before it in the first window, and `limit - stride` to `limit - 1` tokens in the others. So its
-    score never depends on what follows, nor on how long the text is. Windows that would score nothing are left out.
+    Window k reads the positions k * stride to k * stride + limit - 1. A position is scored in the first window that
+    reads
+    it: in window 0 given everything before it, in the others given `limit - stride` to `limit - 1` tokens. So its score
+    never depends on what follows, nor on the length of the text. Windows that would score nothing are left out.
 
     Args:
-        sequence: its number.
-        length: its number of tokens, the begin token included.
-        first: place of the first token to score, at least 1.
-        limit: most tokens that the model reads.
+        sequence: the index of the sequence.
+        length: the number of its tokens, including the begin token.
+        first: the position of the first token to score, at least 1.
+        limit: the largest number of tokens that the model reads.
         stride: how far the window moves, 1 to `limit - 1`.
     """
     begin, end = 0, min(limit, length)
@@ -55,10 +56,10 @@ def windows(sequence: int, length: int, first: int, limit: int, stride: int) -> 
 
 
 def batches(parts: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Windows in batches of at most `batch_tokens` tokens, padding included; a longer one is a batch of its own.
+    """Puts windows into batches of at most `batch_tokens` tokens, including padding; a longer window is alone.
 
-    The longest come first: memory runs out at once or not at all, and little is padded. Their number is a power of two,
-    as backends that compile round it up to one.
+    The longest windows come first: memory runs out at once or not at all, and there is little padding. The number of
+    rows is a power of two, because compiled backends round it up to one.
     """
     ordered = sorted(parts, key=lambda window: window.begin - window.end)
     done = 0
@@ -70,7 +71,7 @@ def batches(parts: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]
 
 
 def padded(sequences: Sequence[np.ndarray], batch: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a batch of windows, padded on the right, and their mask, int64 [rows, length]."""
+    """The ids of a batch of windows, padded on the right, and the mask, both int64 [rows, length]."""
     longest = max(window.end - window.begin for window in batch)
     ids = np.zeros((len(batch), longest), np.int64)
     mask = np.zeros_like(ids)

@@ -1,4 +1,4 @@
-"""Surprisal of words."""
+"""The surprisal of words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-WORD_BEGIN = "▁"  # What SentencePiece writes for a space, and before a text.
+WORD_BEGIN = "▁"  # SentencePiece writes this for a space, and before a text.
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class Word:
     """A word of a text.
 
     Attributes:
-        text: the word as it stands in the text, without white space around it; empty for a line break.
-        begin, end: where it stands [characters].
-        bits: its surprisal, the sum of -log2 p of its tokens.
+        text: the word as in the text, without white space around it; empty for a line break.
+        begin, end: where it begins and ends in the text [characters].
+        bits: its surprisal: the sum of -log2 p over its tokens.
     """
 
     text: str
@@ -32,16 +32,16 @@ def words(
     log_probabilities: Sequence[float],
     special: Collection[str],
 ) -> list[Word]:
-    """Joins tokens to words.
+    """Joins tokens into words.
 
-    A word begins with each token that begins with "▁". A special token is a word of its own. Where a script writes no
-    spaces, a whole clause is one word: nothing here knows where its words would begin.
+    A token that begins with "▁" begins a word, and a special token is a word of its own. In scripts without spaces a
+    whole clause is one word, because the tokens do not show where words begin.
 
     Args:
-        text: what was divided into tokens.
+        text: the text.
         tokens: all or some of its tokens, in order.
-        offsets: begin and end of each [characters].
-        log_probabilities: of each, natural.
+        offsets: where each token begins and ends [characters].
+        log_probabilities: the log-probability of each token [nats].
         special: the tokens that are not text.
     """
     groups: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Tokens that are found in a text before SentencePiece sees it: special tokens, and tokens added to a vocabulary."""
+"""Tokens that are found in a text before SentencePiece sees it: special tokens and added tokens."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, Self
 
 from xglm_core.errors import InputError
 
-# From the first line break of a run to the last one, with the white space between them.
+# Matches from the first line break of a run to the last, with the white space in between.
 _LINE_BREAKS = r"[\r\n](?:\s*[\r\n])?"
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found as it stands.
+    """A token that is matched literally.
 
     Attributes:
         content: its text.
         special: whether `skip_special_tokens` drops it.
         single_word: whether it is found only where no letter, digit or "_" touches it.
-        lstrip, rstrip, normalized: kept for the files; they change no id, as SentencePiece drops the spaces around a
-            token, and tokens are found in the text as it came.
+        lstrip, rstrip, normalized: kept for the files. They change no id: SentencePiece drops the spaces around a
+            token, and tokens are matched in the original text.
     """
 
     content: str
@@ -36,7 +36,7 @@ class AddedToken:
 
     @classmethod
     def of(cls, token: Any, *, special: bool = False) -> Self:
-        """A token from a string, from an object with these attributes, or from its description in a file.
+        """Makes a token from a string, an object with these attributes, or its description in a file.
 
         Raises:
             InputError: it is none of these, or is empty.
@@ -53,7 +53,7 @@ class AddedToken:
         return self.content
 
     def __eq__(self, other: object) -> bool:
-        """Whether all is equal; the `tokenizers` library's tokens compare, too."""
+        """Whether all attributes are equal; also compares with tokens of the `tokenizers` library."""
         try:
             return all(getattr(other, name) == getattr(self, name) for name in _DEFAULTS)
         except AttributeError:
@@ -68,7 +68,7 @@ _DEFAULTS = asdict(AddedToken(""))
 
 
 class TokenFinder:
-    """Finds tokens in texts: of those that begin at one place the longest one, but whole words before others.
+    """Finds tokens in texts. At each place the longest one wins, but whole words come first.
 
     Args:
         tokens: the tokens and their ids.
@@ -85,12 +85,12 @@ class TokenFinder:
         pattern = _longest_of(others) if others else ""
         if words:
             pattern = "|".join(filter(None, [rf"(?<!\w)(?:{_longest_of(words)})(?!\w)", pattern]))
-        self._tokens = re.compile(pattern or "(?!)")  # Which is found nowhere.
+        self._tokens = re.compile(pattern or "(?!)")  # Matches nothing.
         self._tokens_and_breaks = re.compile("|".join(filter(None, [pattern, _LINE_BREAKS])))
 
     def may_find(self, text: str, *, line_breaks: bool) -> bool:
-        """Whether it is worth to look: several times faster than looking."""
-        for character in self._first_characters:  # A loop costs half of what `any` does.
+        """Whether a text may contain a token; several times faster than a search."""
+        for character in self._first_characters:  # A loop takes half the time of `any`.
             if character in text:
                 return True
         return line_breaks and ("\n" in text or "\r" in text)
@@ -103,7 +103,7 @@ class TokenFinder:
             line_break: the id that stands for a run of line breaks; None leaves them in the text.
 
         Yields:
-            the begin and the end of each part [characters], and its id if it is a token, or None.
+            Begin and end of each part [characters], and its id, or None if it is not a token.
         """
         position = 0
         pattern = self._tokens if line_break is None else self._tokens_and_breaks
@@ -118,7 +118,7 @@ class TokenFinder:
 
 
 def _longest_of(texts: list[str]) -> str:
-    """A pattern for the longest of some texts; each character is looked at once, however many texts there are."""
+    """A pattern for the longest of some texts, which looks at each character once, however many texts there are."""
     shared = os.path.commonprefix(texts)  # noqa: RUF071 - these are no paths
     rests: dict[str, list[str]] = {}
     for text in texts:

@@ -1,4 +1,4 @@
-"""Where tokens come from: the characters, words and texts that each token of a row belongs to, and back."""
+"""Maps the tokens of a row to characters, words and texts, and back."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class TokenSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoding:
-    """A row of a batch, token by token.
+    """The tokens of one row of a batch.
 
     Attributes:
         ids, tokens, attention_mask: as in the batch.
-        offsets: begin and end [characters] in its text or word; (0, 0) for added tokens and padding.
-        word_ids: number of its word in its text; None for added tokens and padding.
-        sequence_ids: 0 or 1 for the text of a pair; None for added tokens and padding.
+        offsets: begin and end of each token [characters] in its text or word; (0, 0) for added tokens and padding.
+        word_ids: the index of each token's word in its text; None for added tokens and padding.
+        sequence_ids: the index of each token's text in a pair, 0 or 1; None for added tokens and padding.
     """
 
     ids: list[int]
@@ -59,7 +59,7 @@ class Encoding:
 
     @property
     def n_sequences(self) -> int:
-        """Number of texts, 1 or 2."""
+        """The number of texts, 1 or 2."""
         return 2 if 1 in self.sequence_ids else 1
 
     def token_to_sequence(self, token: int) -> int | None:
@@ -104,7 +104,7 @@ class Encoding:
 
 
 def words_of(tokens: Iterable[str], are_added: Iterable[bool]) -> list[int]:
-    """The number of the word of each token of a text: "▁" begins one, and an added token is one."""
+    """The index of each token's word: "▁" begins a word, and an added token is a word."""
     numbers: list[int] = []
     number, ended = -1, True
     for token, is_added in zip(tokens, are_added, strict=True):
@@ -115,7 +115,7 @@ def words_of(tokens: Iterable[str], are_added: Iterable[bool]) -> list[int]:
 
 
 def encodings_of(columns: dict[str, list[list[Any]]], tokens: list[str]) -> list[Encoding]:
-    """The rows of columns that have all that there is to say."""
+    """Makes an `Encoding` of each row of complete columns."""
     names = ("attention_mask", "offset_mapping", "word_ids", "sequence_ids")
     rows = zip(columns["input_ids"], *(columns[name] for name in names), strict=True)
     return [Encoding(ids, [tokens[number] for number in ids], *others) for ids, *others in rows]

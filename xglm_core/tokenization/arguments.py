@@ -1,4 +1,4 @@
-"""The arguments of a tokenizer's calls, checked and in one form."""
+"""Checks the arguments of a tokenizer's calls, and brings them into one form."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from xglm_core.errors import InputError
 
 
 def one_of(argument: str, value: Any, expected: tuple[str, ...]) -> str:
-    """The value of an argument.
+    """Returns the value of an argument.
 
     Raises:
-        InputError: it is none of those expected.
+        InputError: it is not an expected value.
     """
     if value not in expected:
         *others, last = map(repr, expected)
@@ -23,7 +23,7 @@ def one_of(argument: str, value: Any, expected: tuple[str, ...]) -> str:
 
 
 def warn(message: str) -> None:
-    """Warns, at the line outside this package that called it."""
+    """Warns, with the location of the caller outside this package."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("xglm_core."):
         level, frame = level + 1, frame.f_back
@@ -31,7 +31,7 @@ def warn(message: str) -> None:
 
 
 def as_batch(text: Any, text_pair: Any, words: bool) -> tuple[Sequence[Any], Sequence[Any] | None, bool]:
-    """The texts, the second texts of pairs or None, and whether a single text was given."""
+    """Returns the texts, the second texts of pairs or None, and whether a single text was given."""
     single = not isinstance(text, list | tuple) or bool(words and text and isinstance(text[0], str))
     texts = [text] if single else text
     pairs = None if text_pair is None else [text_pair] if single else text_pair
@@ -53,7 +53,7 @@ def _is_pair(item: Any, words: bool) -> bool:
 
 
 def as_lists(value: Any) -> Any:
-    """Arrays and tensors of any framework as lists."""
+    """Converts arrays and tensors of any framework to lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if hasattr(value, "numpy"):  # TensorFlow's.

@@ -1,4 +1,4 @@
-"""What both tokenizers do, over a vocabulary: their construction, their files, and ids back to text."""
+"""The common base of both tokenizers: construction, files, and decoding."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from xglm_core.tokenization.encoder import Encoder
 from xglm_core.tokenization.encoding import as_ids
 from xglm_core.tokenization.model_file import MADEUP_WORDS, with_dummy_prefix
 from xglm_core.tokenization.pretrained import NO_LIMIT, SETTINGS_FILES, read_settings, settings_files, write_files
-from xglm_core.tokenization.roles import ROLES
+from xglm_core.tokenization.special_tokens import ROLES
 from xglm_core.tokenization.tokenizer_json import write_tokenizer_json
 from xglm_core.tokenization.vocabulary import Vocabulary, trained_model
 from xglm_core.tokenization.vocabulary_file import VocabularyFile
 
-VOCAB_FILE = "sentencepiece.bpe.model"  # The published name, although the model in it is a unigram model.
+VOCAB_FILE = "sentencepiece.bpe.model"  # The published name, although it holds a unigram model.
 TOKENIZER_FILE = "tokenizer.json"
 
 # Keywords of `from_pretrained` for other tokenizers.
@@ -45,7 +45,7 @@ class Tokenizer(Encoder, abc.ABC):
     """Text to token ids and back; see `XGLMTokenizer`.
 
     Args:
-        file: what was read of the vocabulary.
+        file: the vocabulary that was read.
         roles: the special token in each role, or None.
         options: arguments of `SentencePieceProcessor`.
         kwargs: the other arguments of `XGLMTokenizer`.
@@ -54,7 +54,7 @@ class Tokenizer(Encoder, abc.ABC):
     vocab_files_names = {"vocab_file": VOCAB_FILE, "tokenizer_file": TOKENIZER_FILE}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
     is_fast = False
-    _vocabulary_names: ClassVar[tuple[str, ...]]  # In the order of preference.
+    _vocabulary_names: ClassVar[tuple[str, ...]]  # In order of preference.
 
     def __init__(
         self,
@@ -108,11 +108,11 @@ class Tokenizer(Encoder, abc.ABC):
         """Opens the tokenizer of a checkpoint.
 
         Args:
-            pretrained_model_name_or_path: a folder that holds `sentencepiece.bpe.model` or `tokenizer.json`, and may
-                hold `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`. Or the id of a
-                repository of the Hugging Face Hub, of which these alone are downloaded, and only one of the first two.
-            kwargs: constructor arguments that take precedence over these files; those of `HubOptions`; and what
-                transformers takes: see `xglm_core.keywords`. `use_fast`, `from_slow` and `legacy` choose nothing.
+            pretrained_model_name_or_path: a folder with `sentencepiece.bpe.model` or `tokenizer.json`, and perhaps
+                `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`. Or the id of a repository of
+                the Hugging Face Hub; only these files are downloaded, and only one of the first two.
+            kwargs: constructor arguments, which take precedence over these files; `HubOptions`; and keywords of
+                transformers, see `xglm_core.keywords`. `use_fast`, `from_slow` and `legacy` have no effect.
 
         Raises:
             CheckpointError: a file is missing, damaged, not that of an XGLM tokenizer, or cannot be downloaded.
@@ -125,11 +125,11 @@ class Tokenizer(Encoder, abc.ABC):
 
     @classmethod
     def from_source(cls, source: Source, **kwargs: Any) -> Self:
-        """`from_pretrained`, of a source that has been found already."""
+        """`from_pretrained` for a source that was already found."""
         vocabulary = next((name for name in cls._vocabulary_names if name in source.names), cls._vocabulary_names[0])
         folder = source.fetch([vocabulary], SETTINGS_FILES)
         settings = read_settings(folder)
-        # What only the file's writer knows is kept for `save_pretrained`; of what the caller gives, a warning tells.
+        # Unknown keys of a file are kept for `save_pretrained`. Unknown keywords of the caller cause a warning.
         others = {name: settings.pop(name) for name in [*settings] if name not in _known(cls)}
         tokenizer = cls(**{**settings, **cls._files_of(folder), **kwargs})
         tokenizer.init_kwargs = others | tokenizer.init_kwargs
@@ -151,10 +151,10 @@ class Tokenizer(Encoder, abc.ABC):
 
         Args:
             save_directory: the folder, created if it is missing.
-            legacy_format: True writes the SentencePiece model alone, False `tokenizer.json` alone. None writes both, as
-                version 5 of transformers reads only the latter; of these, the file that is not this class' own is left
-                out if it cannot express the vocabulary.
-            filename_prefix: what the file names begin with, before a hyphen.
+            legacy_format: True writes only the SentencePiece model, False only `tokenizer.json`. None writes both, as
+                version 5 of transformers reads only the latter. The file that does not belong to this class is left out
+                if it cannot express the vocabulary.
+            filename_prefix: a prefix of the file names, before a hyphen.
             push_to_hub: not offered.
 
         Returns:
@@ -172,7 +172,7 @@ class Tokenizer(Encoder, abc.ABC):
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Writes the vocabulary alone, as `save_pretrained` does; returns the paths."""
+        """Writes only the vocabulary, as `save_pretrained` does; returns the paths."""
         return write_files(save_directory, self._vocabulary_files(), filename_prefix)
 
     def _vocabulary_files(self, legacy_format: bool | None = None) -> dict[str, bytes]:
@@ -205,18 +205,18 @@ class Tokenizer(Encoder, abc.ABC):
         special_tokens_map: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """A tokenizer with a unigram vocabulary of other texts, and with the settings and added tokens of this one.
+        """Trains a unigram vocabulary on texts; returns a tokenizer with the settings and added tokens of this one.
 
         Args:
             text_iterator: texts, or lists of texts.
-            vocab_size: most ids, special ones included; fewer where the texts have no more to give.
+            vocab_size: the largest number of ids, including special ones. Small texts give fewer.
             length: not used.
             new_special_tokens: further special tokens.
-            special_tokens_map: new names of special tokens that play a role.
+            special_tokens_map: new names of special tokens with a role.
             kwargs: other arguments of `SentencePieceTrainer`.
 
         Raises:
-            InputError: SentencePiece cannot make a vocabulary of that.
+            InputError: SentencePiece cannot make a vocabulary of these texts.
         """
         texts = itertools.chain.from_iterable([item] if isinstance(item, str) else item for item in text_iterator)
         names = special_tokens_map or {}
@@ -238,7 +238,7 @@ class Tokenizer(Encoder, abc.ABC):
 
     @property
     def can_save_slow_tokenizer(self) -> bool:
-        """Whether the SentencePiece model can be saved; so it can, but for vocabularies of another layout."""
+        """Whether the SentencePiece model can be saved; false only for vocabularies of another order."""
         try:
             return bool(self._sentencepiece_model())
         except CheckpointError:
@@ -254,16 +254,17 @@ class Tokenizer(Encoder, abc.ABC):
     ) -> str:
         """The text of a sequence of ids.
 
-        Differs from SentencePiece, which drops `<s>` and `</s>` and prints `<unk>` as " ⁇ ": special tokens are text
-        here, or are dropped.
+        SentencePiece itself drops `<s>` and `</s>`, and prints `<unk>` as " ⁇ ". Here, special tokens are either text
+        or dropped.
 
         Args:
             token_ids: an id, or a list, array or tensor [length] of them.
-            skip_special_tokens: whether to drop special tokens, `<unk>` among them.
+            skip_special_tokens: whether to drop special tokens, including `<unk>`.
             clean_up_tokenization_spaces: whether to drop the spaces before English marks and endings; None follows the
                 attribute.
-            newline: with "eos", each `</s>` but one that begins the text is a line break; None follows the attribute.
-            spaces_between_special_tokens: whether special and added tokens have a space on each side.
+            newline: with "eos", each `</s>` is a line break, except at the begin of the text; None follows the
+                attribute.
+            spaces_between_special_tokens: whether special and added tokens get a space on each side.
 
         Raises:
             InputError: not a sequence of ids of the vocabulary.
@@ -273,7 +274,7 @@ class Tokenizer(Encoder, abc.ABC):
         if line_break is None:
             text = self._text(ids, skip_special_tokens, spaces_between_special_tokens)
         else:
-            # What begins the text, after padding on the left, is no line break.
+            # At the begin of the text, after padding, `</s>` is not a line break.
             begin = next((place for place, number in enumerate(ids) if number != self.pad_token_id), len(ids))
             begin += ids[begin : begin + 1] == [self.sep_token_id]
             lines: list[list[int]] = [[]]
@@ -295,7 +296,7 @@ class Tokenizer(Encoder, abc.ABC):
         return [self.decode(sequence, skip_special_tokens, **kwargs) for sequence in sequences]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
-        """The id of a token, or the list of ids of several; that of `<unk>` for what is not in the vocabulary."""
+        """The id of a token, or a list of ids; unknown tokens get the id of `<unk>`."""
         if isinstance(tokens, str):
             return self.vocabulary.id_of(tokens)
         if not isinstance(tokens, Iterable):
@@ -303,7 +304,7 @@ class Tokenizer(Encoder, abc.ABC):
         return [self.vocabulary.id_of(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The token of an id, or the list of tokens of a sequence of ids; arguments and errors as of `decode`."""
+        """The token of an id, or a list of tokens; see `decode` for arguments and errors."""
         numbers: Any = as_ids(ids, len(self)).tolist()
         if isinstance(numbers, int):
             return self.vocabulary.tokens[numbers]
@@ -314,7 +315,7 @@ class Tokenizer(Encoder, abc.ABC):
         return text_of(tokens, self.vocabulary.byte_tokens)
 
     def get_vocab(self) -> dict[str, int]:
-        """All tokens with their ids, added ones included."""
+        """All tokens with their ids, including added tokens."""
         return {token: number for number, token in enumerate(self.vocabulary.tokens)}
 
     @property
@@ -324,17 +325,17 @@ class Tokenizer(Encoder, abc.ABC):
 
     @property
     def max_len_single_sentence(self) -> int:
-        """How many tokens of a text have room in `model_max_length`."""
+        """The number of tokens of a text that fit into `model_max_length`."""
         return self.model_max_length - self.num_special_tokens_to_add()
 
     @property
     def max_len_sentences_pair(self) -> int:
-        """How many tokens of a pair have room in `model_max_length`."""
+        """The number of tokens of a pair that fit into `model_max_length`."""
         return self.model_max_length - self.num_special_tokens_to_add(pair=True)
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids of the vocabulary file, special ones included; `len(tokenizer)` counts added tokens, too."""
+        """The number of ids of the vocabulary file, with special ones; `len(tokenizer)` also counts added tokens."""
         return self.vocabulary.base_size
 
     def __len__(self) -> int:
@@ -361,13 +362,13 @@ class Tokenizer(Encoder, abc.ABC):
 
 
 def _known(kind: type) -> set[str]:
-    """The keywords of a tokenizer's constructor."""
+    """The names of the constructor's keywords."""
     names = {*inspect.signature(kind).parameters, *inspect.signature(Tokenizer).parameters}
     return names - {"file", "roles", "options", "kwargs"}
 
 
 def _check_unknown(kind: type, kwargs: Mapping[str, Any]) -> None:
-    """Refuses keywords that are names of methods, and warns of others, as they change nothing."""
+    """Refuses keywords that are names of methods; warns of other unknown ones, which have no effect."""
     for name in kwargs:
         if callable(getattr(kind, name, None)):
             raise InputError(f"{name} is a method of {kind.__name__}, no argument of its constructor; call it instead")
@@ -378,7 +379,7 @@ def _check_unknown(kind: type, kwargs: Mapping[str, Any]) -> None:
 
 
 def _limit(model_max_length: float | None) -> int:
-    """A number of tokens; none is more than `NO_LIMIT`, which transformers writes as a float at times."""
+    """A limit as an integer, at most `NO_LIMIT`, which transformers sometimes writes as a float."""
     if model_max_length is None or model_max_length >= NO_LIMIT:
         return NO_LIMIT
     if isinstance(model_max_length, bool) or model_max_length < 0 or model_max_length != int(model_max_length):

@@ -1,7 +1,7 @@
 """Truncation and padding of rows of tokens.
 
-What a tokenizer says of its tokens is kept in columns: under each name, such as "input_ids", one row per text, and one
-entry per token in it.
+The properties of tokens are kept in columns: each name, such as "input_ids", has one row per text, with one entry per
+token.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from xglm_core.errors import InputError
+from xglm_core.rounding import rounded_up
 
 Columns = dict[str, list[list[Any]]]
 Span = tuple[int, int]  # Begin and end [tokens].
 
 STRATEGIES = ("longest_first", "only_first", "only_second")
 
-# What stands for a special token that is added, and for padding, apart from ids.
+# The entries of other columns than ids for added special tokens, and for padding.
 SPECIAL = {
     "offset_mapping": (0, 0),
     "word_ids": None,
@@ -31,15 +32,15 @@ PADDING = SPECIAL | {"attention_mask": 0}
 
 @dataclass(frozen=True)
 class Truncation:
-    """How texts become short enough.
+    """How to truncate texts.
 
     Args:
-        room: most tokens of a text, or of both texts of a pair together, special tokens not counted.
+        room: the largest number of tokens of a text, or of both texts of a pair together, without special tokens.
         strategy: "longest_first" shortens the longer text of a pair until both are of one length, then both in turn,
             the second first; "only_first" and "only_second" shorten one.
         side: "right" drops the last tokens, "left" the first ones.
-        stride: number of tokens that an overflowing row repeats of its neighbour.
-        overflow: whether what is dropped is returned in rows of its own.
+        stride: the number of tokens that an overflowing row repeats of its neighbour.
+        overflow: whether to return dropped tokens in rows of their own.
     """
 
     room: int
@@ -49,10 +50,10 @@ class Truncation:
     overflow: bool = False
 
     def spans(self, first: int, second: int | None) -> list[tuple[Span, Span | None]]:
-        """The parts to keep of a text of `first` tokens, or of a pair; several if there is to be overflow.
+        """The parts to keep of a text of `first` tokens, or of a pair; several with overflow.
 
         Raises:
-            InputError: the text to shorten is too short for that, or its windows would not move on.
+            InputError: the text to shorten is too short, or its windows would not advance.
         """
         excess = first + (second or 0) - self.room
         if excess <= 0:
@@ -75,7 +76,7 @@ class Truncation:
         return [(self._windows(first, kept)[0], self._windows(second, self.room - kept)[0])]
 
     def _windows(self, length: int, size: int) -> list[Span]:
-        """Windows of at most `size` tokens; the first one is what truncation keeps."""
+        """Windows of at most `size` tokens; truncation keeps the first one."""
         if size < 0:
             raise InputError(
                 f"truncation is {self.strategy!r}, but of {length} tokens {length - size} would have to go; "
@@ -96,7 +97,7 @@ class Truncation:
 def truncated(
     first: Columns, second: Columns | None, truncation: Truncation
 ) -> tuple[Columns, Columns | None, list[int]]:
-    """Truncated rows, and the text that each one is of."""
+    """Truncates rows; returns them, and the index of the text of each row."""
     lengths = [len(row) for row in first["input_ids"]]
     others = [None] * len(lengths) if second is None else [len(row) for row in second["input_ids"]]
     spans = [
@@ -111,7 +112,7 @@ def truncated(
 
 
 def regrouped(rows: list[list[Any]], counts: list[int]) -> list[list[Any]]:
-    """Joins the rows of the words of each text."""
+    """Joins the rows of words into rows of texts."""
     remaining = iter(rows)
     return [list(itertools.chain.from_iterable(itertools.islice(remaining, count))) for count in counts]
 
@@ -120,9 +121,9 @@ def pad(columns: Columns, *, length: int | None, multiple_of: int | None, side: 
     """Pads all rows to one length.
 
     Args:
-        columns: `input_ids`, and others with as many entries in each row; entries that are no rows stay as they are.
-        length: the length [tokens], where a longer row keeps its own; None for that of the longest row.
-        multiple_of: what to round the length up to; None for 1.
+        columns: `input_ids`, and others with as many entries in each row; values that are not rows stay as they are.
+        length: the length [tokens], which longer rows exceed; None means that of the longest row.
+        multiple_of: the length is rounded up to a multiple of this; None means 1.
         side: "right" or "left".
         pad_token_id: the id to pad with.
 
@@ -135,7 +136,7 @@ def pad(columns: Columns, *, length: int | None, multiple_of: int | None, side: 
     if multiple_of is not None:
         if multiple_of < 1:
             raise InputError(f"pad_to_multiple_of is {multiple_of}, expected at least 1")
-        length = -(-length // multiple_of) * multiple_of
+        length = rounded_up(length, multiple_of)
     missing = [length - len(row) for row in rows]
     padded = dict(columns)
     for name, value in {"input_ids": pad_token_id, **PADDING}.items():

@@ -1,4 +1,4 @@
-"""Tokens to text."""
+"""From tokens to text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def text_of(tokens: Iterable[str], byte_tokens: Set[str] = frozenset()) -> str:
     """The text of tokens.
 
     Args:
-        tokens: "▁" begins a word, and is no space at the ends.
-        byte_tokens: those that stand for a byte, such as "<0xE2>"; a run of them is text in UTF-8.
+        tokens: the tokens; "▁" begins a word, but is not a space at the ends of the text.
+        byte_tokens: the tokens that stand for bytes, such as "<0xE2>"; a run of them is UTF-8.
     """
     if byte_tokens:
         tokens = itertools.chain.from_iterable(
@@ -25,5 +25,5 @@ def text_of(tokens: Iterable[str], byte_tokens: Set[str] = frozenset()) -> str:
 
 
 def tidied(text: str) -> str:
-    """Without the spaces before English marks and endings."""
+    """Removes the spaces before English punctuation and endings."""
     return _BEFORE_MARKS.sub(r"\1", text).replace(" ' ", "'")

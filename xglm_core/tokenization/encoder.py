@@ -1,4 +1,4 @@
-"""Texts to the inputs of a model: batches, pairs, truncation, padding, tensors."""
+"""From texts to the inputs of a model: batches, pairs, truncation, padding, tensors."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 import numpy as np
 
 from xglm_core.errors import InputError, InputTypeError
+from xglm_core.python_values import plain
 from xglm_core.tokenization import batching
 from xglm_core.tokenization.alignment import encodings_of, words_of
 from xglm_core.tokenization.arguments import as_batch, as_lists, one_of, warn
 from xglm_core.tokenization.batching import SPECIAL, STRATEGIES, Columns, Truncation
 from xglm_core.tokenization.encoding import BatchEncoding, as_ids, as_tensors, tensor_type
-from xglm_core.tokenization.layout import Layout
-from xglm_core.tokenization.memory import without_collection
+from xglm_core.tokenization.garbage_collection import without_collection
 from xglm_core.tokenization.pretrained import NO_LIMIT
-from xglm_core.values import plain
+from xglm_core.tokenization.templates import Templates
 
 _SIDES = ("right", "left")
 
 
-class Encoder(Layout):
+class Encoder(Templates):
     """The part of a tokenizer that turns texts into ids.
 
     Attributes:
         padding_side, truncation_side: "right" or "left".
-        model_max_length: most tokens of a row.
+        model_max_length: the largest number of tokens of a row.
         newline: "space" or "eos".
-        split_special_tokens: whether special tokens in a text are text as any other.
-        pad_token_type_id: 0, as XGLM has one type of tokens.
+        split_special_tokens: whether special tokens in a text are treated as ordinary text.
+        pad_token_type_id: 0, because XGLM has one type of tokens.
     """
 
     padding_side: str
@@ -41,7 +41,7 @@ class Encoder(Layout):
     split_special_tokens: bool
     model_input_names: list[str]
     pad_token_type_id = 0
-    _warned: set[str]  # What has been warned of.
+    _warned: set[str]  # The warnings that were already given.
 
     @without_collection
     def __call__(
@@ -76,37 +76,37 @@ class Encoder(Layout):
             text: a string, or a list of them; pairs may be given as a list of tuples.
             text_pair: the second text of a pair, or a list of them.
             text_target, text_pair_target: texts whose ids are returned as `labels`; without `text`, as `input_ids`.
-            add_special_tokens: whether to make `</s> X`, and `</s> A </s></s> B` of a pair.
+            add_special_tokens: whether to make `</s> X` of a text, and `</s> A </s></s> B` of a pair.
             padding: True or "longest" pads to the length of the longest row, "max_length" to `max_length`.
             truncation: True or "longest_first" shortens rows to `max_length`, of a pair the longer text first;
                 "only_first" and "only_second" shorten one text of a pair. None truncates where `max_length` is given
                 without padding.
-            max_length: length of a row [tokens]; None for `model_max_length`.
-            stride: number of tokens that an overflowing row repeats of its neighbour.
+            max_length: the length of a row [tokens]; None means `model_max_length`.
+            stride: the number of tokens that an overflowing row repeats of its neighbour.
             is_split_into_words: whether each text is a list of words, which are encoded one by one.
-            pad_to_multiple_of: what to round the length of padded rows up to.
+            pad_to_multiple_of: the length of padded rows is rounded up to a multiple of this.
             padding_side: "right", or "left" as generation needs it; None follows the attribute.
-            return_tensors: None for lists; "np", "pt", "tf" or "jax" for tensors [rows, length], where a single
-                text is one row.
+            return_tensors: None for lists; "np", "pt", "tf" or "jax" for tensors [rows, length], also for a single
+                text.
             return_token_type_ids: whether to return `token_type_ids`, which are 0.
             return_attention_mask: False leaves it out.
-            return_overflowing_tokens: whether what truncation drops follows in rows of its own; then
-                `overflow_to_sample_mapping` gives the text of each row, and a single text has several rows, too.
+            return_overflowing_tokens: whether to return truncated tokens in further rows. Then
+                `overflow_to_sample_mapping` has the index of the text of each row, and a single text has rows, too.
             return_special_tokens_mask: whether to return `special_tokens_mask`, 1 for added tokens and padding.
-            return_offsets_mapping: whether to return `offset_mapping`, begin and end [characters] of each token in its
+            return_offsets_mapping: whether to return `offset_mapping`: begin and end of each token [characters] in its
                 text or word, (0, 0) for added tokens.
-            return_length: whether to return `length`, that of each row before padding.
-            verbose: whether to warn of rows that are longer than `model_max_length`, once.
-            split_special_tokens: whether special tokens in a text, such as "</s>", are text as any other; None follows
-                the attribute.
+            return_length: whether to return `length`: the length of each row before padding.
+            verbose: whether to warn once of rows that are longer than `model_max_length`.
+            split_special_tokens: whether special tokens in a text, such as "</s>", are treated as ordinary text; None
+                follows the attribute.
             newline: "space" or "eos"; None follows the attribute.
 
         Returns:
-            `input_ids` and `attention_mask` (1 for tokens, 0 for padding), and what else was asked for.
+            `input_ids`, `attention_mask` (1 for tokens, 0 for padding), and the other requested values.
 
         Raises:
-            InputError: a text is no string or has no UTF-8 encoding, an option is unknown or lacks another one, or
-                rows of different lengths are to be a tensor.
+            InputError: a text is not a string or has no UTF-8 encoding, an option is unknown or needs another one, or a
+                tensor is requested of rows of different lengths.
             BackendError: the framework that `return_tensors` needs is not installed.
         """
         if text_target is not None:
@@ -148,11 +148,11 @@ class Encoder(Layout):
         )
 
     def encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
-        """The call, for a text or a pair."""
+        """The call for a text or a pair."""
         return self(text, text_pair, **kwargs)
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Any, **kwargs: Any) -> BatchEncoding:
-        """The call, for a list of texts or of pairs."""
+        """The call for a list of texts or pairs."""
         if not isinstance(batch_text_or_text_pairs, list | tuple):
             raise InputTypeError(
                 f"batch_text_or_text_pairs is {batch_text_or_text_pairs!r:.80}, expected a list of texts"
@@ -171,7 +171,7 @@ class Encoder(Layout):
         src_lang: str | None = None,
         tgt_lang: str | None = None,
     ) -> BatchEncoding:
-        """The call, for texts and their targets, the latter of another length; languages have no part in it."""
+        """The call for texts and targets, whose lengths may differ; languages have no effect."""
         options: Any = {"padding": padding, "truncation": truncation, "return_tensors": return_tensors}
         batch = self(src_texts, max_length=max_length, **options)
         if tgt_texts is not None:
@@ -182,7 +182,7 @@ class Encoder(Layout):
     def prepare_for_model(
         self, ids: Any, pair_ids: Any = None, *, prepend_batch_axis: bool = False, **kwargs: Any
     ) -> BatchEncoding:
-        """The call, for ids in place of texts; its tensors are [length], or [1, length] with `prepend_batch_axis`."""
+        """The call for ids in place of texts; its tensors are [length], or [1, length] with `prepend_batch_axis`."""
         size = len(self.vocabulary.tokens)
 
         def columns(offsets: bool, sources: bool) -> tuple[Columns, Columns | None]:
@@ -202,11 +202,11 @@ class Encoder(Layout):
         truncation_strategy: bool | str = "longest_first",
         stride: int = 0,
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """Shortens ids, or a pair of them.
+        """Truncates a sequence of ids, or a pair.
 
         Returns:
-            The ids, the second ones or None, and of the text that was shortened, unless both may have been: the ids
-            that went, with `stride` of their neighbours.
+            The ids, the second ids or None, and the removed ids with `stride` of their neighbours. The last are empty
+            if both sequences may have been truncated.
         """
         if truncation_strategy in (False, "do_not_truncate") or num_tokens_to_remove <= 0:
             return ids, pair_ids, []
@@ -225,7 +225,7 @@ class Encoder(Layout):
         return ids[slice(*first)], None if pair_ids is None or second is None else pair_ids[slice(*second)], over
 
     def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
-        """The ids of a text or a pair: a list, or a tensor [1, length]; arguments and errors as of a call."""
+        """The ids of a text or a pair: a list, or a tensor [1, length]; see the call for arguments and errors."""
         if text_pair is None and not kwargs and isinstance(text, str):
             ids = self.vocabulary.encode(text, self._line_break(None), self.split_special_tokens)
             sep = self.sep_token_id
@@ -243,10 +243,10 @@ class Encoder(Layout):
         split_special_tokens: bool | None = None,
         newline: str | None = None,
     ) -> list[str]:
-        """The tokens of a text, and of a second one; unknown ones appear as the text's own characters.
+        """The tokens of a text or a pair; unknown tokens appear as the characters of the text.
 
         Raises:
-            InputError: a text is no string or has no UTF-8 encoding.
+            InputError: a text is not a string or has no UTF-8 encoding.
         """
         how = (self._line_break(newline), self._split(split_special_tokens))
         first = self.vocabulary.tokenize(text, *how)
@@ -266,17 +266,17 @@ class Encoder(Layout):
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> BatchEncoding:
-        """Pads what a call has returned, e.g. to make a batch of examples that were encoded one by one.
+        """Pads the results of calls, for example to make a batch of examples that were encoded one by one.
 
         Args:
-            encoded_inputs: `input_ids` and others, of one text or several, or a list of such for one text each; what
-                this package does not know, such as labels, is not padded.
+            encoded_inputs: `input_ids` and others, of one text or several, or a list of such for one text each. Unknown
+                names, such as labels, are not padded.
             padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask: see the call.
             return_tensors: see the call; None follows the type of the ids.
-            verbose: not used.
+            verbose: ignored.
 
         Raises:
-            InputError: there are no `input_ids`, or see the call.
+            InputError: see the call; or there are no `input_ids`.
         """
         if isinstance(encoded_inputs, list | tuple):
             names = {*itertools.chain.from_iterable(encoded_inputs)}
@@ -311,7 +311,7 @@ class Encoder(Layout):
 
     @contextlib.contextmanager
     def as_target_tokenizer(self) -> Iterator[None]:
-        """Changes nothing, as the target of a language model is text as any other."""
+        """Changes nothing: the target of a language model is ordinary text."""
         yield
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
@@ -347,9 +347,10 @@ class Encoder(Layout):
         """The result of a call.
 
         Args:
-            columns: makes new ones of the first and the second texts; asked for offsets, and for words and sequences.
+            columns: makes columns of the first and the second texts; its arguments say whether offsets, and words and
+                sequences, are needed.
             pair: whether there are second texts.
-            single: whether the result is that of one text, without an axis of rows.
+            single: whether the result is that of one text, without a batch axis.
             others: see the call.
         """
         pad, pad_length = self._padding(padding, max_length)
@@ -395,7 +396,7 @@ class Encoder(Layout):
                 )
             return joined, lengths, samples
 
-        sampling = self.vocabulary.samples  # Then another turn would give another division.
+        sampling = self.vocabulary.samples  # Then a second pass would split texts differently.
         joined, lengths, samples = rows(return_offsets_mapping or sampling, sampling)
         encodings: Any = lambda: encodings_of(rows(True, True)[0], self.vocabulary.tokens)  # noqa: E731
         if sampling:
@@ -416,7 +417,7 @@ class Encoder(Layout):
         return BatchEncoding(joined, encodings)
 
     def _line_break(self, newline: str | None) -> int | None:
-        """The id that stands for a run of line breaks, or None."""
+        """The id for a run of line breaks, or None."""
         newline = self.newline if newline is None else newline
         if newline == "space":
             return None
@@ -443,7 +444,7 @@ class Encoder(Layout):
         line_break: int | None,
         split: bool,
     ) -> Columns:
-        """What there is to say of texts, or of lists of words, without special tokens."""
+        """The columns of texts, or of lists of words, without special tokens."""
         if words:
             counts = [len(text) for text in texts]
             flat = list(itertools.chain.from_iterable(texts))
@@ -466,7 +467,7 @@ class Encoder(Layout):
         return columns
 
     def _joined(self, first: Columns, second: Columns | None, add_special_tokens: bool) -> Columns:
-        """The rows of texts or pairs, with special tokens around them, in the lists of the first texts."""
+        """Joins texts or pairs with special tokens, in place, in the lists of the first texts."""
         prefix, middle = self._around(second is not None) if add_special_tokens else ([], [])
         for name, rows in first.items():
             before: list[Any] = prefix
@@ -482,7 +483,7 @@ class Encoder(Layout):
         return first
 
     def _padding(self, padding: bool | str, max_length: int | None) -> tuple[bool, int | None]:
-        """Whether to pad, and to which length; None for that of the longest row."""
+        """Whether to pad, and to which length; None means that of the longest row."""
         if padding in (False, "do_not_pad"):
             return False, None
         if padding == "max_length" and self._no_limit("padding", max_length):
@@ -504,7 +505,7 @@ class Encoder(Layout):
         return int(length)
 
     def _no_limit(self, argument: str, max_length: int | None) -> bool:
-        """Whether there is no length to pad or truncate to; warns of it, once."""
+        """Whether there is no length to pad or truncate to; warns once."""
         if self._max_length(max_length) < NO_LIMIT:
             return False
         self._warn_once(f"{argument} has no effect without max_length, as the tokenizer's model_max_length is not set")
@@ -529,7 +530,7 @@ class Encoder(Layout):
     def _truncation(
         self, truncation: bool | str, max_length: int | None, stride: int, overflow: bool, added: int
     ) -> Truncation | None:
-        """How to truncate, so that `added` special tokens have room; None if there is no limit."""
+        """How to truncate so that `added` special tokens fit; None without a limit."""
         strategy = "longest_first" if plain(truncation) is True else one_of("truncation", truncation, STRATEGIES)
         if self._no_limit("truncation", max_length):
             return None

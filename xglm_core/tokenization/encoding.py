@@ -1,4 +1,4 @@
-"""Token ids on their way out of a tokenizer and back into it: as lists, or as the tensors of any framework."""
+"""The results of a tokenizer: token ids as lists, or as tensors of any framework."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from xglm_core.tokenization.alignment import CharSpan, Encoding, TokenSpan
 class BatchEncoding(dict[str, Any]):
     """The inputs of a model, for `model(**inputs)`; `inputs["input_ids"]` is `inputs.input_ids`, too.
 
-    `inputs[0]` is the first row as an `Encoding`, `inputs[:2]` the first two rows of each input. What an `Encoding`
-    tells is looked up when it is first asked for, so calls that do not ask do not pay for it. The methods below take a
-    row and a place in it, or a place in the first row alone.
+    `inputs[0]` is the first row as an `Encoding`, `inputs[:2]` has the first two rows of each input. Encodings are made
+    on first use, so calls that do not need them do not pay for them. The methods below take a row and an index in it,
+    or only an index in the first row.
 
     Args:
         values: the inputs.
-        encodings: gives the rows; or they themselves.
+        encodings: the rows, or a function that makes them.
         tensor_type: see `convert_to_tensors`.
     """
 
@@ -60,19 +60,19 @@ class BatchEncoding(dict[str, Any]):
 
     @property
     def encodings(self) -> list[Encoding] | None:
-        """The rows, token by token; None if they are not known."""
+        """The rows as `Encoding`; None if unknown."""
         if callable(self._encodings):
             self._encodings = self._encodings()
         return self._encodings
 
     @property
     def is_fast(self) -> bool:
-        """Whether `encodings` are known: both tokenizers give them."""
+        """Whether `encodings` are known; both tokenizers make them."""
         return self._encodings is not None
 
     @property
     def n_sequences(self) -> int | None:
-        """Number of texts in a row, 1 or 2; None if that is not known."""
+        """The number of texts in a row, 1 or 2; None if unknown."""
         return self.encodings[0].n_sequences if self.encodings else None
 
     def tokens(self, batch_index: int = 0) -> list[str]:
@@ -80,13 +80,13 @@ class BatchEncoding(dict[str, Any]):
         return self._row(batch_index).tokens
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
-        """The text of a pair that each token of a row belongs to, None for added tokens and padding."""
+        """For each token of a row, the index of its text in a pair; None for added tokens and padding."""
         return self._row(batch_index).sequence_ids
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """The word that each token of a row belongs to, None for added tokens and padding.
+        """For each token of a row, the index of its word; None for added tokens and padding.
 
-        Words are those that were given with `is_split_into_words`, or what spaces and added tokens divide.
+        Words are those of `is_split_into_words`, or are separated by spaces and added tokens.
         """
         return self._row(batch_index).word_ids
 
@@ -136,7 +136,7 @@ class BatchEncoding(dict[str, Any]):
         return row.word_to_chars(place, sequence_index)
 
     def _place(self, row: int, place: int | None) -> tuple[Encoding, int]:
-        """A row and a place in it; of one number alone, the row is the first one."""
+        """A row and an index in it; a single argument is an index in the first row."""
         return (self._row(0), row) if place is None else (self._row(row), place)
 
     def _row(self, number: int) -> Encoding:
@@ -147,11 +147,11 @@ class BatchEncoding(dict[str, Any]):
         return self.encodings[number]
 
     def convert_to_tensors(self, tensor_type: str | None = None, prepend_batch_axis: bool = False) -> Self:
-        """Makes tensors of lists, in place; returns itself.
+        """Converts lists to tensors, in place; returns itself.
 
         Args:
             tensor_type: "np", "pt", "tf" or "jax"; None leaves the lists.
-            prepend_batch_axis: whether the lists are one row.
+            prepend_batch_axis: whether the lists are a single row.
 
         Raises:
             InputError: see `return_tensors` of a call.
@@ -175,7 +175,7 @@ class BatchEncoding(dict[str, Any]):
 
 
 def as_tensors(columns: dict[str, list[Any]], return_tensors: str) -> dict[str, Any]:
-    """Turns rows of integers into tensors.
+    """Converts rows of integers to tensors.
 
     Args:
         columns: under each name, rows of equal length, or one integer per row.
@@ -194,7 +194,7 @@ def as_tensors(columns: dict[str, list[Any]], return_tensors: str) -> dict[str, 
             raise InputError(f"{what} {lengths[0]} to {lengths[-1]} tokens, so they fit no tensor; use padding=True")
     arrays = {name: _as_array(name, rows) for name, rows in columns.items()}
     for name, rows in columns.items():
-        if not rows:  # Keeps the two axes where there is no row.
+        if not rows:  # Keeps two axes without rows.
             arrays[name] = arrays[name].reshape(0, 0)
         elif isinstance(rows[0], list) and not rows[0]:
             arrays[name] = arrays[name].reshape(len(rows), 0, *([2] if name == "offset_mapping" else []))
@@ -208,7 +208,7 @@ def as_ids(ids: Any, vocab_size: int) -> np.ndarray:
         InputError: not integers of the vocabulary, or a batch.
     """
     try:
-        # Tensors on a GPU are no arrays, but they all have `tolist`.
+        # Tensors on a GPU are not arrays, but all have `tolist`.
         array = np.asarray(ids.tolist() if hasattr(ids, "tolist") else ids)
     except ValueError:  # Rows of different lengths.
         array = np.empty((0, 0))
@@ -222,7 +222,7 @@ def as_ids(ids: Any, vocab_size: int) -> np.ndarray:
 
 
 def _as_array(name: str, rows: list[Any]) -> np.ndarray:
-    """Integers as int64, other numbers as float32."""
+    """Converts integers to int64, other numbers to float32."""
     try:
         array = np.array(rows)
         return array.astype(np.float32 if array.dtype.kind == "f" and array.size else np.int64)
@@ -231,7 +231,7 @@ def _as_array(name: str, rows: list[Any]) -> np.ndarray:
 
 
 def _tensor_maker(name: str) -> Callable[[np.ndarray], Any]:
-    """The function that makes a tensor from an array; imports the framework that `name` asks for, and no other."""
+    """A function that makes a tensor from an array; imports only the framework that is needed."""
     if name == "np":
         return lambda array: array
     if name == "pt":
@@ -250,7 +250,7 @@ def _tensor_maker(name: str) -> Callable[[np.ndarray], Any]:
 
 
 def tensor_type(value: Any) -> str | None:
-    """The argument `return_tensors` that gives what `value` is, or a list begins with; None for lists."""
+    """The value of `return_tensors` for the type of a tensor, or of the first element of a list; None for lists."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     if not getattr(value, "ndim", 0):

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 class XGLMTokenizerFast(Tokenizer):
     """The ids, tokens and texts of `XGLMTokenizer`, from and to `tokenizer.json`.
 
-    SentencePiece divides the texts here, too. The `tokenizers` library adds scores in float64 where SentencePiece does
-    in float32, so it divides "cececece" elsewhere than SentencePiece, depending on what precedes it; its normaliser
-    leaves Korean and Vietnamese in NFD apart; and it is several times slower (`bench/tokenizers.py`). For
-    those who want its ids, `backend_tokenizer` is its tokenizer.
+    SentencePiece tokenizes the texts here, too. The `tokenizers` library adds scores in float64, but SentencePiece in
+    float32; so it may split "cececece" differently, depending on what precedes it. Its normalizer does not compose
+    Korean and Vietnamese in NFD. And it is several times slower (`bench/tokenizers.py`). Those who want its ids can use
+    `backend_tokenizer`.
 
     Args:
-        vocab_file: the SentencePiece model; not needed beside `tokenizer_file`.
+        vocab_file: the SentencePiece model; not needed with `tokenizer_file`.
         tokenizer_file: `tokenizer.json`, which takes precedence.
         bos_token, eos_token, sep_token, cls_token, unk_token, pad_token, kwargs: see `XGLMTokenizer`.
 
     Raises:
-        CheckpointError: the file cannot be read, or is neither.
-        InputError: there is no file, or an argument is outside what it can be.
+        CheckpointError: the file cannot be read, or has another format.
+        InputError: there is no file, or an argument is invalid.
     """
 
     is_fast = True
@@ -72,7 +72,7 @@ class XGLMTokenizerFast(Tokenizer):
 
     @property
     def backend_tokenizer(self) -> tokenizers.Tokenizer:
-        """A new tokenizer of the `tokenizers` library with this vocabulary, in the form of the published file.
+        """A new tokenizer of the `tokenizers` library with this vocabulary, like the published file.
 
         Its ids differ from ours where its normaliser or its arithmetic differs from SentencePiece's.
 

@@ -1,6 +1,6 @@
 """SentencePiece's model file, and the order of its pieces.
 
-XGLM's ids are fairseq's: special tokens come first, and the pieces follow one place further than in the published file,
+XGLM's ids are fairseq's: special tokens come first, and the ids of pieces are one higher than in the published file,
 which begins with `<unk>`, `<s>`, `</s>`:
 
     id               0    1      2     3      4 ... len(pieces)        len(pieces) + 1 ... len(pieces) + 7
@@ -8,8 +8,8 @@ which begins with `<unk>`, `<s>`, `</s>`:
 
 The madeupwords made the size of the published vocabulary a multiple of 8; no text contains them.
 
-Here a model is put in the order of the ids before SentencePiece loads it, so that SentencePiece gives the ids itself:
-adding one to each of them in Python would cost a fifth of the time that encoding takes.
+Here, the pieces of a model are put in the order of the ids before SentencePiece loads it. So SentencePiece returns the
+ids itself; adding one to each in Python would take a fifth of the time of encoding.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import enum
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from xglm_core.tokenization.wire import bytes_field, fields, float_field, float_value, int_field
+from xglm_core.tokenization.protobuf import bytes_field, fields, float_field, float_value, int_field
 
-# Numbers of fields in sentencepiece_model.proto.
+# Field numbers of sentencepiece_model.proto.
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
 _TOKEN, _SCORE, _KIND = 1, 2, 3
 _MODEL_TYPE, _SUFFIX, _BYTE_FALLBACK, _UNK_ID, _BOS_ID, _EOS_ID, _PAD_ID = 3, 24, 35, 40, 41, 42, 43
@@ -33,21 +33,21 @@ _FIRST_PIECES = ("<unk>", "<s>", "</s>")
 
 
 class Kind(enum.IntEnum):
-    """What a piece is for."""
+    """The kind of a piece."""
 
     NORMAL = 1
     UNKNOWN = 2
-    CONTROL = 3  # Not in any text.
-    USER_DEFINED = 4  # Never split.
+    CONTROL = 3  # Does not occur in texts.
+    USER_DEFINED = 4  # Is never split.
     UNUSED = 5
     BYTE = 6
 
 
-_NORMAL = int(Kind.NORMAL)  # An enumeration's member would cost as much as all else that is done for a piece.
+_NORMAL = int(Kind.NORMAL)  # A member of the enumeration would double the time per piece.
 
 
 class Piece(NamedTuple):
-    """A piece of the vocabulary; the score is the log-probability, in float32."""
+    """A piece of the vocabulary; the score is its log-probability in float32."""
 
     token: str
     score: float
@@ -55,22 +55,22 @@ class Piece(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a model says beside its pieces, as far as segmentation depends on it."""
+    """The settings of a model that affect segmentation."""
 
-    charsmap: bytes = b""  # The rules of normalisation, in SentencePiece's own form.
+    charsmap: bytes = b""  # The normalization rules, in SentencePiece's own form.
     dummy_prefix: bool = True
     remove_spaces: bool = True
     escape_spaces: bool = True
     unigram: bool = True
-    spaces_at_ends: bool = False  # Whether "▁" ends words, not begins them.
+    spaces_at_ends: bool = False  # Whether "▁" ends words instead of beginning them.
     byte_fallback: bool = False
 
 
 def in_order_of_ids(model: bytes) -> bytes:
-    """A published model, with fairseq's special tokens and the pieces in the order of their ids.
+    """Adds fairseq's special tokens to a published model, and puts the pieces in the order of their ids.
 
     Raises:
-        ValueError: the model is no SentencePiece model, or does not begin with `<unk>`, `<s>`, `</s>`.
+        ValueError: the model is not a SentencePiece model, or does not begin with `<unk>`, `<s>`, `</s>`.
     """
     first, rest = _cut(model, {0, 1, 2})
     found = [piece.token for piece in first]
@@ -84,8 +84,8 @@ def in_published_order(model: bytes, size: int) -> bytes:
     """The inverse of `in_order_of_ids`.
 
     Args:
-        model: in the order of the ids.
-        size: number of its pieces.
+        model: a model in the order of the ids.
+        size: the number of its pieces.
 
     Raises:
         ValueError: the special tokens are not at fairseq's places.
@@ -106,7 +106,7 @@ def read_model(model: bytes) -> tuple[list[Piece], Settings]:
     """The pieces of a model, in its order, and its settings.
 
     Raises:
-        ValueError: `model` is no SentencePiece model.
+        ValueError: `model` is not a SentencePiece model.
     """
     pieces: list[Piece] = []
     trainer: dict[int, int | bytes] = {}
@@ -131,8 +131,8 @@ def read_model(model: bytes) -> tuple[list[Piece], Settings]:
 
 
 def unigram_model(pieces: Iterable[Piece], charsmap: bytes, *, dummy_prefix: bool, byte_fallback: bool) -> bytes:
-    """A unigram model of pieces and rules of normalisation; their order is that of the ids."""
-    # The ids of special tokens are those of the published file; SentencePiece finds them by name and kind.
+    """Makes a unigram model of pieces, in the order of their ids, and normalization rules."""
+    # Special tokens keep the ids of the published file; SentencePiece finds them by name and kind.
     special = ((_UNK_ID, 0), (_BOS_ID, 1), (_EOS_ID, 2))
     trainer = int_field(_MODEL_TYPE, _UNIGRAM) + int_field(_BYTE_FALLBACK, byte_fallback)
     trainer += b"".join(int_field(number, value) for number, value in special)
@@ -141,14 +141,14 @@ def unigram_model(pieces: Iterable[Piece], charsmap: bytes, *, dummy_prefix: boo
 
 
 def with_dummy_prefix(model: bytes, dummy_prefix: bool | None) -> bytes:
-    """A model that puts a space before each text, or does not; None leaves that as it is."""
+    """A model that puts a space before each text, or does not; None changes nothing."""
     if dummy_prefix is None:
         return model
-    return model + bytes_field(_NORMALIZER, int_field(_DUMMY_PREFIX, dummy_prefix))  # What comes last, counts.
+    return model + bytes_field(_NORMALIZER, int_field(_DUMMY_PREFIX, dummy_prefix))  # The last field counts.
 
 
 def _cut(model: bytes, places: set[int]) -> tuple[list[Piece], bytes]:
-    """The pieces at some places of a model, and the bytes of all the rest."""
+    """The pieces at some places of a model, and the bytes of everything else."""
     pieces: list[Piece] = []
     kept: list[bytes] = []
     position = place = 0

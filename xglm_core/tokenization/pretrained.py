@@ -1,4 +1,4 @@
-"""The files of a tokenizer beside its vocabulary: how they are read from a checkpoint folder, and written into one."""
+"""Reads and writes the files of a tokenizer beside its vocabulary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from xglm_core.errors import CheckpointError
 from xglm_core.files import replacing
-from xglm_core.tokenization.roles import ROLES
+from xglm_core.tokenization.special_tokens import ROLES
 
 CONFIG_FILE = "tokenizer_config.json"
 _ROLES_FILE = "special_tokens_map.json"
@@ -17,15 +17,15 @@ _ADDED_FILE = "added_tokens.json"
 _MODEL_CONFIG_FILE = "config.json"
 SETTINGS_FILES = (CONFIG_FILE, _ROLES_FILE, _ADDED_FILE, _MODEL_CONFIG_FILE)
 
-# No limit; the number that transformers writes for it.
+# Means no limit, as in the files of transformers.
 NO_LIMIT = int(1e30)
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """A tokenizer's constructor arguments, from the files of a folder that there are.
+    """Reads a tokenizer's constructor arguments from the files of a folder.
 
     `special_tokens_map.json` takes precedence over a `tokenizer_config.json` that does not list the added tokens, as
-    older versions of transformers wrote them. Where no file gives `model_max_length`, the model's configuration does.
+    older versions of transformers wrote them. If no file has `model_max_length`, the model's configuration supplies it.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -34,7 +34,7 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     settings = _read_object(folder / CONFIG_FILE)
     roles = _read_object(folder / _ROLES_FILE)
     settings = {**roles, **settings} if "added_tokens_decoder" in settings else {**settings, **roles}
-    # Version 5 of transformers calls them so.
+    # The name in version 5 of transformers.
     extra = settings.pop("extra_special_tokens", None)
     if extra and "additional_special_tokens" not in settings:
         settings["additional_special_tokens"] = [*extra.values()] if isinstance(extra, dict) else extra
@@ -51,11 +51,11 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def settings_files(tokenizer: Any, *, added: bool = True) -> dict[str, bytes]:
-    """The content of the files by name; `read_settings` reads the same tokenizer from them.
+    """The contents of the files by name, from which `read_settings` reads the same settings.
 
     Args:
-        tokenizer: whose settings.
-        added: whether special and added tokens are among them.
+        tokenizer: the tokenizer.
+        added: whether to include special and added tokens.
     """
     values = {
         "additional_special_tokens": tokenizer.additional_special_tokens,
@@ -63,7 +63,7 @@ def settings_files(tokenizer: Any, *, added: bool = True) -> dict[str, bytes]:
         **{role: getattr(tokenizer, role) for role in ROLES if role != "mask_token"},
         "tokenizer_class": type(tokenizer).__name__,
     }
-    # Absent from the published files unless they differ from what these take for granted.
+    # Like the published files, leaves out values that equal the defaults.
     usual = {
         "mask_token": None,
         "padding_side": "right",
@@ -80,7 +80,7 @@ def settings_files(tokenizer: Any, *, added: bool = True) -> dict[str, bytes]:
             values[name] = getattr(tokenizer, name)
     if not added:
         return {CONFIG_FILE: _as_json(values)}
-    # Here are the flags of special tokens; the other places name them alone.
+    # Only here are the flags of special tokens; the other places have their names.
     values["added_tokens_decoder"] = {
         str(number): token.as_json() for number, token in tokenizer.added_tokens_decoder.items()
     }
@@ -104,7 +104,7 @@ def write_files(folder: str | os.PathLike[str], files: dict[str, bytes], prefix:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is no file."""
+    """The object in a JSON file; an empty one if the file does not exist."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""`XGLMTokenizer`: text to token ids and back, on the SentencePiece library."""
+"""`XGLMTokenizer`: from text to token ids and back, with the SentencePiece library."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from xglm_core.tokenization.vocabulary_file import VocabularyFile
 
 
 class XGLMTokenizer(Tokenizer):
-    """Text to token ids and back, with the ids of the published vocabulary.
+    """Converts text to token ids and back, with the ids of the published vocabulary.
 
-    A text becomes `</s> X`, a pair `</s> A </s></s> B`: in training each text followed the end of another one, so
-    `</s>` is what XGLM expects first; `<s>` was not used. SentencePiece normalises the text: NFKC, each run of white
-    space or newlines becomes one space, and none stays at the ends. Special tokens inside a text, such as "</s>",
-    become their ids.
+    A text becomes `</s> X`, a pair `</s> A </s></s> B`. In training each text followed the end of another one, so XGLM
+    expects `</s>` first; `<s>` was not used. SentencePiece normalizes the text: NFKC; each run of white space or
+    newlines becomes one space; spaces at the ends are removed. Special tokens inside a text, such as "</s>", become
+    their ids.
 
     Args:
         vocab_file: the SentencePiece model, or `tokenizer.json`.
-        bos_token, eos_token, sep_token, cls_token, unk_token, pad_token: the special token in each role, or None; added
-            if it is not in the vocabulary.
-        sp_model_kwargs: arguments of `SentencePieceProcessor` for subword sampling, `enable_sampling`, `nbest_size` and
-            `alpha`, and `num_threads` for batches.
+        bos_token, eos_token, sep_token, cls_token, unk_token, pad_token: the special token of each role, or None.
+            Unknown tokens are added to the vocabulary.
+        sp_model_kwargs: arguments of `SentencePieceProcessor`: `enable_sampling`, `nbest_size` and `alpha` for subword
+            sampling, and `num_threads` for batches.
         kwargs: the attributes below, `additional_special_tokens`, `added_tokens_decoder`, and other keys of
             `tokenizer_config.json`, which are kept for `save_pretrained`.
 
     Attributes:
-        padding_side: where a batch is padded unless the call says; "right" as published, or "left".
-        truncation_side: where long texts are cut; "right" or "left".
-        model_max_length: what `max_length` is unless the call says [tokens]; 10^30 is no limit.
-        newline: "space" makes a space of newlines, as published; "eos" makes `</s>` of each run of newlines, which is
-            what XGLM saw between paragraphs in training.
+        padding_side: the default side for padding: "right" as published, or "left".
+        truncation_side: the side on which long texts are cut: "right" or "left".
+        model_max_length: the default of `max_length` [tokens]; 10^30 means no limit.
+        newline: "space" turns newlines into spaces, as published. "eos" turns each run of newlines into `</s>`, as XGLM
+            saw between paragraphs in training.
         init_kwargs: the other keys of `tokenizer_config.json`.
 
     Raises:
-        CheckpointError: `vocab_file` cannot be read, is neither file, or is not in fairseq's order.
-        InputError: an argument is outside what it can be.
+        CheckpointError: `vocab_file` cannot be read, has another format, or is not in fairseq's order.
+        InputError: an argument is invalid.
     """
 
     _vocabulary_names = (VOCAB_FILE, TOKENIZER_FILE)
@@ -76,13 +76,13 @@ class XGLMTokenizer(Tokenizer):
         published, other = Path(folder) / VOCAB_FILE, Path(folder) / TOKENIZER_FILE
         return {"vocab_file": other if other.exists() and not published.exists() else published}
 
-    # SentencePiece's own pickling would forget the options.
+    # SentencePiece's own pickling would lose the options.
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "sp_model"}
 
     @functools.cached_property
     def sp_model(self) -> SentencePieceProcessor:
-        """The SentencePiece processor of the published file, whose numbers are lower by one than our ids."""
+        """The SentencePiece processor of the published file; its ids are one lower than ours."""
         processor = SentencePieceProcessor(**self.sp_model_kwargs)
         processor.load_from_serialized_proto(with_dummy_prefix(self._sentencepiece_model(), self.add_prefix_space))
         return processor

@@ -1,4 +1,4 @@
-"""`tokenizer.json`, the file of the `tokenizers` library: the same vocabulary and rules of normalisation."""
+"""Reads and writes `tokenizer.json`, the file of the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from xglm_core.tokenization.added_tokens import AddedToken
 from xglm_core.tokenization.model_file import Kind, Piece, read_model, unigram_model
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>").fullmatch
-# What `Precompiled` leaves to do, in the forms that the published files have; SentencePiece does it anyway.
+# The steps after `Precompiled` in the published files; SentencePiece does them anyway.
 _HARMLESS = ("Replace", "Strip", "WhitespaceSplit")
 
 
 def read_tokenizer_json(content: bytes) -> tuple[bytes, dict[int, AddedToken]]:
-    """A SentencePiece model of the same vocabulary, in the order of the ids, and the added tokens.
+    """Makes a SentencePiece model of the vocabulary, in the order of the ids; returns it and the added tokens.
 
     Raises:
-        ValueError: the content is not that of a unigram tokenizer with SentencePiece's normalisation.
+        ValueError: the content is not a unigram tokenizer with SentencePiece's normalization.
     """
     try:
         data = json.loads(content)
@@ -38,7 +38,7 @@ def read_tokenizer_json(content: bytes) -> tuple[bytes, dict[int, AddedToken]]:
             if step["type"] == "Precompiled":
                 charsmap = base64.b64decode(step["precompiled_charsmap"] or "", validate=True)
             elif step["type"] == "Metaspace":
-                # Before version 0.15 of tokenizers it was a truth value.
+                # It was a bool before version 0.15 of tokenizers.
                 scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space") else "never")
                 dummy_prefix = scheme != "never"
             elif step["type"] not in _HARMLESS:
@@ -51,17 +51,17 @@ def read_tokenizer_json(content: bytes) -> tuple[bytes, dict[int, AddedToken]]:
 
 
 def write_tokenizer_json(model: bytes, found: dict[int, AddedToken], sep_token: str | None) -> bytes:
-    """`tokenizer.json` in the published form.
+    """Makes `tokenizer.json` in the published form.
 
-    Written here, as the `tokenizers` library would index the vocabulary first, another second for 256,000 tokens.
+    The `tokenizers` library could do this, but would index the vocabulary first: a second for 256,000 tokens.
 
     Args:
         model: a SentencePiece model, in the order of the ids.
         found: the special tokens of the model, and further tokens, by id.
-        sep_token: what begins a text, one of them.
+        sep_token: the one of these that precedes a text.
 
     Raises:
-        ValueError: the form cannot say what the model says.
+        ValueError: this form cannot express the model.
     """
     pieces, settings = read_model(model)
     kinds = [piece.kind for piece in pieces]
@@ -107,7 +107,7 @@ def write_tokenizer_json(model: bytes, found: dict[int, AddedToken], sep_token: 
 
 
 def _template(sep_token: str, tokens: dict[int, AddedToken]) -> dict[str, Any]:
-    """What stands around a text, and between the texts of a pair."""
+    """The special tokens around a text, and between the texts of a pair."""
     number = next(number for number, token in tokens.items() if token.content == sep_token)
     sep = {"SpecialToken": {"id": sep_token, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -122,7 +122,7 @@ def _template(sep_token: str, tokens: dict[int, AddedToken]) -> dict[str, Any]:
 def _kinds(
     pieces: list[Piece], unknown: int | None, added: dict[int, AddedToken], byte_fallback: bool
 ) -> dict[int, Kind]:
-    """The kinds of the pieces that are not normal ones, by id."""
+    """The kinds of the pieces that are not normal, by id."""
     kinds = {number: Kind.BYTE for number, piece in enumerate(pieces) if byte_fallback and _BYTE(piece.token)}
     for number, token in added.items():
         if 0 <= number < len(pieces):
@@ -133,7 +133,7 @@ def _kinds(
 
 
 def _steps(step: Any) -> Iterator[Any]:
-    """The steps of a normalizer or pre-tokenizer, which may be None, one step, or nested sequences."""
+    """Yields the steps of a normalizer or pre-tokenizer: None, one step, or nested sequences."""
     if step is not None and step["type"] == "Sequence":
         for inner in step.get("normalizers") or step.get("pretokenizers") or []:
             yield from _steps(inner)

@@ -1,4 +1,4 @@
-"""The vocabulary: text to ids and back to tokens, on the SentencePiece library."""
+"""The vocabulary: from text to ids and tokens, with the SentencePiece library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xglm_core.tokenization.model_file import FIRST_TOKENS, MADEUP_WORDS
 
 _OPTIONS = ("enable_sampling", "nbest_size", "alpha", "num_threads")
 
-# Below this many texts the threads of SentencePiece's batches cost more than they save.
+# For fewer texts, the threads of SentencePiece's batches cost more than they save.
 _FEW_TEXTS = 64
 
 Offsets = list[tuple[int, int]]
@@ -25,22 +25,22 @@ class Vocabulary:
 
     Args:
         model: a SentencePiece model, in the order of the ids.
-        added: further tokens, by id; special ones may be within the model.
+        added: further tokens, by id; special ones may be part of the model.
         options: arguments of `SentencePieceProcessor`.
 
     Attributes:
-        model: as given.
-        processor: the SentencePiece processor of the model; its numbers are our ids.
-        base_size: number of tokens of the model.
+        model: the model.
+        processor: the SentencePiece processor of the model; its ids are ours.
+        base_size: the number of tokens of the model.
         tokens: all tokens, by id.
-        samples: whether the same text may be divided otherwise the next time.
-        byte_tokens: those that stand for a byte of a character that is not in the vocabulary.
-        found: the tokens that are found in a text before SentencePiece sees it, by id: special and added ones.
+        samples: whether subword sampling is on, so that a text may be split differently each time.
+        byte_tokens: the tokens that stand for a byte of an unknown character.
+        found: the special and added tokens, by id, which are matched before SentencePiece sees a text.
         added: those of them that follow the tokens of the model, by id.
-        special_ids: id of each special token.
+        special_ids: the id of each special token.
 
     Raises:
-        ValueError: `model` is no SentencePiece model, or the ids of `added` do not fit it.
+        ValueError: `model` is not a SentencePiece model, or the ids of `added` do not fit it.
         InputError: an option is unknown, or has an impossible value.
     """
 
@@ -84,15 +84,15 @@ class Vocabulary:
                 self._put(number, token)
         self._update()
 
-    # SentencePiece's own pickling would forget the options.
+    # SentencePiece's own pickling would lose the options.
     def __reduce__(self) -> Any:
         return Vocabulary, (self.model, self.found, self._options)
 
     def add(self, tokens: Iterable[AddedToken]) -> int:
-        """Adds tokens behind the last one; a known one only becomes special, with its flags, if it is to be.
+        """Adds tokens after the last one. A known token only becomes special, with its flags, if it is marked so.
 
         Returns:
-            How many are new.
+            The number of new tokens.
         """
         size = len(self.tokens)
         for token in tokens:
@@ -110,11 +110,11 @@ class Vocabulary:
 
         Args:
             text: any text.
-            line_break: the id that stands for a run of line breaks; None leaves them to SentencePiece, as spaces.
-            split_special: whether special tokens in a text are text as any other.
+            line_break: the id for a run of line breaks; None means that SentencePiece turns them into spaces.
+            split_special: whether special tokens in a text are treated as ordinary text.
 
         Raises:
-            InputError: `text` is no string, or has no UTF-8 encoding.
+            InputError: `text` is not a string, or has no UTF-8 encoding.
         """
         if not isinstance(text, str):
             self._check(text)
@@ -134,20 +134,20 @@ class Vocabulary:
     def encode_batch(
         self, texts: Sequence[str], line_break: int | None = None, split_special: bool = False
     ) -> list[list[int]]:
-        """The ids of several texts; arguments and errors as of `encode`."""
+        """The ids of several texts; see `encode` for arguments and errors."""
         try:
             finder, breaks = self._finders[split_special], line_break is not None
             if len(texts) >= _FEW_TEXTS and not finder.may_find("".join(texts), line_breaks=breaks):
                 rows: list[list[int]] = self.processor.encode(list(texts))
                 return rows
         except (TypeError, RuntimeError):
-            pass  # One of them is no text; this finds which.
+            pass  # One of them is not a text; the loop finds it.
         return [self.encode(text, line_break, split_special) for text in texts]
 
     def encode_with_offsets(
         self, text: str, line_break: int | None = None, split_special: bool = False
     ) -> tuple[list[int], Offsets]:
-        """The ids of a text, and where each token stands in it: begin and end [characters]; see `encode`."""
+        """The ids of a text, and begin and end of each token in it [characters]; see `encode`."""
         self._check(text)
         ids: list[int] = []
         offsets: Offsets = []
@@ -162,7 +162,7 @@ class Vocabulary:
         return ids, offsets
 
     def tokenize(self, text: str, line_break: int | None = None, split_special: bool = False) -> list[str]:
-        """The tokens of a text; one that is not in the vocabulary appears as the text's own characters.
+        """The tokens of a text; unknown tokens appear as the characters of the text.
 
         Raises:
             InputError: see `encode`.
@@ -174,10 +174,10 @@ class Vocabulary:
         return tokens
 
     def id_of(self, token: str) -> int:
-        """The id of a token; that of `<unk>` for one that is not in the vocabulary.
+        """The id of a token; that of `<unk>` for an unknown token.
 
         Raises:
-            InputError: `token` is no string, or has no UTF-8 encoding.
+            InputError: `token` is not a string, or has no UTF-8 encoding.
         """
         number = self._added_ids.get(token) if isinstance(token, str) else None
         if number is None:
@@ -195,19 +195,19 @@ class Vocabulary:
 
     def _update(self) -> None:
         tokens = [(token, number) for number, token in self.found.items()]
-        # By whether special tokens are split.
+        # The key says whether special tokens are split.
         self._finders = TokenFinder(tokens), TokenFinder(pair for pair in tokens if not pair[0].special)
         self.special_ids = {token.content: number for number, token in sorted(self.found.items()) if token.special}
 
     def _locate(self, text: str) -> tuple[list[int], Offsets]:
         """The ids and offsets of a text without added tokens."""
         pieces = self.processor.encode(text, out_type=str)
-        # With sampling, another call would give another division.
+        # With sampling, a second call would split the text differently.
         ids = self.processor.piece_to_id(pieces) if self.samples else self.processor.encode(text)
         normalized, begins = self.processor.normalize(text, with_offsets=True)
         ends = begins[1:]
         for place in range(len(ends) - 2, -1, -1):
-            # Several characters that one has become, as "ﬁ" became "fi", end where it ends.
+            # If one character becomes several, as "ﬁ" becomes "fi", all of them end where it ends.
             if ends[place] == begins[place]:
                 ends[place] = ends[place + 1]
         offsets: Offsets = []
@@ -224,7 +224,7 @@ class Vocabulary:
 
     @staticmethod
     def _check(text: Any) -> None:
-        """Refuses what SentencePiece cannot read, in words of ours."""
+        """Refuses what SentencePiece cannot read, with our own message."""
         if not isinstance(text, str):
             raise InputTypeError(f"a text is {text!r:.80} ({type(text).__name__}), expected a string")
         try:
@@ -237,19 +237,19 @@ class Vocabulary:
 
 
 def trained_model(texts: Iterable[str], vocab_size: int, options: dict[str, Any]) -> bytes:
-    """A SentencePiece unigram model of texts, as XGLM's is: NFKC, and each character of the texts has an id.
+    """Trains a SentencePiece unigram model like XGLM's: with NFKC, and an id for each character of the texts.
 
     Args:
-        texts: what to divide well.
-        vocab_size: most ids, special ones included.
+        texts: the texts for training.
+        vocab_size: the largest number of ids, including special ones.
         options: other arguments of `SentencePieceTrainer`.
 
     Raises:
-        InputError: SentencePiece refuses.
+        InputError: SentencePiece cannot make such a model.
     """
     model = io.BytesIO()
     usual = {"character_coverage": 1.0, "normalization_rule_name": "nmt_nfkc", "hard_vocab_limit": False}
-    pieces = vocab_size - len(MADEUP_WORDS) - len(FIRST_TOKENS) + 3  # A model has three special pieces of its own.
+    pieces = vocab_size - len(MADEUP_WORDS) - len(FIRST_TOKENS) + 3  # A model includes three special pieces.
     try:
         SentencePieceTrainer.train(
             sentence_iterator=iter(texts),

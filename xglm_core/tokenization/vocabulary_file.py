@@ -1,4 +1,4 @@
-"""Reading a vocabulary from any of its two files: SentencePiece's model, or `tokenizer.json`."""
+"""Reads a vocabulary from either of its files: SentencePiece's model or `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from xglm_core.tokenization.tokenizer_json import read_tokenizer_json
 
 @dataclass(frozen=True)
 class VocabularyFile:
-    """What a file says of the vocabulary.
+    """The vocabulary in a file.
 
     Attributes:
         path: the file.
         model: a SentencePiece model, in the order of the ids.
         added: added tokens by id.
-        published: SentencePiece's file as it is, if that was read.
+        published: the unchanged SentencePiece file, if that was read.
     """
 
     path: str
@@ -34,7 +34,7 @@ class VocabularyFile:
         """Reads either file.
 
         Raises:
-            CheckpointError: the file cannot be read, or is neither.
+            CheckpointError: the file cannot be read, or has another format.
         """
         try:
             content = Path(path).read_bytes()
@@ -44,7 +44,7 @@ class VocabularyFile:
             ) from None
         if content.startswith(POINTER):
             raise CheckpointError(f"{path}: {POINTER_REASON}")
-        # No SentencePiece model begins with a brace.
+        # A SentencePiece model never begins with a brace.
         if content[:1] == b"{":
             try:
                 model, added = read_tokenizer_json(content)
@@ -57,10 +57,10 @@ class VocabularyFile:
             raise CheckpointError(f"{path}: expected a SentencePiece model, but {error}") from None
 
     def sentencepiece_model(self, size: int) -> bytes:
-        """SentencePiece's file, for a model of `size` pieces.
+        """Makes SentencePiece's file for a model of `size` pieces.
 
         Raises:
-            CheckpointError: the special tokens are not where that file's readers expect them.
+            CheckpointError: the special tokens are not where readers of that file expect them.
         """
         if self.published is not None:
             return self.published

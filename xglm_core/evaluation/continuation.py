@@ -1,4 +1,4 @@
-"""Texts to continue, in batches of those that are continued with the same options."""
+"""Continues texts in batches; those of a batch have the same options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xglm_core.generation.config import FOR_SAMPLING
 from xglm_core.generation.stopping import StopStrings
 from xglm_core.scoring.windows import Window, batches
 
-_SEED = 1234  # Of sampling, where a task has none: the harness seeds PyTorch with it.
+_SEED = 1234  # The default seed of sampling; the harness seeds PyTorch with it.
 
 
 def continued(
@@ -22,17 +22,17 @@ def continued(
 ) -> Iterator[tuple[list[int], str]]:
     """Continues texts.
 
-    Equal requests are computed once if they are greedy. Those that draw get seeds that follow each other, so that no
-    text depends on how they are put into batches.
+    Equal greedy requests are computed once. Equal requests that sample get consecutive seeds, so that no text depends
+    on the composition of batches.
 
     Args:
-        lm: the harness's view of the model: how it encodes and decodes, and its limits.
+        lm: the adapter of the model, which encodes and decodes, and knows the limits.
         model: the causal language model.
-        requests: texts, and the options that a task gives.
-        batch_tokens: most tokens of a batch, padding and tokens to generate included.
+        requests: texts, and the options of the task.
+        batch_tokens: the largest number of tokens in a batch, including padding and tokens to generate.
 
     Yields:
-        The numbers of the requests, and the text that they get.
+        The indices of equal requests, and their continuation.
 
     Raises:
         InputError: an option is unknown or impossible, or leaves no room for a text.
@@ -51,7 +51,7 @@ def continued(
 def _group(
     lm: Any, model: Any, given: dict[str, Any], copy: int, texts: dict[str, list[int]], batch_tokens: int
 ) -> Iterator[tuple[list[int], str]]:
-    """Continues texts with the same options; `copy` counts the times that each has been continued so before."""
+    """Continues texts with the same options; `copy` says how often they were continued so before."""
     from lm_eval.models.utils import postprocess_generated_text
 
     options = _options(given, lm.max_gen_toks)
@@ -67,7 +67,7 @@ def _group(
         )
     prompts = [np.array(lm.tok_encode(text)[-room:], np.int64) for text in texts]
     numbers = list(texts.values())
-    # As many tokens as a row may have, so that `batches` counts those to generate.
+    # Windows include the tokens to generate, so that `batches` counts them.
     parts = [Window(n, 0, len(prompt) + options["max_new_tokens"], 1) for n, prompt in enumerate(prompts)]
     for batch in batches(parts, batch_tokens):
         rows = [prompts[window.sequence] for window in batch]
@@ -78,7 +78,7 @@ def _group(
             ids[place, longest - len(row) :] = row
             mask[place, longest - len(row) :] = 1
         results = model.generate(ids, mask, stop_strings=stops or None, tokenizer=lm.tokenizer, **options)
-        results = np.asarray(results.cpu() if hasattr(results, "detach") else results)  # PyTorch's may lie on a GPU.
+        results = np.asarray(results.cpu() if hasattr(results, "detach") else results)  # It may be on a GPU.
         for window, result in zip(batch, results[:, longest:], strict=True):
             if options.get("stop_at_eos", True):
                 result = _without_end(result, lm.eot_token_id)
@@ -87,7 +87,7 @@ def _group(
 
 
 def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
-    """What `generate` takes, and "until", for the options of a task; `most` tokens where it does not say."""
+    """The options of `generate` for those of a task, and "until"; `most` is the default number of tokens."""
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
     options: dict[str, Any] = dict(normalize_gen_kwargs(given, most))
@@ -98,13 +98,13 @@ def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
             raise InputError(
                 f"{name}={options[name]!r} is among a task's options; one text is expected of each request"
             )
-    if not options["do_sample"]:  # Some tasks say how to draw and not to; and the harness makes the temperature 0.
+    if not options["do_sample"]:  # Some tasks set sampling options without sampling, and the harness temperature 0.
         options = {name: value for name, value in options.items() if name not in FOR_SAMPLING}
     return options
 
 
 def _may_occur(stop: str, tokenizer: Any) -> bool:
-    """Whether a text of the tokenizer can contain a string; a line break it cannot: that is `</s>`, which ends all."""
+    """Whether a text of the tokenizer can contain a string. It never contains a line break, which is `</s>`."""
     try:
         StopStrings([stop], tokenizer)
     except InputError:
@@ -113,6 +113,6 @@ def _may_occur(stop: str, tokenizer: Any) -> bool:
 
 
 def _without_end(ids: np.ndarray, end: int) -> np.ndarray:
-    """The ids before the first `end`; with newlines as "eos", it would be decoded as one."""
+    """The ids before the first `end`, which would be decoded as a line break if newlines are "eos"."""
     ends = np.flatnonzero(ids == end)
     return ids[: ends[0]] if len(ends) else ids

@@ -1,4 +1,4 @@
-"""The special tokens of a tokenizer, by the roles they play."""
+"""The special tokens of a tokenizer, by role."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 class _Token:
-    """The token in a role, e.g. `eos_token`; None if there is none."""
+    """The token of a role, such as `eos_token`, or None."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._role = name
@@ -34,7 +34,7 @@ class _Token:
 
 
 class _Id:
-    """The id of the token in a role, e.g. `eos_token_id`; None if there is none."""
+    """The id of the token of a role, such as `eos_token_id`, or None."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._role = name.removesuffix("_id")
@@ -51,11 +51,11 @@ class _Id:
 
 
 class SpecialTokens:
-    """The part of a tokenizer that knows its special and its added tokens.
+    """The part of a tokenizer that manages special and added tokens.
 
     Args:
-        vocabulary: the vocabulary, which grows by tokens that it does not know.
-        roles: the token in each role, or None.
+        vocabulary: the vocabulary; unknown tokens are added to it.
+        roles: the token of each role, or None.
         additional: special tokens without a role.
     """
 
@@ -70,16 +70,16 @@ class SpecialTokens:
         self.add_special_tokens({**roles, "additional_special_tokens": list(additional)})
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """Adds tokens that are found in texts as they stand; the model's embeddings are to be resized to `len(self)`.
+        """Adds tokens that are matched literally in texts. Resize the model's embeddings to `len(self)` afterwards.
 
         Args:
             new_tokens: a token or a list of them, as strings or as objects with the attributes of `AddedToken`.
             special_tokens: whether `skip_special_tokens` drops them.
 
-        A string keeps the flags that its token has; an object replaces those of a special token.
+        A string keeps the flags of an existing token; an object replaces the flags of a special token.
 
         Returns:
-            How many were not in the vocabulary.
+            The number of tokens that were not in the vocabulary.
         """
         tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
         return self.vocabulary.add([self._token(token, special_tokens) for token in tokens])
@@ -87,17 +87,17 @@ class SpecialTokens:
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_additional_special_tokens: bool = True
     ) -> int:
-        """Gives roles to tokens, and adds those that are not in the vocabulary.
+        """Assigns roles to tokens, and adds those that are not in the vocabulary.
 
         Args:
             special_tokens_dict: tokens by role, such as "pad_token", and a list of "additional_special_tokens".
-            replace_additional_special_tokens: whether that list takes the place of the earlier one.
+            replace_additional_special_tokens: whether that list replaces the earlier one.
 
         Returns:
-            How many were not in the vocabulary.
+            The number of tokens that were not in the vocabulary.
 
         Raises:
-            InputError: a role is unknown, or additional tokens are no list.
+            InputError: a role is unknown, or additional tokens are not a list.
         """
         added = 0
         for role, value in special_tokens_dict.items():
@@ -116,12 +116,12 @@ class SpecialTokens:
         return added
 
     def sanitize_special_tokens(self) -> int:
-        """Does nothing, as each special token is in the vocabulary already; returns 0."""
+        """Does nothing and returns 0: all special tokens are already in the vocabulary."""
         return 0
 
     @property
     def special_tokens_map(self) -> dict[str, Any]:
-        """The tokens by role, without empty ones."""
+        """The tokens by role; roles without a token are left out."""
         tokens: dict[str, Any] = {role: token for role, token in self._roles.items() if token is not None}
         if self._additional:
             tokens["additional_special_tokens"] = [*self._additional]
@@ -129,18 +129,18 @@ class SpecialTokens:
 
     @property
     def special_tokens_map_extended(self) -> dict[str, Any]:
-        """`special_tokens_map`, of `AddedToken`s."""
+        """`special_tokens_map` with `AddedToken`s."""
         extended = {token.content: token for token in self.added_tokens_decoder.values()}
         return {
             role: [extended[token] for token in tokens] if isinstance(tokens, list) else extended[tokens]
             for role, tokens in self.special_tokens_map.items()
         }
 
-    _special_tokens_map = special_tokens_map_extended  # Where code written for transformers looks for it.
+    _special_tokens_map = special_tokens_map_extended  # Code that was written for transformers uses this name.
 
     @property
     def additional_special_tokens(self) -> list[str] | None:
-        """Special tokens without a role; setting them to None is setting them to none."""
+        """Special tokens without a role; None means none when they are set."""
         return None if self._additional is None else [*self._additional]
 
     @additional_special_tokens.setter
@@ -174,25 +174,25 @@ class SpecialTokens:
 
     @property
     def all_special_tokens_extended(self) -> list[AddedToken]:
-        """`all_special_tokens`, as `AddedToken`s."""
+        """`all_special_tokens` as `AddedToken`s."""
         return [token for token in self.added_tokens_decoder.values() if token.special]
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The special tokens, and those that follow the tokens of the vocabulary file, by id."""
+        """The special tokens, and the tokens that were added to the vocabulary file, by id."""
         return dict(sorted(self.vocabulary.found.items()))
 
     @property
     def added_tokens_encoder(self) -> dict[str, int]:
-        """The ids of these tokens."""
+        """The ids of the special and the added tokens."""
         return {token.content: number for number, token in self.added_tokens_decoder.items()}
 
     def get_added_vocab(self) -> dict[str, int]:
-        """The ids of these tokens."""
+        """The ids of the special and the added tokens."""
         return self.added_tokens_encoder
 
     def _token(self, value: Any, special: bool) -> AddedToken:
-        """A token that is to be added; see `add_tokens`."""
+        """Makes the token to add; see `add_tokens`."""
         if isinstance(value, str) and value:
             known = self.vocabulary.found.get(self.vocabulary.id_of(value))
             if known is not None and known.content == value:

@@ -1,4 +1,4 @@
-"""The texts that the backends generated: the same in all of them, or where they part and whether that is a tie."""
+"""Finds where the texts that the backends generated diverge, and whether that is a tie."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from xglm_core.generation.config import GenerationConfig
 
 @dataclass(frozen=True)
 class Parting:
-    """The first new token of a row that is not the same in all backends.
+    """The first new token of a row on which the backends disagree.
 
     Attributes:
-        token: its index among the new tokens.
+        token: the index among the new tokens.
         choices: the id that each backend chose.
-        margin: how far the logit of the least likely of them is below the likeliest of all by the oracle, relative to
-            the largest absolute logit; 0 is a tie.
+        margin: how far, by the oracle, the logit of the least likely choice is below the largest logit, relative to the
+            largest absolute logit; 0 is a tie.
     """
 
     token: int
@@ -38,15 +38,15 @@ def find_partings(
 
     Args:
         generated: ids by backend, int64 [rows, length + new]; `new` may differ.
-        attention_mask: of the prompts, int64 [rows, length].
+        attention_mask: the mask of the prompts, int64 [rows, length].
         config: the model's configuration.
-        read: the oracle's reader of weights; used only if the texts part.
+        read: the oracle's reader of weights; used only if the texts diverge.
 
     Returns:
-        For each row where it parts, or None.
+        For each row, where its texts diverge, or None.
     """
     width = max(ids.shape[1] for ids in generated.values())
-    pad = GenerationConfig.from_model(config).filler  # As after the end of a row.
+    pad = GenerationConfig.from_model(config).pad_id  # As after the end of a row.
     rows = np.stack(
         [np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=pad) for ids in generated.values()]
     )

@@ -1,6 +1,6 @@
-"""What the writers of all formats share: a file is first laid out without its numbers, then these are filled in.
+"""What the writers of all formats share: a file is first laid out without its values, which are written afterwards.
 
-It mirrors reading: there, a format says where each tensor's numbers lie; here, where they are to go.
+This mirrors reading: a reader says where the values of each tensor lie, a writer where they will lie.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Entry:
     """A tensor as a format stores it.
 
     Attributes:
-        name: what the format calls it.
-        dtype: its type.
-        shape: in the order of the format, in which matrices may be transposed.
+        name: the format's name for it.
+        dtype: the type.
+        shape: the stored shape; matrices may be transposed.
     """
 
     name: str
@@ -30,21 +30,21 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the numbers."""
+        """The number of bytes of the values."""
         return math.prod(self.shape) * self.dtype.storage.itemsize
 
 
-Piece = tuple[int, int]  # Offset in the file, and bytes.
+Piece = tuple[int, int]  # Offset in the file, and number of bytes.
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A file without its numbers.
+    """A file without its values.
 
     Attributes:
-        places: for each entry, the pieces of the file that hold its numbers, in row-major order.
-        finish: is called when the numbers are in, with the CRC-32 of each entry's; None for the formats, most of them,
-            that have no such thing.
+        places: for each entry, the pieces of the file for its values, in row-major order.
+        finish: is called after the values were written, with the CRC-32 of each entry; None for most formats, which
+            have no checksums.
     """
 
     places: Sequence[Sequence[Piece]]
@@ -53,14 +53,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Writer:
-    """How to write files of a format.
+    """Writes files of a format.
 
     Attributes:
-        lay_out: writes a file without its numbers; the last argument says whether it is one of several shards.
-        stored_name: what an index file calls a weight.
+        lay_out: writes a file without its values; the last argument says whether it is one of several shards.
+        stored_name: the name of a weight in an index file.
         transposes: whether matrices of dense layers are stored [in, out].
-        untied_head: whether the format has a head of its own even where that is tied to the embedding.
-        types: the types of numbers that the format can hold.
+        untied_head: whether the format stores the head even if it is tied to the embedding.
+        types: the types that the format can hold.
     """
 
     lay_out: Callable[[BinaryIO, Sequence[Entry], bool], Layout]

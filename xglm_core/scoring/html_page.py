@@ -1,4 +1,4 @@
-"""A page that shows how surprising each word is: one file, without scripts, for light and dark screens."""
+"""An HTML page that shows how surprising each word is: one file, without scripts, for light and dark screens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import BinaryIO
 from xglm_core.scoring.texts import TextScore
 from xglm_core.scoring.words import Word
 
-# Bits at which a darker shade begins; the first shade is none.
+# From so many bits on, a word has the next darker shade; below the first, it has none.
 STEPS = (2, 4, 6, 8, 12, 16)
 
-# Text, page and shades on light and on dark screens. Each pair of text and shade has a contrast of at least 4.5.
+# The colours of text, page and shades, for light and for dark screens. Text on each shade has a contrast of at least
+# 4.5.
 LIGHT = ("#1a1a1a", "#ffffff", "#fff1d6", "#ffe0ad", "#ffcb85", "#ffb067", "#ff9457", "#f57a4e")
 DARK = ("#f2f2f2", "#16181c", "#2c2a2a", "#43302b", "#5c362a", "#763b29", "#8e4027", "#a34526")
 
@@ -23,8 +24,8 @@ class Page:
     """Writes a page, text by text.
 
     Args:
-        file: where to; UTF-8.
-        title: what was scored.
+        file: the file to write, in UTF-8.
+        title: the title of the page.
     """
 
     def __init__(self, file: BinaryIO, title: str) -> None:
@@ -36,7 +37,7 @@ class Page:
         self._put(f"<style>\n{_style()}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{_legend()}")
 
     def add(self, score: TextScore) -> None:
-        """Adds a text; what does not count, as the context of a pair, has no shade."""
+        """Adds a text; parts that are not scored, such as the context of a pair, have no shade."""
         done, parts = 0, []
         for word in score.words:
             parts += [escape(score.text[done : word.begin]), _marked(word)]
@@ -47,7 +48,7 @@ class Page:
         self._put("</section>\n")
 
     def end(self) -> None:
-        """Adds what closes the page."""
+        """Closes the page."""
         self._put("</body>\n</html>\n")
 
     def _put(self, text: str) -> None:

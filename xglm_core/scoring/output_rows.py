@@ -1,4 +1,4 @@
-"""What `xglm score` writes: rows of JSON or of tab-separated values, which begin with the number of the line."""
+"""The rows that `xglm score` writes: JSON or tab-separated values, beginning with the line's number."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 def header(form: str, with_words: bool) -> str:
-    """The first row; empty if there is none."""
+    """The header; empty for JSON."""
     if form == "jsonl":
         return ""
     return "line\tbegin\tend\tbits\tword" if with_words else "line\tcount\tsum\tperplexity\ttext"
 
 
 def rows(form: str, with_words: bool, number: int, item: Item, score: TextScore) -> list[str]:
-    """The rows of one text: with JSON always one; as a table one, or one for each word.
+    """The rows of one text: one, or with `with_words` in a table, one for each word.
 
     Args:
         form: one of `FORMATS`.
-        with_words: whether words are asked for.
+        with_words: whether to write the surprisal of words.
         number: the line of the text in the input.
         item: the text or the pair.
         score: its score.

@@ -1,4 +1,4 @@
-"""What the readers of all formats share: a file mapped into memory, and where each tensor lies in it."""
+"""What the readers of all formats share: a file that is mapped into memory, and the places of its tensors."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ import numpy as np
 from xglm_core.checkpoint.dtypes import INTEGERS, FloatType
 from xglm_core.errors import CheckpointError
 from xglm_core.files import POINTER, POINTER_REASON
+from xglm_core.rounding import rounded_up
 
-LARGEST = 2**48  # Of a size, an offset or a number of elements; far from any overflow.
+LARGEST = 2**48  # The largest size, offset or number of elements; far from any overflow.
 
-_MOST_DIMENSIONS = 32  # numpy has a limit too, which differs between its versions.
-# Numbers of each row and column that are transposed at a time: they fit into the processor's cache, twice. The rows of
-# the copy in between are longer, so that numbers below each other do not compete for the same places of the cache.
+_MOST_DIMENSIONS = 32  # numpy's own limit depends on its version.
+# Tiles of so many rows and columns are transposed at a time: two fit into the processor's cache. The rows of the copy
+# in between are longer, so that the values of a column do not compete for the same places of the cache.
 _TILE = 256
 _TILE_PADDING = 16
-# Numbers that are read, converted and written at a time: they stay in the processor's cache on the way.
-_BLOCK_NUMBERS = 2**18
-# Numbers of a mapped tensor that may be in memory at a time. A larger matrix is transposed in blocks of as many, so
-# that a row of each is many pages of the file: 2**22 take twice the time of 2**24.
-_MAPPED_NUMBERS = 2**24
+# So many values are read, converted and written at a time: they stay in the processor's cache.
+_BLOCK_VALUES = 2**18
+# So many values of a mapped tensor may be in memory at a time. A larger matrix is transposed in blocks of this size, so
+# that a row of a block is many pages of the file: 2**22 takes twice the time of 2**24.
+_MAPPED_VALUES = 2**24
 ALIGNMENT = 64  # Bytes. TensorFlow and XLA copy memory that is aligned to less.
-# So that describing them takes tens of megabytes at most; the largest XGLM has 771, with names of 60 characters.
+# With these limits, descriptions take tens of megabytes at most. The largest XGLM has 771 tensors, with names of 60
+# characters.
 _MOST_TENSORS = 50_000
 _LONGEST_NAME = 500
 
@@ -42,8 +44,8 @@ class TensorInfo:
     Attributes:
         dtype: the stored type.
         shape: the canonical shape, which a format may store transposed.
-        begin, end: the byte range within the file that holds the numbers.
-        strides: numbers from one element to the next, by dimension; None for the row-major order.
+        begin, end: the byte range of the values within the file.
+        strides: the distance between elements in each dimension, in elements; None for row-major order.
     """
 
     dtype: FloatType
@@ -54,7 +56,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the numbers, without any between them."""
+        """The number of bytes of the values, without gaps."""
         return math.prod(self.shape) * self.dtype.storage.itemsize
 
 
@@ -62,19 +64,19 @@ class TensorFile:
     """A file mapped into memory; tensors are views of the mapping.
 
     Views are copy-on-write: writing into one changes this process's memory, never the file. The file must not be
-    truncated while views are in use; renaming another one over it, as `save_checkpoint` does, is safe.
+    truncated while views are in use. Renaming another file over it, as `save_checkpoint` does, is safe.
 
     Args:
         path: the file.
-        least: bytes that every file of the format has.
+        least: the smallest size of a file of the format, in bytes.
 
     Attributes:
         path: the file.
-        tensors: the tensors by name; a subclass fills it with names and shapes of the published PyTorch checkpoints.
-        others: those of integers, which are no weights.
+        tensors: the tensors by name. A subclass adds them with names and shapes of the published PyTorch checkpoints.
+        others: tensors of integers, which are not weights.
 
     Raises:
-        CheckpointError: the file cannot be read, is damaged, or holds something else than tensors.
+        CheckpointError: the file cannot be read, is damaged, or holds anything but tensors.
     """
 
     def __init__(self, path: str | os.PathLike[str], least: int) -> None:
@@ -96,7 +98,7 @@ class TensorFile:
 
     @staticmethod
     def canonical_name(name: str) -> str:
-        """What an index file calls a tensor, as `tensors` has it."""
+        """The name in `tensors` for a name in an index file."""
         return name
 
     def read(self, name: str) -> np.ndarray:
@@ -107,58 +109,58 @@ class TensorFile:
         return np.ndarray(info.shape, storage, self._map, info.begin, strides)
 
     def blocks(self, name: str, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
-        """The tensor in blocks, see `row_blocks`; pages of the file are freed after a few million numbers."""
+        """Yields the tensor in blocks, see `row_blocks`; frees pages of the file after every few million values."""
         array, count = self.read(name), 0
-        owner: Any = array.base  # The mapped file, unless a reader had to make a copy.
+        owner: Any = array.base  # The mapped file, unless the reader made a copy.
         if is_large(array.shape) and array.T.flags.c_contiguous and owner is self._map:
             yield from self._blocks_across(self.tensors[name], buffers, transposed=transposed)
             return
         for block in row_blocks(array, buffers, transposed=transposed):
             yield block
             count += block.size
-            if count >= _MAPPED_NUMBERS:
+            if count >= _MAPPED_VALUES:
                 self.release(name)
                 count = 0
         self.release(name)
 
     def _blocks_across(self, info: TensorInfo, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
-        """Blocks of a large matrix that is stored transposed, each a part of all rows of the file.
+        """Yields a large matrix that is stored transposed; each block holds a part of all rows of the file.
 
-        Read, not mapped: where one number is wanted, Linux may map megabytes, and so the whole matrix.
+        The file is read, not mapped: to access one value, Linux may map megabytes, and in the end the whole matrix.
         """
         (rows, width), storage = info.shape, info.dtype.storage
         step = block_rows(info.shape, transposed=transposed)
-        most = max(1, _MAPPED_NUMBERS // width // step) * step
+        most = max(1, _MAPPED_VALUES // width // step) * step
         memory = Buffers()
         with open(self.path, "rb", buffering=0) as file:
             for begin in range(0, rows, most):
                 part = memory.array((width, min(most, rows - begin)), storage)
-                for index, numbers in enumerate(part):
+                for index, values in enumerate(part):
                     file.seek(info.begin + (index * rows + begin) * storage.itemsize)
-                    if file.readinto(numbers.view(np.uint8)) < numbers.nbytes:
+                    if file.readinto(values.view(np.uint8)) < values.nbytes:
                         raise self._damaged("ends before its tensors; was it changed meanwhile?")
                 for first in range(0, part.shape[1], step):
                     yield ordered(part.T[first : first + step], buffers, transposed=transposed)
 
     def release(self, name: str) -> None:
-        """Gives the memory of a tensor's pages back to the system; the next use reads them from the file again.
+        """Frees the memory of a tensor's pages; the next access reads the file again.
 
-        For readers that copied the tensor: whatever was written into a view of it is lost.
+        Only for readers that copied the tensor: changes to a view of it are lost.
         """
         info = self.tensors[name]
         self._release(info.begin, info.end)
 
     def _release(self, begin: int, end: int) -> None:
-        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # Pages shared with a neighbour stay.
+        begin = rounded_up(begin, mmap.PAGESIZE)  # Pages that are shared with a neighbour stay.
         length = end // mmap.PAGESIZE * mmap.PAGESIZE - begin
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, begin, length)
 
     def _add(self, name: str, info: TensorInfo) -> None:
-        """Enters a tensor, whose name is that of no other."""
+        """Adds a tensor; its name must be new."""
         if len(name) > _LONGEST_NAME:
             raise self._damaged(f"tensor {shown(name)}: its name has more than {_LONGEST_NAME} characters")
-        if not name.isprintable():  # Names are part of other messages, which must stay one line.
+        if not name.isprintable():  # Names are part of messages, which must stay one line.
             raise self._damaged(f"the tensor name {shown(name)} is no printable text")
         if name in self.tensors or name in self.others:
             raise self._damaged(f"the file has two tensors {shown(name)}")
@@ -171,18 +173,18 @@ class TensorFile:
 
 
 def matrix_info(dtype: FloatType, shape: Sequence[int], begin: int, *, transposed: bool) -> TensorInfo:
-    """A tensor whose numbers lie in the row-major order of `shape`; `transposed` makes the other order canonical."""
+    """A tensor that is stored in the row-major order of `shape`; with `transposed`, its transpose is canonical."""
     end = begin + math.prod(shape) * dtype.storage.itemsize
     if transposed and len(shape) == 2:
         return TensorInfo(dtype, (shape[1], shape[0]), begin, end, (1, shape[1]))
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
-def copy_numbers(target: np.ndarray, source: np.ndarray) -> None:
+def copy_values(target: np.ndarray, source: np.ndarray) -> None:
     """Copies an array into a row-major one of the same shape.
 
-    Of a matrix that is stored transposed, or a part of one, numpy reads numbers that lie far apart, one by one. By way
-    of tiles that stay in the processor's cache it takes a fifth of the time or less.
+    From a matrix that is stored transposed, numpy would read values that lie far apart, one by one. By way of tiles
+    that stay in the processor's cache, the copy takes a fifth of the time or less.
     """
     if source.ndim != 2 or source.strides[0] >= source.strides[1]:
         np.copyto(target, source)
@@ -198,13 +200,13 @@ def copy_numbers(target: np.ndarray, source: np.ndarray) -> None:
 
 
 class Buffers(threading.local):
-    """Memory for one array after the other, in each thread: fresh memory takes longer than the copy into it."""
+    """Reuses memory for one array after another, in each thread: fresh memory costs more than the copy into it."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """An array of any content, in the memory that the last one had."""
+        """An uninitialised array, in the memory of the last one."""
         size = math.prod(shape) * dtype.itemsize
         if len(self._memory) < size:
             self._memory = np.empty(size, np.uint8)
@@ -212,7 +214,7 @@ class Buffers(threading.local):
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-    """A row-major array of any content, whose memory begins at a multiple of 64 bytes."""
+    """An uninitialised row-major array, at an address that is a multiple of 64 bytes."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % ALIGNMENT
@@ -220,20 +222,20 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def is_aligned(array: np.ndarray) -> bool:
-    """Whether an array is like those of `aligned_empty`."""
+    """Whether an array has the layout and alignment of `aligned_empty`."""
     return array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0
 
 
 def row_blocks(array: np.ndarray, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
-    """Cuts an array into blocks of a few hundred thousand numbers, by its first dimension.
+    """Cuts an array into blocks of a few hundred thousand values, along its first dimension.
 
     Args:
         array: in canonical shape, in any order.
-        buffers: memory for blocks that are not in order already.
-        transposed: whether a matrix is to be transposed first. Blocks of a large one are columns of the transpose.
+        buffers: memory for blocks that must be reordered.
+        transposed: whether to transpose a matrix first. Blocks of a large matrix are columns of the transpose.
 
     Yields:
-        Row-major blocks. Where they begin depends on the shape and on `transposed` alone.
+        Row-major blocks. Where they begin depends only on the shape and on `transposed`.
     """
     if not array.size:
         return
@@ -247,8 +249,8 @@ def row_blocks(array: np.ndarray, buffers: Buffers, *, transposed: bool) -> Iter
 
 
 def block_rows(shape: Sequence[int], *, transposed: bool) -> int:
-    """How many rows a block has of a large matrix, or of anything that is not to be transposed."""
-    return max(1, (_MAPPED_NUMBERS if transposed else _BLOCK_NUMBERS) // math.prod(shape[1:]))
+    """The number of rows in a block of a large matrix, or of an array that is not transposed."""
+    return max(1, (_MAPPED_VALUES if transposed else _BLOCK_VALUES) // math.prod(shape[1:]))
 
 
 def ordered(block: np.ndarray, buffers: Buffers, *, transposed: bool) -> np.ndarray:
@@ -257,17 +259,17 @@ def ordered(block: np.ndarray, buffers: Buffers, *, transposed: bool) -> np.ndar
     if block.flags.c_contiguous:
         return block
     copy = buffers.array(block.shape, block.dtype)
-    copy_numbers(copy, block)
+    copy_values(copy, block)
     return copy
 
 
 def is_large(shape: Sequence[int]) -> bool:
-    """Whether it is the shape of a matrix with too many numbers to be mapped as a whole while it is transposed."""
-    return len(shape) == 2 and math.prod(shape) > _MAPPED_NUMBERS
+    """Whether a matrix of this shape is too large to be mapped as a whole while it is transposed."""
+    return len(shape) == 2 and math.prod(shape) > _MAPPED_VALUES
 
 
 def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two row-major arrays of one type and shape are equal; a NaN as well, which is not equal to itself."""
+    """Whether two row-major arrays of one type and shape have the same bits; so NaN equals itself."""
     bits = f"u{first.itemsize}"
     return first.dtype == second.dtype and np.array_equal(first.view(bits), second.view(bits))
 
@@ -279,10 +281,10 @@ def are_sizes(values: Any) -> TypeGuard[Sequence[int]]:
 
 
 def is_shape(values: Any) -> TypeGuard[Sequence[int]]:
-    """Whether `values` can be a tensor's shape, even with the dimensions of size 0 left out."""
+    """Whether `values` can be a tensor's shape, even without its dimensions of size 0."""
     return are_sizes(values) and math.prod(max(1, length) for length in values) <= LARGEST
 
 
 def shown(text: str) -> str:
-    """A text from a file, in quotes, cut and made printable."""
+    """A text from a file for a message: quoted, shortened and printable."""
     return repr(text if len(text) <= 100 else text[:100] + "...")

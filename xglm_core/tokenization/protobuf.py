@@ -1,7 +1,7 @@
 """The wire format of Protocol Buffers, as far as SentencePiece's model files need it.
 
-A message is a series of fields, each a key (the field's number and the form of its value) and the value. Concatenated
-messages are one message, so fields can be cut out and put in without reading the others.
+A message is a series of fields. A field has a key (its number and the form of its value) and a value. Concatenated
+messages are one message, so fields can be removed and added without parsing the others.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ _SHORT = [bytes([value]) for value in range(0x80)]
 
 
 class Field(NamedTuple):
-    """A field of a message: its number, its value, and where it begins and ends in the message, in bytes."""
+    """A field of a message: its number, its value, and the offsets in the message where it begins and ends."""
 
     number: int
-    value: int | bytes  # Fixed-width numbers as their bytes.
+    value: int | bytes  # Fixed-width numbers are kept as bytes.
     start: int
     stop: int
 
 
 def fields(message: bytes) -> Iterator[Field]:
-    """The fields of a message, in its order.
+    """Yields the fields of a message, in order.
 
     Raises:
-        ValueError: the bytes are no message.
+        ValueError: the bytes are not a message.
     """
     position = 0
     while position < len(message):
@@ -51,17 +51,17 @@ def fields(message: bytes) -> Iterator[Field]:
 
 
 def bytes_field(number: int, value: bytes) -> bytes:
-    """A field that holds bytes, text in UTF-8, or a message."""
+    """Makes a field that holds bytes, text in UTF-8, or a message."""
     return _varint(number << 3 | _BYTES) + _varint(len(value)) + value
 
 
 def int_field(number: int, value: int) -> bytes:
-    """A field that holds a non-negative integer, a truth value or a member of an enumeration."""
+    """Makes a field that holds a non-negative integer, a bool or a member of an enumeration."""
     return _varint(number << 3 | _VARINT) + _varint(value)
 
 
 def float_field(number: int, value: float) -> bytes:
-    """A field that holds a number as float32."""
+    """Makes a field that holds a float32."""
     return _varint(number << 3 | _FIXED32) + struct.pack("<f", value)
 
 
@@ -74,7 +74,7 @@ def float_value(value: int | bytes) -> float:
 
 
 def _varint(value: int) -> bytes:
-    if value < 0x80:  # Nearly always, and a vocabulary has a million.
+    if value < 0x80:  # Fast path: nearly all of a million integers in a vocabulary.
         return _SHORT[value]
     digits = bytearray()
     while value > 0x7F:
@@ -85,7 +85,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    """An integer and the position after it."""
+    """Reads an integer; returns it and the position after it."""
     if position < len(message) and message[position] < 0x80:
         return message[position], position + 1
     value = shift = 0

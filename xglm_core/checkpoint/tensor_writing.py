@@ -1,7 +1,7 @@
-"""Fills in the numbers of a file that is laid out, and compares what the file then holds with what it should.
+"""Writes tensors into a file that is laid out, and compares tensors.
 
-Two threads have a tensor each: numpy, zlib and the system work beside each other while Python waits for them. The main
-thread has the system bring to the disk what is written so far.
+Two threads work on a tensor each: numpy, zlib and the system run in parallel, as they release Python's lock. Meanwhile
+the main thread makes the system write to the disk.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from xglm_core.checkpoint.layout import Entry, Layout, Piece
-from xglm_core.checkpoint.mapped import same_bits
+from xglm_core.checkpoint.file_layout import Entry, Layout, Piece
+from xglm_core.checkpoint.tensor_file import same_bits
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _THREADS = 2
-_SYNC_SECONDS = 0.2  # Between two calls of fsync. Each has its costs, and the last should not have much to do.
+_SYNC_SECONDS = 0.2  # Between two calls of fsync. Each has a cost, but the last one should not have much left to do.
 
-# What is called with the numbers of bytes that were written and that were read back since the last call.
+# A function of the numbers of bytes that were written, and that were read back, since the last call.
 Advance = Callable[[int, int], None]
 
 
-def write_numbers(
+def write_values(
     file: BinaryIO,
     entries: Sequence[Entry],
     layout: Layout,
     blocks: Callable[[int], Iterator[np.ndarray]],
     advance: Advance = lambda written, verified: None,
 ) -> None:
-    """Fills in the numbers of a file that is laid out.
+    """Writes the values of all entries into a file that is laid out.
 
     Args:
         file: open for writing.
-        entries: what it holds.
-        layout: where that lies.
-        blocks: gives an entry, by its index, in blocks of rows, or of columns; is called by two threads.
-        advance: is told about the progress, by these threads.
+        entries: the tensors.
+        layout: where they lie in the file.
+        blocks: yields the entry of an index in blocks of rows or columns; two threads call it.
+        advance: is called with the progress, by these threads.
     """
     file.flush()
 
     def write(index: int) -> int:
-        """Writes an entry, and returns its CRC-32 if the format wants that."""
+        """Writes an entry; returns its CRC-32 if the format needs it."""
         entry = entries[index]
         checksum = count = 0
-        with open(file.name, "r+b", buffering=0) as own:  # For a position of its own.
+        with open(file.name, "r+b", buffering=0) as own:  # Each thread needs its own file position.
             for block in blocks(index):
                 _check_block(entry, block)
                 if layout.finish:
@@ -65,11 +65,11 @@ def write_numbers(
     checksums = in_threads(write, range(len(entries)), file)
     if layout.finish:
         layout.finish(checksums)
-    file.flush()  # A full disk shows here, while nothing has been replaced yet.
+    file.flush()  # A full disk is noticed here, before any file is replaced.
 
 
-def equal_numbers(ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray]) -> bool:
-    """Whether two arrays that are cut into blocks in the same way have the same bits."""
+def equal_values(ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray]) -> bool:
+    """Whether two arrays have the same bits; both are cut into blocks in the same way."""
     return all(
         first is not None and second is not None and same_bits(first, second)
         for first, second in zip_longest(ours, theirs)
@@ -77,9 +77,9 @@ def equal_numbers(ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray]) -> b
 
 
 def in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item], file: BinaryIO) -> list[_Result]:
-    """What `work` gives for each item, while the system brings a file to the disk.
+    """Calls `work` for each item in two threads, while the system writes a file to the disk; returns the results.
 
-    The first error is raised when the other threads have finished the items that they have begun.
+    After an error, no further item is begun; the first error is raised when the other thread is done.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         futures = [pool.submit(work, item) for item in items]
@@ -102,18 +102,18 @@ def _check_block(entry: Entry, block: np.ndarray) -> None:
 
 
 def _write_block(file: BinaryIO, pieces: Sequence[Piece], entry: Entry, block: np.ndarray, count: int) -> None:
-    """Writes a block at its place, after `count` numbers of the entry."""
+    """Writes a block to its place, after `count` values of the entry."""
     item = block.itemsize
     if len(entry.shape) < 2 or block.shape[1:] == entry.shape[1:]:
         _write_at(file, pieces, count * item, _bytes_of(block))
         return
     rows, columns = entry.shape
-    for row, numbers in enumerate(block):
-        _write_at(file, pieces, (row * columns + count // rows) * item, _bytes_of(numbers))
+    for row, values in enumerate(block):
+        _write_at(file, pieces, (row * columns + count // rows) * item, _bytes_of(values))
 
 
 def _write_at(file: BinaryIO, pieces: Sequence[Piece], position: int, data: memoryview) -> None:
-    """Writes bytes at a position within the numbers of an entry, which may be in several pieces."""
+    """Writes bytes at a position within an entry, which may be in several pieces of the file."""
     for begin, size in pieces:
         if data and position < size:
             part = data[: size - position]

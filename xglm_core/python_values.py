@@ -1,4 +1,4 @@
-"""Numbers as people have them, as Python's."""
+"""Converts numpy values to plain Python values."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Numpy's numbers, truth values and arrays as Python's and lists, inside lists, tuples and dictionaries, too.
+    """Converts numpy scalars and arrays to Python numbers and lists, also inside lists, tuples and dictionaries.
 
-    Anything else stays as it is.
+    Other values stay as they are.
     """
-    # By name: a configuration needs no numpy, and whoever has its numbers has imported it.
+    # numpy is looked up, not imported: a configuration does not need it.
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
     if type(value) in (list, tuple):

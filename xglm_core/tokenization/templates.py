@@ -1,12 +1,12 @@
-"""Where special tokens stand around a text, and between the texts of a pair."""
+"""Adds special tokens around a text, and between the texts of a pair."""
 
 from __future__ import annotations
 
-from xglm_core.tokenization.roles import SpecialTokens
+from xglm_core.tokenization.special_tokens import SpecialTokens
 
 
-class Layout(SpecialTokens):
-    """The part of a tokenizer that puts sequences of ids together: `</s> X`, and `</s> A </s></s> B`."""
+class Templates(SpecialTokens):
+    """The part of a tokenizer that joins sequences of ids with special tokens: `</s> X`, and `</s> A </s></s> B`."""
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -23,8 +23,8 @@ class Layout(SpecialTokens):
         Args:
             token_ids_0: a sequence of ids.
             token_ids_1: a second one.
-            already_has_special_tokens: whether the ids are complete, and special ones are to be marked in them; if
-                not, the mask is that of `build_inputs_with_special_tokens`.
+            already_has_special_tokens: whether the ids already include special tokens. If not, the mask is that for
+                `build_inputs_with_special_tokens`.
         """
         if already_has_special_tokens:
             special = {*self.all_special_ids}
@@ -35,15 +35,15 @@ class Layout(SpecialTokens):
     def create_token_type_ids_from_sequences(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """A 0 for each id that `build_inputs_with_special_tokens` gives: XGLM has one type of tokens."""
+        """A 0 for each id of `build_inputs_with_special_tokens`: XGLM has one type of tokens."""
         return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """How many tokens `build_inputs_with_special_tokens` adds."""
+        """The number of tokens that `build_inputs_with_special_tokens` adds."""
         prefix, middle = self._around(pair)
         return len(prefix) + len(middle)
 
     def _around(self, pair: bool) -> tuple[list[int], list[int]]:
-        """The ids that begin a text, and those between the texts of a pair."""
+        """The ids before a text, and those between the texts of a pair."""
         sep = [] if self.sep_token_id is None else [self.sep_token_id]
         return sep, sep + sep if pair else []
