@@ -40,7 +40,7 @@ def test_of_drawn_copies(fw, model):
 def test_first_id(ids, first):
     config = changed(CONFIG, **ids)
     prompts = Prompts.of(config, None, None)
-    assert prompts.without(config.pad_token_id).texts == ([first],)  # Also of what would be padding without a mask.
+    assert prompts.without(config.pad_token_id).sequences == ([first],)  # Also of what would be padding without a mask.
 
 
 def test_of_an_id_that_the_call_names(fw, model):

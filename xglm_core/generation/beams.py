@@ -102,10 +102,12 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
     read = prompts.as_read(generation.pad_id)
     engine.reorder(np.repeat(np.arange(groups), count))
     for step in range(request.limit):
-        texts = [[*prompts.texts[group], *beam.tokens] for group in range(groups) for beam in searches[group].running]
+        sequences = [
+            [*prompts.sequences[group], *beam.tokens] for group in range(groups) for beam in searches[group].running
+        ]
         so_far = _ids(read, [group.running for group in searches]) if request.stepwise else read
         asked = [group if beams.open else None for group, beams in enumerate(searches) for _ in range(count)]
-        rules = request.maker.rules(texts, step, request.allowed(engine, so_far, asked))
+        rules = request.maker.rules(sequences, step, request.allowed(engine, so_far, asked))
         if "logits" in record:
             record["logits"].append(engine.recorded())
         if request.processors:
@@ -128,12 +130,12 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
         if request.stepwise:
             stopped = request.stopped(engine, _ids(read, candidates), record).reshape(groups, kept)
         for group, beams in enumerate(searches):
-            begin = len(prompts.texts[group])
+            begin = len(prompts.sequences[group])
             ends = [
                 step + 1 == request.limit
                 or stop
                 or beam.tokens[-1] in generation.eos_ids
-                or request.stops.found([*prompts.texts[group], *beam.tokens], begin)
+                or request.stops.found([*prompts.sequences[group], *beam.tokens], begin)
                 for beam, stop in zip(candidates[group], stopped[group].tolist(), strict=True)
             ]
             beams.extend(candidates[group], ends)

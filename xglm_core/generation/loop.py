@@ -112,7 +112,7 @@ class Request:
         tokens, mask = prompts.left_padded(engine.bucket, generation.pad_id)
         capacity = mask.shape[1] + rounded_up(self.limit, engine.bucket)
         penalized = generation.repetition_penalty != 1
-        seen = filled(prompts.texts, self.config.vocab_size).astype(np.int32) if penalized else None
+        seen = filled(prompts.sequences, self.config.vocab_size).astype(np.int32) if penalized else None
         engine.prefill(tokens, mask, capacity, seen)
 
 
@@ -207,11 +207,11 @@ def steps(
     copies = request.copies
     if copies > 1:
         engine.reorder(np.repeat(np.arange(len(prompts.tokens)), copies))
-    texts = [list(text) for text in prompts.texts for _ in range(copies)]
-    begins = [len(text) for text in texts]
+    sequences = [list(sequence) for sequence in prompts.sequences for _ in range(copies)]
+    begins = [len(sequence) for sequence in sequences]
     keys = Keys(request.seed, [fingerprint for fingerprint in prompts.fingerprints for _ in range(copies)])
     blocks = [np.repeat(prompts.as_read(generation.pad_id), copies, axis=0)]  # What the model has read of each row.
-    ended = np.zeros(len(texts), bool)
+    ended = np.zeros(len(sequences), bool)
     eos = generation.eos_ids
     one_by_one = one_by_one or request.stepwise or bool(record)
     last, done = None, 0
@@ -219,7 +219,7 @@ def steps(
         count = 1 if one_by_one or last is None else min(BLOCK, request.maker.steps_without_change(done))
         read = np.concatenate(blocks, axis=1) if request.stepwise else blocks[0]
         asked = [None if end else row for row, end in enumerate(ended.tolist())]
-        rules = request.maker.rules(texts, done, request.allowed(engine, read, asked))
+        rules = request.maker.rules(sequences, done, request.allowed(engine, read, asked))
         noise = keys.of_steps(done, count)
         if last is None or one_by_one:
             if last is not None:
@@ -239,17 +239,17 @@ def steps(
             for place, token in enumerate(block[row].tolist()):
                 if token < 0:
                     raise no_token(token, int(row), done + place)
-                texts[row].append(token)
-                if token in eos or request.stops.found(texts[row], begins[row]):
+                sequences[row].append(token)
+                if token in eos or request.stops.found(sequences[row], begins[row]):
                     block[row, place + 1 :] = generation.pad_id
                     ended[row] = True
                     break
-        longest = max(len(text) - begin for text, begin in zip(texts, begins, strict=True))
+        longest = max(len(sequence) - begin for sequence, begin in zip(sequences, begins, strict=True))
         block = block[:, : longest - done]
         done += block.shape[1]
         blocks.append(block)
         if lengths is not None:
-            lengths[:] = [len(text) - begin for text, begin in zip(texts, begins, strict=True)]
+            lengths[:] = [len(sequence) - begin for sequence, begin in zip(sequences, begins, strict=True)]
         if request.stepwise:
             ended |= request.stopped(engine, np.concatenate(blocks, axis=1), record)
         yield block

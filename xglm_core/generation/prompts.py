@@ -130,7 +130,7 @@ class Prompts:
         return replace(self, mask=mask)
 
     @cached_property
-    def texts(self) -> tuple[list[int], ...]:
+    def sequences(self) -> tuple[list[int], ...]:
         """The ids of each row without padding, including cached ones; empty for embeddings."""
         if not self.columns.size:
             return tuple([] for _ in self.columns)
@@ -143,17 +143,17 @@ class Prompts:
 
     @property
     def fingerprints(self) -> list[bytes]:
-        """Bytes that are equal for rows with the same text."""
+        """Bytes that are equal for equal prompts."""
         if self.columns.size:
-            return [np.array(text, "<i8").tobytes() for text in self.texts]
+            return [np.array(sequence, "<i8").tobytes() for sequence in self.sequences]
         rows = zip(self.tokens, self.mask[:, self.past :] != 0, strict=True)
         return [row[keep].astype("<f4").tobytes() for row, keep in rows]
 
     def as_read(self, pad_id: int) -> np.ndarray:
         """`columns` as the model reads them: each row right-aligned, with `pad_id` on its left."""
         read = np.full_like(self.columns, pad_id)
-        for row, text in zip(read, self.texts, strict=True):
-            row[len(row) - len(text) :] = text
+        for row, sequence in zip(read, self.sequences, strict=True):
+            row[len(row) - len(sequence) :] = sequence
         return read
 
     def left_padded(self, multiple: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

@@ -92,21 +92,21 @@ class RuleMaker:
         self._vocab_size = config.vocab_size
         words = [tuple(word) for word in generation.bad_words_ids or ()]
         # As in transformers, the end id is not a bad word.
-        words = [word for word in words if word not in {(number,) for number in generation.eos_ids}]
+        words = [word for word in words if word not in {(end,) for end in generation.eos_ids}]
         first = () if generation.forced_bos_token_id is None else (generation.forced_bos_token_id,)
-        for name, numbers in (
+        for name, ids in (
             ("eos_token_id", generation.eos_ids),
             ("suppress_tokens", generation.suppress_tokens or ()),
             ("begin_suppress_tokens", generation.begin_suppress_tokens or ()),
-            ("bad_words_ids", [number for word in words for number in word]),
-            ("sequence_bias", [number for word in generation.biases for number in word]),
+            ("bad_words_ids", [token for word in words for token in word]),
+            ("sequence_bias", [token for word in generation.biases for token in word]),
             ("forced_bos_token_id", first),
             ("forced_eos_token_id", generation.last_ids),
             ("pad_token_id", [generation.pad_id]),
         ):
-            for number in numbers:
-                if not 0 <= number < config.vocab_size:
-                    raise InputError(f"{name} has {number}, expected ids from 0 to {config.vocab_size - 1}")
+            for token in ids:
+                if not 0 <= token < config.vocab_size:
+                    raise InputError(f"{name} has {token}, expected ids from 0 to {config.vocab_size - 1}")
         # Never generated, whatever the options say: they stand for no token.
         no_tokens = range(config.vocab_size - config.padding_rows, config.vocab_size)
         self._always = {
@@ -152,12 +152,12 @@ class RuleMaker:
         return 1 if self.depend_on_text else min(step for step in self._changes if step > generated) - generated
 
     def rules(
-        self, texts: Sequence[Sequence[int]], generated: int, allowed: Sequence[np.ndarray] | None = None
+        self, sequences: Sequence[Sequence[int]], generated: int, allowed: Sequence[np.ndarray] | None = None
     ) -> Rules:
         """The rules of a step.
 
         Args:
-            texts: the tokens of each row so far, including the prompt.
+            sequences: the tokens of each row so far, including the prompt.
             generated: how many of them are new.
             allowed: the ids that each row may get; None allows all.
         """
@@ -165,9 +165,9 @@ class RuleMaker:
         bias: np.ndarray | None
         banned: list[list[int]]
         if forced:
-            bias, banned = self._only([np.array(forced)]), [[]] * len(texts)
+            bias, banned = self._only([np.array(forced)]), [[]] * len(sequences)
         else:
-            bias, banned = self._bias_after(texts), self._banned(texts, generated)
+            bias, banned = self._bias_after(sequences), self._banned(sequences, generated)
             if allowed is not None:
                 only = self._only(allowed)
                 bias = only if bias is None else bias + only
@@ -189,48 +189,48 @@ class RuleMaker:
             min_tokens_to_keep=self.min_tokens_to_keep,
         )
 
-    def _banned(self, texts: Sequence[Sequence[int]], generated: int) -> list[list[int]]:
+    def _banned(self, sequences: Sequence[Sequence[int]], generated: int) -> list[list[int]]:
         common = self._always | self._at_begin.get(generated, set())
         if generated < self._min_new:
             common |= {*self._generation.eos_ids}
-        return [sorted(common | {*self._banned_after(text)}) for text in texts]
+        return [sorted(common | {*self._banned_after(sequence)}) for sequence in sequences]
 
-    def _banned_after(self, text: Sequence[int]) -> Iterator[int]:
-        """The ids that must not follow a text."""
+    def _banned_after(self, sequence: Sequence[int]) -> Iterator[int]:
+        """The ids that must not follow a sequence."""
         for *begin, last in self._sequences:
-            if _ends_with(text, begin):
+            if _ends_with(sequence, begin):
                 yield last
         size = self._generation.no_repeat_ngram_size
-        if size and len(text) >= size:
-            end = [*text[len(text) - size + 1 :]]
-            for place in range(len(text) - size + 1):
-                if [*text[place : place + size - 1]] == end:
-                    yield text[place + size - 1]
+        if size and len(sequence) >= size:
+            end = [*sequence[len(sequence) - size + 1 :]]
+            for place in range(len(sequence) - size + 1):
+                if [*sequence[place : place + size - 1]] == end:
+                    yield sequence[place + size - 1]
 
-    def _bias_after(self, texts: Sequence[Sequence[int]]) -> np.ndarray | None:
+    def _bias_after(self, sequences: Sequence[Sequence[int]]) -> np.ndarray | None:
         """The bias that is added to the scores, float32 [rows or 1, vocab_size]."""
         if self._bias is None or not self._biased_sequences:
             return self._bias
-        result = np.repeat(self._bias, len(texts), axis=0)
+        result = np.repeat(self._bias, len(sequences), axis=0)
         for (*begin, last), bias in self._biased_sequences:
-            for row, text in zip(result, texts, strict=True):
-                if _ends_with(text, begin):
+            for row, sequence in zip(result, sequences, strict=True):
+                if _ends_with(sequence, begin):
                     row[last] += bias
         return result
 
     def _only(self, allowed: Sequence[np.ndarray]) -> np.ndarray:
         """The bias that allows each row only these ids."""
         result = np.full((len(allowed), self._vocab_size), -np.inf, np.float32)
-        for row, numbers in zip(result, allowed, strict=True):
-            row[numbers] = 0
+        for row, ids in zip(result, allowed, strict=True):
+            row[ids] = 0
         return result
 
     def _padded(self, banned: Sequence[Sequence[int]]) -> np.ndarray:
         widest = max(map(len, banned))
         width = max(_MIN_BANNED_WIDTH, power_of_two(widest)) if widest else 0
         result = np.full((len(banned), width), self._vocab_size, np.int32)
-        for row, numbers in zip(result, banned, strict=True):
-            row[: len(numbers)] = numbers
+        for row, ids in zip(result, banned, strict=True):
+            row[: len(ids)] = ids
         return result
 
 
@@ -250,16 +250,16 @@ def allowed_ids(function: PrefixFunction, ids: Any, prompts: Sequence[int | None
     for row, prompt in enumerate(prompts):
         found: Any = [0] if prompt is None else function(prompt, ids[row])
         try:
-            numbers = np.array(found.tolist() if hasattr(found, "tolist") else list(found), np.int64)
+            allowed = np.array(found.tolist() if hasattr(found, "tolist") else list(found), np.int64)
         except (TypeError, ValueError):
             raise InputError(
                 f"prefix_allowed_tokens_fn returned a {type(found).__name__} for prompt {prompt}, expected ids"
             ) from None
-        if ((numbers < 0) | (numbers >= vocab_size)).any():
+        if ((allowed < 0) | (allowed >= vocab_size)).any():
             raise InputError(f"prefix_allowed_tokens_fn returned ids for prompt {prompt} beyond 0 to {vocab_size - 1}")
-        result.append(numbers)
+        result.append(allowed)
     return result
 
 
-def _ends_with(text: Sequence[int], end: Sequence[int]) -> bool:
-    return len(text) >= len(end) and [*text[len(text) - len(end) :]] == [*end]
+def _ends_with(sequence: Sequence[int], end: Sequence[int]) -> bool:
+    return len(sequence) >= len(end) and [*sequence[len(sequence) - len(end) :]] == [*end]

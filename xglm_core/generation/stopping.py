@@ -37,13 +37,13 @@ class StopStrings:
         self._strings = tuple(strings)
         self._tokenizer = tokenizer
 
-    def found(self, text: Sequence[int], begin: int) -> bool:
-        """Whether the ids of a text from `begin` on contain one of the strings."""
+    def found(self, sequence: Sequence[int], begin: int) -> bool:
+        """Whether the text of the ids from `begin` on contains one of the strings."""
         if not self._strings:
             return False
         # Decoding begins one token earlier: otherwise a space at the start of the new text would be lost.
-        before = self._decode(text[max(begin - 1, 0) : begin])
-        new = self._decode(text[max(begin - 1, 0) :])[len(before) :]
+        before = self._decode(sequence[max(begin - 1, 0) : begin])
+        new = self._decode(sequence[max(begin - 1, 0) :])[len(before) :]
         return any(string in new for string in self._strings)
 
     def _decode(self, ids: Sequence[int]) -> str:
