@@ -7,6 +7,7 @@ import pytest
 from jax import export
 
 from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
+from tests.helpers.programs import equations
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMModel
 
 REAL = LEFT.astype(bool)
@@ -85,17 +86,8 @@ class TestExport:
 
 def precisions(function, *arguments):
     """The precision of each product of a program."""
-
-    def of(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                yield equation.params["precision"]
-            for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from of(inner)
-
-    return set(of(jax.make_jaxpr(function)(*arguments).jaxpr))
+    found = equations(function, *arguments)
+    return {equation.params["precision"] for equation in found if equation.primitive.name == "dot_general"}
 
 
 class TestPrecision:

@@ -1,5 +1,6 @@
 """What users of JAX expect of a model: that it lives inside their transformations, and keeps to their conventions."""
 
+import functools
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from flax import nnx
 
 from tests.helpers.commands import ROOT
 from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, IDS, LEFT, SAME, changed
+from tests.helpers.traces import CountedActivation
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMForCausalLMModule, FlaxXGLMModel
 from xglm_flax.cache import FlaxXGLMCache
 
@@ -165,6 +167,7 @@ class TestTransformations:
         code = f"""
 import jax, numpy as np
 from tests.helpers.models import IDS, SAME
+from tests.helpers.traces import CountedActivation
 from xglm_flax import FlaxXGLMForCausalLM
 assert jax.device_count() == 2
 model = FlaxXGLMForCausalLM.from_pretrained({str(tmp_path)!r})
@@ -271,60 +274,56 @@ class TestLoops:
 class TestTraces:
     @pytest.fixture
     def counted(self, model):
-        """A model, and a list that grows when its code is traced."""
-        traces = []
-
-        def activation(states):
-            traces.append(states.shape)
-            return jax.nn.gelu(states, approximate=False)
-
-        counted = FlaxXGLMForCausalLM(changed(CONFIG, activation_function=activation, num_layers=1), _do_init=False)
+        """A model, and its traces."""
+        traces = CountedActivation(functools.partial(jax.nn.gelu, approximate=False))
+        counted = FlaxXGLMForCausalLM(changed(CONFIG, activation_function=traces, num_layers=1), _do_init=False)
         counted.params = {"model": {**model.params["model"], "layers": {"0": of_layer(model.params)}}}
         return counted, traces
 
     def test_none_when_only_values_change(self, counted):
         model, traces = counted
-        heads, positions = np.ones((1, 5)), np.arange(11)[None]
 
-        def call(shift):
-            model(
-                (IDS + shift) % 131,
-                np.roll(LEFT, shift, axis=1),
-                positions + shift,
-                head_mask=heads * shift,
-                labels=(IDS + shift) % 131,
-                num_items_in_batch=5 + shift,
-                logits_to_keep=np.array([1, 2]) + shift,
-                train=True,
-                dropout_rng=jax.random.key(shift),
-            )
+        def arguments(shift):
+            return {
+                "input_ids": (IDS + shift) % 131,
+                "attention_mask": np.roll(LEFT, shift, axis=1),
+                "position_ids": np.arange(11)[None] + shift,
+                "head_mask": np.ones((1, 5)) * shift,
+                "labels": (IDS + shift) % 131,
+                "num_items_in_batch": 5 + shift,
+                "logits_to_keep": np.array([1, 2]) + shift,
+                "dropout_rng": jax.random.key(shift),
+            }
 
-        call(1)
-        assert len(traces) == 1
-        call(2)
-        call(3)
-        assert len(traces) == 1
+        model(**arguments(1), train=True)
+        for name, value in arguments(2).items():
+            with traces.none(name):
+                model(**{**arguments(1), name: value}, train=True)
         model.config.output_hidden_states = True
-        call(3)
-        assert len(traces) == 2
+        with traces.some("output_hidden_states"):
+            model(**arguments(1), train=True)
 
     @pytest.mark.parametrize("mask", [None, LEFT])
     def test_none_between_steps(self, counted, mask):
         model, traces = counted
         past = model(IDS[:, :2], None if mask is None else mask[:, :2]).past_key_values
-        before = len(traces)
-        for end in range(3, 12):
-            step = None if mask is None else mask[:, :end]
-            past = model(IDS[:, end - 1 : end], step, past_key_values=past).past_key_values
-        assert len(traces) == before + 1
+
+        def step(end, past):
+            given = None if mask is None else mask[:, :end]
+            return model(IDS[:, end - 1 : end], given, past_key_values=past).past_key_values
+
+        past = step(3, past)
+        for end in range(4, 12):
+            with traces.none(f"step {end}"):
+                past = step(end, past)
 
     def test_a_change_of_the_architecture_is_compiled_anew(self, counted):
         model, traces = counted
         config, before = model.config, model.module
         model(IDS)
         model.resize_token_embeddings(140)
-        assert model(IDS).logits.shape == (2, 11, 140)
-        assert len(traces) == 2
+        with traces.some("resize_token_embeddings"):
+            assert model(IDS).logits.shape == (2, 11, 140)
         assert model.config is config
         assert model.module is not before
         assert (model.module.config.vocab_size, before.config.vocab_size) == (140, 131)

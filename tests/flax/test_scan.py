@@ -8,6 +8,7 @@ import pytest
 
 from conformance.random_weights import write_checkpoint
 from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, HEAD_MASK, IDS, LEFT, SAME, changed
+from tests.helpers.traces import CountedActivation
 from xglm_core.errors import ConfigError, InputError
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMForCausalLMModule, FlaxXGLMModel, stack_layers, unstack_layers
 
@@ -178,13 +179,8 @@ class TestPrunedHeads:
 
 
 def test_is_compiled_once_for_all_layers():
-    traces = []
-
-    def activation(states):
-        traces.append(states.shape)
-        return jax.nn.relu(states)
-
-    model = FlaxXGLMForCausalLM(changed(CONFIG, activation_function=activation, num_layers=7), scan_layers=True)
+    traces = CountedActivation(jax.nn.relu)
+    model = FlaxXGLMForCausalLM(changed(CONFIG, activation_function=traces, num_layers=7), scan_layers=True)
     text = jax.jit(lambda params: model(TOKENS, params=params).logits).lower(model.params).as_text()
-    assert len(traces) == 1
+    assert traces.count() == 1
     assert text.count("stablehlo.while") == 1
