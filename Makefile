@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 comma := ,
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help demo test fuzz lint format conformance nightly hf-suite golden tiny-model test-core test-torch test-tf test-flax clean
+.PHONY: help demo test test-slow fuzz lint format conformance nightly hf-suite golden tiny-model test-core test-torch test-tf test-flax clean
 
 help: ## list the targets
 	@grep -hE '^(# )?[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^(# )?([a-z-]+):.*## (.*)/  make \2|\3/' | column -t -s '|'
@@ -18,8 +18,11 @@ demo: $(READY) ## continue prompts with PyTorch, TensorFlow and JAX from one che
 	@$(BIN)/xglm compare examples/tiny_model/checkpoint --new-tokens 24 --json $(VENV)/demo.json \
 	  --text "The little" --text "После школы" --text "كل صباح" --text "हर सुबह" --text "子どもたちは" --text "Treni ya"
 
-test: $(READY) ## run all tests
+test: $(READY) ## run the tests, but for slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(READY) ## run the slow tests alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 fuzz: $(READY) ## change checkpoint files at random, 20,000 times: each must load or be rejected
 	$(BIN)/python -m tests.checkpoint.fuzz 20000
@@ -39,7 +42,7 @@ conformance: $(READY) ## compare the three backends with the float64 oracle and 
 tiny-model: $(READY) ## train the bundled checkpoint again
 	$(BIN)/python examples/tiny_model/train.py
 
-nightly: $(READY) ## compare 2,000 random calls with transformers' PyTorch classes, other ones each day
+nightly: test-slow ## run the slow tests, and compare 2,000 random calls with transformers', other ones each day
 	$(BIN)/python -m conformance.random_calls --count 2000 --seed $$(date +%Y%m%d)0000
 
 # hf-suite: ## run transformers' own tests of its XGLM classes against ours, in two environments of their own
