@@ -1,11 +1,16 @@
+import functools
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conformance.random_weights import write_checkpoint
+from tests.helpers.commands import ROOT
 from tests.helpers.frameworks import Framework, backends_under_test
-from tests.helpers.models import CONFIG, CROSS_CONFIG
+from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, IDS
 from xglm_core.backends import require_frameworks
 from xglm_core.errors import BackendError
 
@@ -17,6 +22,8 @@ def pytest_configure():
     # Many tests, and the commands that some of them run, have JAX compile the same small model.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    # Machine code that is not optimized takes a third less time in all; XLA's own programs are the same.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     for name in backends_under_test():
         try:
             require_frameworks(name)
@@ -34,23 +41,53 @@ def fw(request):
     return Framework(request.param)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(path, CONFIG, seed=1)
     return path
 
 
-@pytest.fixture(scope="module")
-def model(fw, folder):
-    return fw.causal_lm.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def cross_model(fw, tmp_path_factory):
+@pytest.fixture(scope="session")
+def cross_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cross")
     write_checkpoint(path, CROSS_CONFIG, seed=1)
-    return fw.causal_lm.from_pretrained(path)
+    return path
+
+
+@functools.cache
+def _loaded(name: str, folder: Path) -> Any:
+    """A model that all modules share: what it has compiled for one of them need not be compiled for the next."""
+    return Framework(name).causal_lm.from_pretrained(folder)
+
+
+def _unchanged(fw: Framework, folder: Path, **inputs: Any) -> Iterator[Any]:
+    """The shared model of a folder; an error after the module whose tests have changed it."""
+    model = _loaded(fw.name, folder)
+
+    def state() -> tuple[Any, ...]:
+        logits = fw.logits(model, IDS, **inputs)
+        return model.config.to_dict(), model.generation_config, model.loss_options, logits.tobytes()
+
+    before = state()
+    yield model
+    assert state() == before, "a test of this module has changed the model that all share: let it `load` its own"
+
+
+@pytest.fixture(scope="module")
+def model(fw, folder):
+    yield from _unchanged(fw, folder)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(fw):
+    """The bundled one."""
+    yield from _unchanged(fw, ROOT / "examples" / "tiny_model" / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def cross_model(fw, cross_folder):
+    yield from _unchanged(fw, cross_folder, encoder_hidden_states=ENCODER)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ class TestPairs:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("to", WRITABLE)
-    def test_types(self, source, tmp_path, to, dtype):
+    def test_types_of_every_pair(self, source, tmp_path, to, dtype):
         needed(to)
         if (to, dtype) == ("tf", "bfloat16"):
             pytest.skip("HDF5 has none; see TestInput")
@@ -467,7 +467,7 @@ class TestProgress:
         assert re.fullmatch(r"all: 2\.00 MB in 0\.0 s \(.* GB/s\)\n", capsys.readouterr().err)
 
 
-def test_memory(tmp_path):
+def test_memory_of_a_conversion(tmp_path):
     """Of a tensor of 67 MB, a conversion holds blocks."""
     config = changed(CONFIG, vocab_size=262_144, d_model=64, attention_heads=4)
     write_checkpoint(tmp_path, config, seed=1)

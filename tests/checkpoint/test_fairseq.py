@@ -38,7 +38,7 @@ def save(request, path):
 
 
 class TestReading:
-    def test_weights(self, checkpoint, save):
+    def test_weights_of_fairseq(self, checkpoint, save):
         file = save(checkpoint)
         assert file.tensors.keys() == {*WEIGHTS, HEAD}
         for name, array in {**WEIGHTS, HEAD: WEIGHTS[EMBEDDING]}.items():

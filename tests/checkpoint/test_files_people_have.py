@@ -44,7 +44,7 @@ class TestPrefixes:
         bare = {f"module.{name.removeprefix('model.')}": tensor for name, tensor in tensors(WEIGHTS).items()}
         assert open_checkpoint(write(tmp_path, bare)).names == WEIGHTS.keys()
 
-    def test_shards(self, tmp_path):
+    def test_prefixes_in_shards(self, tmp_path):
         CONFIG.save_pretrained(tmp_path)
         names = [f"module.{name}" for name in WEIGHTS]
         weights = dict(zip(names, WEIGHTS.values(), strict=True))

@@ -36,7 +36,7 @@ def rejected(path, match):
 
 class TestAgainstFlax:
     @pytest.mark.parametrize("dtype", FLOATS)
-    def test_types(self, path, serialization, dtype):
+    def test_types_in_msgpack(self, path, serialization, dtype):
         array = (
             np.random.default_rng(0).standard_normal((7, 5)).astype(importlib.import_module("jax.numpy").dtype(dtype))
         )

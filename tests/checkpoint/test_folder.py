@@ -75,7 +75,7 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize("dtype", DTYPES.values(), ids=lambda dtype: dtype.name)
     @pytest.mark.parametrize("limit", ["1KB", "10KB", 30_000, "0.03 MiB"])
-    def test_shards(self, tmp_path, dtype, limit):
+    def test_round_trip_of_shards(self, tmp_path, dtype, limit):
         weights = random_weights()
         save(tmp_path, weights, dtype=dtype, max_shard_size=limit)
         assert_holds(tmp_path, weights, dtype)

@@ -113,7 +113,7 @@ def written(request, untied, tmp_path_factory):
 
 
 class TestEveryLayout:
-    def test_weights(self, written, untied):
+    def test_weights_in_every_layout(self, written, untied):
         checkpoint = open_checkpoint(written)
         always_has_a_head = written.name.startswith("fairseq")
         assert checkpoint.names == WEIGHTS[untied].keys() | ({HEAD} if always_has_a_head else set())

@@ -135,7 +135,7 @@ class TestWhatIsDownloaded:
         assert tokenizer("The children").input_ids == XGLMTokenizer.from_pretrained(BUNDLED)("The children").input_ids
         assert (tokenizer.padding_side, tokenizer.init_kwargs.get("cache_dir")) == ("left", None)
 
-    def test_shards(self, hub, cache, tmp_path):
+    def test_shards_of_a_repository(self, hub, cache, tmp_path):
         weights = random_weights(CONFIG, seed=1)
         save_checkpoint(
             tmp_path / "sharded", CONFIG, weight_specs(CONFIG, with_head=False), FLOAT32, weights.__getitem__, "70KB"

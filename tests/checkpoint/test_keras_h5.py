@@ -60,7 +60,7 @@ class TestReading:
             file.release(name)
 
     @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-    def test_types(self, path, dtype):
+    def test_types_in_hdf5(self, path, dtype):
         write_keras(path, {"a/bias:0": KERNEL.astype(dtype), "empty:0": KERNEL[:0].astype(dtype)})
         file = KerasFile(path)
         assert file.tensors["a.bias"].dtype.name == dtype
@@ -76,7 +76,7 @@ class TestReading:
 
 class TestRefused:
     @pytest.mark.parametrize("dtype", [">f4", "complex64", "S3"])
-    def test_types(self, path, dtype):
+    def test_refused_types_in_hdf5(self, path, dtype):
         write_keras(path, {"a:0": np.zeros(2, dtype)})
         rejected(path, "'a:0': is of .*, expected float16, float32 or float64")
 

@@ -59,7 +59,7 @@ FILES = {
 
 
 @pytest.mark.parametrize(("name", "data"), FILES.values(), ids=FILES.keys())
-def test_memory(tmp_path, name, data):
+def test_memory_of_a_hostile_file(tmp_path, name, data):
     path, data = tmp_path / name, data()
     if name.endswith(".bin") and not data.startswith(b"PK"):
         archive(path, data)

@@ -54,7 +54,7 @@ def rejected(path, match):
 
 class TestAgainstPyTorch:
     @pytest.mark.parametrize("dtype", FLOATS)
-    def test_types(self, torch, save, dtype):
+    def test_types_of_torch_save(self, torch, save, dtype):
         tensor = torch.randn(7, 5).to(getattr(torch, dtype))
         file = save({"w": tensor, "scalar": tensor[0, 0].clone(), "empty": tensor[:0].clone()})
         assert {name: info.shape for name, info in file.tensors.items()} == {"w": (7, 5), "scalar": (), "empty": (0, 5)}

@@ -85,7 +85,7 @@ class TestSafetensors:
         convert_checkpoint(folder, tmp_path, to="safetensors")
         assert_equal(safetensors.numpy.load_file(tmp_path / "model.safetensors"), weights)
 
-    def test_shards(self, folder, weights, tmp_path):
+    def test_shards_of_safetensors(self, folder, weights, tmp_path):
         convert_checkpoint(folder, tmp_path, to="safetensors", max_shard_size="30KB")
         for file, names in shards(tmp_path, "safetensors").items():
             assert_equal(safetensors.numpy.load_file(tmp_path / file), {name: weights[name] for name in names})
@@ -105,13 +105,13 @@ class TestTorch:
         assert all(tensor.is_contiguous() for tensor in found.values())
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_types(self, folder, weights, tmp_path, dtype):
+    def test_types_for_torch(self, folder, weights, tmp_path, dtype):
         convert_checkpoint(folder, tmp_path, to="torch", dtype=dtype)
         torch = library("torch")
         for name, tensor in self.load(tmp_path / "pytorch_model.bin").items():
             assert torch.equal(tensor, torch.from_numpy(weights[name]).to(getattr(torch, dtype))), name
 
-    def test_shards(self, folder, weights, tmp_path):
+    def test_shards_for_torch(self, folder, weights, tmp_path):
         convert_checkpoint(folder, tmp_path, to="torch", max_shard_size="30KB")
         for file, names in shards(tmp_path, "torch").items():
             found = {name: tensor.numpy() for name, tensor in self.load(tmp_path / file).items()}
@@ -176,7 +176,7 @@ class TestFlax:
         convert_checkpoint(folder, tmp_path, to="flax")
         assert_equal(self.restore(tmp_path / "flax_model.msgpack"), self.expected(weights))
 
-    def test_types(self, folder, weights, tmp_path):
+    def test_types_for_flax(self, folder, weights, tmp_path):
         convert_checkpoint(folder, tmp_path, to="flax", dtype="bfloat16")
         for name, array in self.restore(tmp_path / "flax_model.msgpack").items():
             assert array.dtype.name == "bfloat16"
@@ -184,7 +184,7 @@ class TestFlax:
                 array.view(np.uint16), convert(self.expected(weights)[name], FLOAT32, BFLOAT16), err_msg=str(name)
             )
 
-    def test_shards(self, folder, weights, tmp_path):
+    def test_shards_for_flax(self, folder, weights, tmp_path):
         convert_checkpoint(folder, tmp_path, to="flax", max_shard_size="30KB")
         expected = self.expected(weights)
         for file, names in shards(tmp_path, "flax").items():
@@ -231,7 +231,7 @@ class TestKeras:
                 assert sorted(names) == sorted(name for name in keras_names(weights) if name.split("/")[1] == layer)
             assert all(file[name].id.get_offset() % 64 == 0 for name in expected)
 
-    def test_shards(self, folder, weights, tmp_path):
+    def test_shards_for_keras(self, folder, weights, tmp_path):
         convert_checkpoint(folder, tmp_path, to="tf", max_shard_size="30KB")
         expected = keras_names(weights)
         for file, names in shards(tmp_path, "tf").items():

@@ -315,7 +315,7 @@ class TestLikelihoods:
 
 @needs_harness
 class TestGeneration:
-    def test_options(self, tokenizer):
+    def test_options_of_a_task(self, tokenizer):
         """What tasks write means the same to `generate`."""
         model = Model()
         lm = harness_model(model, tokenizer)

@@ -41,7 +41,7 @@ class TestText:
             LITTLE + "Treni ya mjini imejaa watu wanaosoma na wana\nПосле школы девочка кормит кошку и сад\n",
         )
 
-    def test_options(self, run):
+    def test_options_of_the_command(self, run):
         sampled = [run("The", "--do-sample", "--temperature", 2, "--top-k", 0, "--seed", seed)[1] for seed in (1, 1, 2)]
         assert sampled[0] == sampled[1] != sampled[2]
         assert run("The little", "--num-beams", 3, "--max-new-tokens", 12)[1].startswith("The little")

@@ -114,7 +114,7 @@ class TestFacts:
                 plan = plan_loading(open_checkpoint(folder), with_head=True)
             assert sum(math.prod(spec.shape) for spec in plan.specs) == found.parameters["total"]
 
-    def test_shards(self, folder):
+    def test_facts_of_shards(self, folder):
         shards = write_sharded(folder)
         found = inspect_checkpoint(folder)
         assert (found.error, found.format, found.notes) == (None, "safetensors", [NO_TOKENIZER])
@@ -146,7 +146,7 @@ class TestFacts:
 
 
 class TestNotes:
-    def test_types(self, folder):
+    def test_notes_on_types(self, folder):
         write_weights(folder, WEIGHTS, {FC1: DTYPES["float16"]})
         found = inspect_checkpoint(folder)
         assert found.notes[0] == f"the tensors are of different types: {len(WEIGHTS) - 1} in float32, 1 in float16"

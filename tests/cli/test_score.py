@@ -204,7 +204,7 @@ class TestBadInput:
             (["--html", "/none/page.html"], "/none/page.html: cannot be written"),
         ],
     )
-    def test_options(self, model, texts, run, arguments, message):
+    def test_wrong_options_of_score(self, model, texts, run, arguments, message):
         code, out, err = run(texts, *arguments)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert message in err

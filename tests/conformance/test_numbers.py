@@ -60,7 +60,7 @@ def assert_gradients_equal(ours, expected):
 
 
 @pytest.mark.parametrize("case", CALL_CASES, ids=name_of)
-def test_calls(fw, case, tmp_path):
+def test_outputs_of_calls(fw, case, tmp_path):
     model = load(fw, case, tmp_path)
     options = {"output_attentions": True, "output_hidden_states": True, "use_cache": False}
     outputs = fw.call(model, **case.arguments, **options)

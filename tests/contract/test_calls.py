@@ -9,9 +9,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from conformance.random_weights import write_checkpoint
 from tests.helpers.models import CONFIG, ENCODER, ENCODER_MASK, HEAD_MASK, IDS, LEFT, RIGHT, SAME, changed
-from xglm_core import XGLMConfig, open_checkpoint
+from xglm_core import open_checkpoint
 from xglm_core.errors import InputError
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 
@@ -340,11 +339,9 @@ class TestCache:
         longer = fw.call(model, IDS[:, 6:], past_key_values=past, use_cache=True).past_key_values
         assert np.array_equal(fw.numpy(longer[2][0])[:, :, :6], fw.numpy(past[2][0]))
 
-    def test_grows_past_its_first_block(self, fw, folder):
+    def test_grows_past_its_first_block(self, fw, load):
         # More positions than any backend allocates at first.
-        config = XGLMConfig.from_dict({**CONFIG.to_dict(), "max_position_embeddings": 211})
-        write_checkpoint(folder / "long", config, seed=1)
-        model = fw.causal_lm.from_pretrained(folder / "long")
+        model = load(changed(CONFIG, max_position_embeddings=211))
         ids = np.random.RandomState(1).randint(4, 131, (1, 199))
         past = fw.call(model, ids[:, :61], use_cache=True).past_key_values
         past = fw.call(model, ids[:, 61:67], past_key_values=past, use_cache=True).past_key_values

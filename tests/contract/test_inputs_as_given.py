@@ -77,8 +77,8 @@ def test_what_is_no_batch_of_ids(run, fw):
             run(ids)
 
 
-def test_the_tokenizers_lists(fw):
-    tokenizer, model = XGLMTokenizer.from_pretrained(TINY), fw.causal_lm.from_pretrained(TINY)
+def test_the_tokenizers_lists(fw, tiny_model):
+    tokenizer, model = XGLMTokenizer.from_pretrained(TINY), tiny_model
     texts = ["The little dog", "Every"]
     encoding = tokenizer(texts, padding=True)
     got = fw.numpy(model.generate(encoding, max_new_tokens=2))

@@ -57,7 +57,7 @@ def test_untied_in_chunks(fw, load, small_chunks):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(fw, load, name):
+def test_label_smoothing_and_z_loss(fw, load, name):
     model = load(CONFIG)
     model.loss_options = LossOptions(**OPTIONS[name])
     loss, gradients = fw.loss_and_gradients(model, input_ids=IDS, labels=SOME)

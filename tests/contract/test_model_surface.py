@@ -22,7 +22,7 @@ def test_names(fw, model):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_sizes(fw, load, tied):
+def test_numbers_of_parameters(fw, load, tied):
     config = changed(CONFIG, tie_word_embeddings=tied)
     model = load(config)
     total = num_parameters(config)

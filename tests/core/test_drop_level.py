@@ -12,6 +12,6 @@ class TestDropLevel:
         assert abs(level / 2**16 - rate) <= 2**-16
         assert (2**16 - level) * factor == 2**16
 
-    def test_ends(self):
+    def test_rates_of_zero_and_one(self):
         assert drop_level(0.0) == (0, 1.0)
         assert drop_level(1.0) == (2**16, 0.0)

@@ -19,7 +19,7 @@ def python_blocks():
 
 
 @pytest.mark.parametrize("backend", backends_under_test())
-def test_examples(backend):
+def test_examples_of_the_readme(backend):
     first, *others = python_blocks()
     (own,) = [block for block in others if _NEEDS[backend] in block]
     shared = [block for block in others if not any(package in block for package in _NEEDS.values())]

@@ -45,7 +45,7 @@ def test_the_corpus_is_multilingual():
         assert all(line == " ".join(line.split()) for line in lines), language
 
 
-def test_weights():
+def test_weights_of_the_tiny_model():
     checkpoint = open_checkpoint(CHECKPOINT)
     assert (CHECKPOINT / "model.safetensors").stat().st_size < 2_000_000
     assert checkpoint.config.tie_word_embeddings

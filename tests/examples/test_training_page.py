@@ -13,8 +13,9 @@ from tests.helpers.frameworks import backends_under_test
 SECTIONS = {"torch": "PyTorch", "tf": "Keras", "flax": "JAX"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", backends_under_test())
-def test_examples(backend, tmp_path):
+def test_examples_of_the_training_page(backend, tmp_path):
     shared, *sections = re.split(
         r"^## ", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), flags=re.MULTILINE
     )

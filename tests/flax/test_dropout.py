@@ -36,7 +36,7 @@ def test_gradient_has_the_same_mask():
     np.testing.assert_allclose(jax.grad(lambda s: dropped(s, 0.3).sum())(states) * states, dropped(states, 0.3))
 
 
-def test_ends():
+def test_rates_of_zero_and_one():
     states = jax.random.normal(jax.random.key(1), (3, 17))
     assert dropped(states, 0.0) is states
     assert dropped(states, 0.9, deterministic=True) is states

@@ -4,10 +4,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.commands import ROOT
 
 
-def test_examples():
+@pytest.mark.slow
+def test_examples_of_the_flax_page():
     text = (ROOT / "docs" / "flax.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 7

@@ -21,6 +21,7 @@ from conformance.gradients import loss_and_gradients
 from tests.flax import run_in_processes
 from tests.helpers.commands import ROOT
 from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
+from tests.helpers.programs import computed_shapes
 from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions, labels_for
 from xglm_flax import FlaxXGLMForCausalLM, make_eval_step, make_loss_fn, make_train_step, stack_layers
@@ -59,16 +60,6 @@ def assert_same(ours, theirs, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or SAME)), ours, theirs)
 
 
-def arrays_of(jaxpr):
-    """The shapes of all that a program computes, within loops and calls, too."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from arrays_of(inner)
-
-
 class TestLoss:
     @OF_A_CPU
     def test_no_array_has_all_logits(self, shallow, monkeypatch):
@@ -79,7 +70,7 @@ class TestLoss:
                 output = shallow(ROWS, labels=ROWS, params=params, train=True, **options)
                 return output.loss + (output.logits.sum() if options else 0)
 
-            shapes = arrays_of(jax.make_jaxpr(jax.grad(loss))(shallow.params).jaxpr)
+            shapes = computed_shapes(jax.grad(loss), shallow.params)
             return max(math.prod(shape) for shape in shapes if CONFIG.vocab_size in shape)
 
         assert largest() == CONFIG.vocab_size * CONFIG.d_model < CONFIG.vocab_size * ROWS.size
@@ -171,7 +162,7 @@ class TestLoss:
         # A difference of float32 gradients of order 0.1: 1e-8 / 2e-3, and what the third derivative adds.
         assert_same(slope, near, rtol=0, atol=0.01 * scale)
 
-    def test_weights(self, shallow, differentiated):
+    def test_weights_of_the_labels(self, shallow, differentiated):
         weights = np.where(np.arange(11) % 3 == 0, 0.5, 2.0).astype(np.float32)[None].repeat(4, 0)
         weights[1] = 0
         loss_fn = make_loss_fn(shallow, has_aux=True)
@@ -208,12 +199,12 @@ class TestLoss:
 
         expected = differentiated(shallow.params, BATCH)[1]["model"]
         assert_same(jax.jit(jax.grad(loss))(rest), {name: expected[name] for name in rest})
-        shapes = list(arrays_of(jax.make_jaxpr(jax.grad(loss))(rest).jaxpr))
+        shapes = computed_shapes(jax.grad(loss), rest)
         assert (CONFIG.vocab_size, CONFIG.d_model) not in shapes
 
 
 class TestRemat:
-    @pytest.mark.parametrize("scan_layers", [False, True])
+    @pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_same_numbers(self, scan_layers):
         config = changed(CONFIG, dropout=0.25, num_layers=2 if scan_layers else 1)
         ids, key = np.tile(IDS, (2, 5)), jax.random.key(1)
@@ -334,6 +325,7 @@ def random_weights_of(model):
     return lambda name: np.asarray(read_weight(model.params, specs[name]), np.float64)
 
 
+@pytest.mark.slow
 def test_mesh_of_eight_devices(quickly_compiled):
     environment = {**os.environ, **quickly_compiled, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     run = subprocess.run(
@@ -348,7 +340,8 @@ def test_mesh_of_eight_devices(quickly_compiled):
     assert run.stdout == "as on one device\n"
 
 
-def test_example(tmp_path):
+@pytest.mark.slow
+def test_finetune_jax(tmp_path):
     """It is stopped after two steps and goes on; the losses are those of the other frameworks' examples."""
 
     def run(steps):
@@ -364,6 +357,7 @@ def test_example(tmp_path):
     assert (tmp_path / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_dies(shallow, quickly_compiled, tmp_path):
     """They go on where one process stopped, each with its part of the rows; the second is killed while a checkpoint is
     written; two others go on from the last complete one, and one process from theirs."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.helpers.models import CONFIG, IDS
+from tests.helpers.models import CONFIG, IDS, ONE_BLOCK
 from xglm_core import GenerationConfig
 from xglm_core.errors import InputError
 
@@ -21,7 +21,7 @@ class TestType:
 
     def test_holds_every_id(self, fw, load):
         """Of a type that is too narrow it is not the prompt's."""
-        model = load(CONFIG)
+        model = load(ONE_BLOCK)
         model.resize_token_embeddings(300)
         got = fw.numpy(model.generate(fw.tensor(IDS.astype(np.uint8)), **OPTIONS))
         np.testing.assert_array_equal(got, fw.generate(model, IDS, **OPTIONS))

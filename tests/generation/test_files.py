@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conformance.random_weights import write_checkpoint
-from tests.helpers.models import CONFIG, IDS
+from tests.helpers.models import CONFIG, IDS, ONE_BLOCK
 from xglm_core import GenerationConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.config import NOT_OFFERED
@@ -32,7 +32,7 @@ HARMLESS = {
 
 def checkpoint(path, file=None, **config):
     """A checkpoint with a `generation_config.json`, or with such options in its `config.json`."""
-    write_checkpoint(path, CONFIG, seed=1)
+    write_checkpoint(path, ONE_BLOCK, seed=1)
     values = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(values | config))
     (path / "generation_config.json").unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from conformance.generation import CONFIG as GOLDEN_CONFIG
 from conformance.generation import GENERATE_CASES, SEEDS, prompts
 from conformance.golden import GENERATE_PATH, generate_digest
 from conformance.random_weights import random_weights, write_checkpoint
-from tests.helpers.models import CONFIG, IDS, LEFT, RIGHT, core_decides
+from tests.helpers.models import CONFIG, IDS, LEFT, ONE_BLOCK, RIGHT, core_decides
 from xglm_core import GenerationConfig
 from xglm_core.compare import oracle
 from xglm_core.errors import InputError
@@ -89,8 +89,8 @@ class TestRows:
 
 
 def oracle_scores(text, *, seed=1):
-    read = random_weights(CONFIG, seed).__getitem__
-    return oracle.forward(CONFIG, read, np.array([text])).logits[0, -1]
+    read = random_weights(ONE_BLOCK, seed).__getitem__
+    return oracle.forward(ONE_BLOCK, read, np.array([text])).logits[0, -1]
 
 
 def limited(scores, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
@@ -319,7 +319,7 @@ class TestErrors:
             ({"suppress_tokens": list(range(131))}, "suppress_tokens and bad_words_ids hold all ids"),
         ],
     )
-    def test_options(self, fw, model, options, message):
+    def test_wrong_options_of_generate(self, fw, model, options, message):
         with pytest.raises(InputError, match=message):
             fw.generate(model, IDS, **options)
 

@@ -29,9 +29,9 @@ def forbidding(fw, tokens):
 
 
 class TestIdsOfAHook:
-    def test_of_a_shorter_text_end_with_its_last_token(self, fw):
+    def test_of_a_shorter_text_end_with_its_last_token(self, fw, tiny_model):
         """After 781 no 4: in a batch as for the text alone."""
-        tokenizer, model = XGLMTokenizer.from_pretrained(TINY), fw.causal_lm.from_pretrained(TINY)
+        tokenizer, model = XGLMTokenizer.from_pretrained(TINY), tiny_model
         hook, seen = forbidding(fw, {781: [4]})
         both = tokenizer(
             ["The little dog found a fish", "Every"], padding=True, padding_side="left", return_tensors="np"

@@ -424,7 +424,7 @@ class TestErrors:
             ({"speed": 1}, "speed is no option of generate; expected some of bad_words_ids, begin_suppress_tokens, "),
         ],
     )
-    def test_options(self, options, message):
+    def test_wrong_options_of_the_loop(self, options, message):
         with pytest.raises(InputError, match=message):
             run([[5, 6]], **options)
 

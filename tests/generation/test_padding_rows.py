@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.helpers.models import CONFIG, IDS, LEFT, core_decides
+from tests.helpers.models import CONFIG, IDS, LEFT, ONE_BLOCK, core_decides
 from xglm_core import GenerationConfig, XGLMConfig
 from xglm_core.errors import ConfigError
 from xglm_core.resizing import resized_config
@@ -14,7 +14,7 @@ MANY = {"max_new_tokens": 12, "stop_at_eos": False}
 @pytest.fixture
 def padded(fw, load):
     """A model whose padding rows 131 to 135 are by far the likeliest."""
-    model = load(CONFIG)
+    model = load(ONE_BLOCK)
     model.resize_token_embeddings(None, 8)
     put_rows(fw, model, slice(131, 136), 40 * fw.embedding_matrix(model)[:5])
     return model

@@ -13,8 +13,8 @@ TINY = "examples/tiny_model/checkpoint"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_texts_padded_by_the_tokenizer(fw, side):
-    tokenizer, model = XGLMTokenizer.from_pretrained(TINY), fw.causal_lm.from_pretrained(TINY)
+def test_texts_padded_by_the_tokenizer(fw, tiny_model, side):
+    tokenizer, model = XGLMTokenizer.from_pretrained(TINY), tiny_model
     texts = ["a", "После школы девочка кормит кошку и"]
     both = tokenizer(texts, padding=True, padding_side=side, return_tensors="np")
     options = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}

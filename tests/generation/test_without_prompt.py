@@ -12,8 +12,8 @@ OPTIONS = {"max_new_tokens": 5, "stop_at_eos": False}
 TINY = "examples/tiny_model/checkpoint"
 
 
-def test_is_that_of_the_empty_text(fw):
-    model, empty = fw.causal_lm.from_pretrained(TINY), XGLMTokenizer.from_pretrained(TINY)("")
+def test_is_that_of_the_empty_text(fw, tiny_model):
+    model, empty = tiny_model, XGLMTokenizer.from_pretrained(TINY)("")
     assert empty["input_ids"] == [2]
     due = fw.generate(model, np.array([[2]]), **OPTIONS)
     np.testing.assert_array_equal(fw.generate(model, **OPTIONS), due)

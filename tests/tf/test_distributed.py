@@ -121,6 +121,7 @@ def assert_same(output, alone, epochs=EPOCHS, losses=None):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=SAME)
 
 
+@pytest.mark.slow
 def test_two_devices(checkpoint, alone, tmp_path):
     worker = start(checkpoint, tmp_path / "trained", "mirrored")
     printed, errors = worker.communicate()
@@ -142,6 +143,7 @@ def test_one_device_may_be_compiled(checkpoint, alone):
     np.testing.assert_allclose(losses, alone[1]["loss"][:1], rtol=SAME)
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_dies(checkpoint, alone, tmp_path):
     def workers(die):
         with socket.socket() as first, socket.socket() as second:

@@ -148,6 +148,7 @@ def test_summary_shows_the_parts():
     assert "lm_head" not in lines[-1]
 
 
+@pytest.mark.slow
 def test_examples_of_the_page(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "keras.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 4

@@ -36,9 +36,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def model(folder):
-    """A compiled model that does not learn, so that each step has the same loss."""
+    """A compiled model that does not learn, so that each step has the same loss.
+
+    Without XLA, which takes most of the time: it is in the scope of a strategy below, and in test_training.py.
+    """
     model = TFXGLMForCausalLM.from_pretrained(folder)
-    model.compile(keras.optimizers.SGD(0.0))
+    model.compile(keras.optimizers.SGD(0.0), jit_compile=False)
     return model
 
 
@@ -119,12 +122,12 @@ class TestMetrics:
         ],
     )
     def test_named_are_those_of_the_tokens(self, model, expected, options):
-        model.compile("sgd", **options)
+        model.compile("sgd", jit_compile=False, **options)
         due = pytest.approx(expected(WEIGHTS), rel=SAME)
         assert model.evaluate(INPUTS, LABELS, sample_weight=WEIGHTS, verbose=0, return_dict=True) == due
 
     def test_others_are_given_what_is_predicted(self, model, expected, tmp_path):
-        model.compile("sgd", metrics=["sparse_categorical_accuracy", "accuracy"])
+        model.compile("sgd", metrics=["sparse_categorical_accuracy", "accuracy"], jit_compile=False)
         for data in ((INPUTS, LABELS, WEIGHTS), (dataset(INPUTS, LABELS, WEIGHTS),)):
             due = expected(WEIGHTS)
             due = pytest.approx({**due, "sparse_categorical_accuracy": due["accuracy"]}, rel=SAME)
@@ -147,7 +150,7 @@ class TestMetrics:
 
     def test_another_compile_begins_anew(self, model, expected):
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True), metrics=["sparse_categorical_accuracy"])
-        model.compile("sgd")
+        model.compile("sgd", jit_compile=False)
         assert model.evaluate(BATCH, verbose=0, return_dict=True) == pytest.approx(expected(), rel=SAME)
 
 
@@ -220,7 +223,7 @@ class TestLimits:
 
     def test_a_text_of_full_length(self, folder):
         model = TFXGLMForCausalLM.from_pretrained(folder)
-        model.compile("sgd")
+        model.compile("sgd", jit_compile=False)
         data = dataset({"input_ids": LONG[:3], "attention_mask": LONG_MASK[:3], "labels": LONG[:3]})
         assert np.isfinite(model.evaluate(data, verbose=0, return_dict=True)["loss"])
 

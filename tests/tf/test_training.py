@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import runpy
 import sys
 
@@ -16,6 +15,7 @@ from conformance import training
 from conformance.random_weights import write_checkpoint
 from tests.helpers.commands import ROOT
 from tests.helpers.models import changed
+from tests.helpers.programs import shapes_in
 from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions
 from xglm_tf import TFXGLMForCausalLM
@@ -109,7 +109,7 @@ class TestEvaluate:
         assert results == pytest.approx(expected(surprisals), rel=SAME)
 
     @pytest.mark.parametrize("weights", [WEIGHTS[:, 0], WEIGHTS], ids=["of rows", "of tokens"])
-    def test_weights(self, evaluated, surprisals, weights):
+    def test_weights_of_the_labels(self, evaluated, surprisals, weights):
         results = evaluated.evaluate(INPUTS, LABELS, sample_weight=weights, batch_size=4, verbose=0, return_dict=True)
         assert results == pytest.approx(expected(surprisals, weights.reshape(ROWS, -1)), rel=SAME)
 
@@ -131,7 +131,7 @@ class TestEvaluate:
         ],
         ids=["none", "twice", "shape", "weights"],
     )
-    def test_errors(self, model, data, message):
+    def test_wrong_data_of_evaluate(self, model, data, message):
         model.compile(run_eagerly=True)
         with pytest.raises(InputError, match=message):
             model.test_on_batch(*data)
@@ -253,7 +253,8 @@ class TestFit:
         model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()))
 
 
-def test_example(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_finetune_keras(tmp_path, monkeypatch):
     """The first losses are those of the other examples, which follow torch's AdamW."""
     examples = ROOT / "examples"
     monkeypatch.syspath_prepend(str(examples))
@@ -304,7 +305,7 @@ class TestLora:
             ({"rank": 2, "projections": ["fc1"]}, r"there are no projections \['fc1'\], expected some of q_proj"),
         ],
     )
-    def test_errors(self, model, arguments, message):
+    def test_wrong_adapters(self, model, arguments, message):
         with pytest.raises(InputError, match=message):
             model.enable_lora(**arguments)
         assert len(model.trainable_variables) == len(model.weights)
@@ -360,8 +361,8 @@ class TestLoss:
 
     def test_no_array_of_all_logits(self):
         program = tf.function(lambda *given: self.gradients(*given, True), jit_compile=True)
-        text = program.experimental_get_compiler_ir(tf.constant(self.STATES), tf.constant(self.MATRIX))(stage="hlo")
-        shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)}
+        given = tf.constant(self.STATES), tf.constant(self.MATRIX)
+        shapes = shapes_in(program.experimental_get_compiler_ir(*given)(stage="hlo"))
         assert any(sorted(shape) == [7, 131] for shape in shapes), "no chunk of logits has been seen"
         assert max(np.prod(shape) for shape in shapes if 131 in shape) == 131 * 35
 

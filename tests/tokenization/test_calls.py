@@ -127,7 +127,7 @@ class TestTruncation:
         assert len(pairs.input_ids) == -(-len(plain(tokenizer, LONG)) // (13 - 3 - len(a)))
         assert tokenizer("a", return_overflowing_tokens=True).overflow_to_sample_mapping == [0]
 
-    def test_errors(self, tokenizer):
+    def test_wrong_truncation(self, tokenizer):
         for arguments, message in (
             ({"truncation": "all"}, "truncation is 'all', expected 'longest_first', 'only_first' or 'only_second'"),
             ({"max_length": 0}, "max_length is 0, expected at least 1, the number of special tokens"),
@@ -261,7 +261,7 @@ class TestWords:
         batch = tokenizer(["a", "b"], ["c"], is_split_into_words=True)
         assert batch.input_ids == [2, *plain(tokenizer, "a b"), 2, 2, *plain(tokenizer, "c")]
 
-    def test_errors(self, tokenizer):
+    def test_wrong_words(self, tokenizer):
         with pytest.raises(InputError, match="a text is 'The bread', expected a list of words"):
             tokenizer("The bread", is_split_into_words=True)
         with pytest.raises(InputError, match=r"a text is 3 \(int\), expected a string"):
@@ -298,7 +298,7 @@ class TestNewlines:
         assert tokenizer.decode(ids, newline="eos") == "<pad></s> a\nb<unk>"
         assert tokenizer.decode(ids) == "<pad></s> a</s> b<unk>"
 
-    def test_errors(self, tokenizer):
+    def test_wrong_newlines(self, tokenizer):
         with pytest.raises(InputError, match="newline is 'keep', expected 'space' or 'eos'"):
             tokenizer("a", newline="keep")
         with pytest.raises(InputError, match="newline is 'keep', expected 'space' or 'eos'"):
@@ -372,7 +372,7 @@ class TestAddedTokens:
         with pytest.raises(InputError, match=r"a token is .*, expected a string that is not empty"):
             tokenizer.add_tokens([token])
 
-    def test_errors(self, tokenizer):
+    def test_wrong_added_tokens(self, tokenizer):
         with pytest.raises(InputError, match=r"'pad' is no role, expected bos_token, .* or additional_special_tokens"):
             tokenizer.add_special_tokens({"pad": "<p>"})
         with pytest.raises(InputError, match="lone surrogate"):

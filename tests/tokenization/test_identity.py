@@ -202,7 +202,7 @@ def test_generated_texts(vocabularies, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batches(vocabularies, name):
+def test_batches_of_both_tokenizers(vocabularies, name):
     slow, fast, processor = vocabularies[name]
     texts = generated(seed=9, count=300)
     for batch in (texts, LINES):

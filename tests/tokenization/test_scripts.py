@@ -338,7 +338,7 @@ class TestTraining:
         assert (new.bos_token, new.cls_token, new.eos_token) == ("<begin>", "<begin>", "</s>")
         assert new.bos_token_id == new.get_vocab()["<begin>"]
 
-    def test_errors(self, tokenizer):
+    def test_wrong_training_of_a_tokenizer(self, tokenizer):
         with pytest.raises(InputError, match=r"no vocabulary of 12 can be made: .*[Vv]ocabulary size"):
             tokenizer.train_new_from_iterator(self.TEXTS, 12)
 

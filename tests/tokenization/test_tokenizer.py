@@ -218,7 +218,7 @@ class TestBatches:
         assert tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True) == list(self.TEXTS)
         assert tokenizer.decode(batch.input_ids[0]) == "</s> The children"
 
-    def test_errors(self, tokenizer):
+    def test_wrong_batches(self, tokenizer):
         with pytest.raises(InputError, match=r"have 2 to \d tokens, so they fit no tensor; use padding=True"):
             tokenizer(self.TEXTS, return_tensors="np")
         with pytest.raises(InputError, match="padding is 'most', expected True, False, 'longest' or 'max_length'"):

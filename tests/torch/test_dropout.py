@@ -44,7 +44,7 @@ class TestDropped:
         with torch.device("meta"):
             assert dropped(states, RATE, training=True).device.type == "cpu"
 
-    def test_ends(self):
+    def test_rates_of_zero_and_one(self):
         states = torch.randn(17)
         assert dropped(states, 0.0, training=True) is states
         assert dropped(states, 0.9, training=False) is states

@@ -158,7 +158,7 @@ class TestFloat64:
             np.testing.assert_allclose(tensor, expected[name], **SAME, err_msg=name)
 
 
-def test_float16(model):
+def test_float16_models(model):
     expected, found = answers(model), answers(copy.deepcopy(model).half())
     assert found["logits"].dtype == torch.float16
     for name in ("logits", "loss", "score"):  # Of order 1 to 5, with 11 bits.

@@ -26,7 +26,7 @@ def test_scores_and_logits(model, options):
         assert torch.equal(weight.grad, tensor.sum(dim=0))
 
 
-def test_cache(model):
+def test_a_cache_of_generate(model):
     output = model.generate(FW.tensor(IDS), attention_mask=FW.tensor(LEFT), **ARGUMENTS)
     mask = torch.cat([FW.tensor(LEFT), torch.ones(2, 3, dtype=torch.long)], dim=1)
     model.zero_grad()

@@ -86,7 +86,7 @@ def test_exported(folder, name):
     assert XGLMForCausalLM.from_pretrained(folder / name).config.to_dict() == EVEN.to_dict()
 
 
-def test_errors(folder):
+def test_wrong_meshes_and_states(folder):
     assert (
         (folder / "error.txt")
         .read_text()

@@ -73,7 +73,7 @@ def test_no_array_has_all_logits(model, monkeypatch, small_chunks):
     assert {shape for shape in outside if 131 in shape} == {(131, 35)}
 
 
-def test_compiled(model):
+def test_a_compiled_step(model):
     torch.compiler.reset()
     model.loss_options = OPTIONS
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -156,7 +156,7 @@ class TestHeads:
         assert_same(trained(model), expected)
         assert set(widths) == {1}  # A quarter of the chunk, rounded down.
 
-    def test_compiled(self, model, small_chunks):
+    def test_compiled_heads(self, model, small_chunks):
         expected = trained(model)
         model.lm_head.register_forward_hook(lambda module, inputs, output: output + 0)
         torch.compiler.reset()
@@ -362,7 +362,7 @@ class TestProducts:
             gradient = torch.func.grad(lambda weight: nn.functional.linear(states, weight).sum())(weight)
         torch.testing.assert_close(gradient, states.sum(0).expand(7, 5))
 
-    def test_compiled(self, model):
+    def test_compiled_products(self, model):
         torch.compiler.reset()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert_same(trained(model, compiled), trained(model))
