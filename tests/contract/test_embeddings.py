@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
+from tests.helpers.models import CONFIG, IDS, LEFT, ONE_BLOCK, SAME, changed
 from xglm_core.errors import ConfigError, InputError
 from xglm_core.weight_names import num_parameters
 
-UNTIED = changed(CONFIG, tie_word_embeddings=False)
+UNTIED = changed(ONE_BLOCK, tie_word_embeddings=False)
 
 
 def head_matrix(fw, model):
@@ -23,7 +23,7 @@ def head_matrix(fw, model):
 
 class TestAccess:
     def test_head_is_the_embedding_if_tied(self, fw, load):
-        tied, untied = load(CONFIG), load(UNTIED)
+        tied, untied = load(ONE_BLOCK), load(UNTIED)
         assert fw.embedding_matrix(tied).shape == (131, 35)
         assert np.array_equal(head_matrix(fw, tied), fw.embedding_matrix(tied))
         assert not np.array_equal(head_matrix(fw, untied), fw.embedding_matrix(untied))
@@ -34,7 +34,7 @@ class TestAccess:
         assert decoder.get_output_embeddings() is None
 
     def test_a_new_embedding_takes_a_tied_head_with_it(self, fw, load):
-        model, other = load(CONFIG), load(UNTIED)
+        model, other = load(ONE_BLOCK), load(UNTIED)
         model.set_input_embeddings(other.get_output_embeddings())
         assert np.array_equal(fw.embedding_matrix(model), head_matrix(fw, other))
         assert np.array_equal(head_matrix(fw, model), head_matrix(fw, other))
@@ -42,7 +42,7 @@ class TestAccess:
         np.testing.assert_allclose(fw.logits(model, IDS), states @ head_matrix(fw, other).T, **SAME)
 
     def test_a_new_embedding_leaves_another_head_alone(self, fw, load):
-        model, other = load(UNTIED), load(CONFIG)
+        model, other = load(UNTIED), load(ONE_BLOCK)
         before = head_matrix(fw, model)
         model.set_input_embeddings(model.get_output_embeddings())
         assert np.array_equal(fw.embedding_matrix(model), before)
@@ -50,7 +50,7 @@ class TestAccess:
         assert np.array_equal(head_matrix(fw, model), before)
 
     def test_a_new_head_unties(self, fw, load, tmp_path):
-        model, other = load(CONFIG), load(UNTIED)
+        model, other = load(ONE_BLOCK), load(UNTIED)
         embedding = fw.embedding_matrix(model)
         model.set_output_embeddings(other.get_output_embeddings())
         assert model.config.tie_word_embeddings is False
@@ -64,18 +64,18 @@ class TestAccess:
         model = load(UNTIED)
         model.config.tie_word_embeddings = True
         model.tie_weights()
-        np.testing.assert_allclose(fw.logits(model, IDS), fw.logits(load(CONFIG), IDS), **SAME)
-        assert model.num_parameters() == num_parameters(CONFIG)
+        np.testing.assert_allclose(fw.logits(model, IDS), fw.logits(load(ONE_BLOCK), IDS), **SAME)
+        assert model.num_parameters() == num_parameters(ONE_BLOCK)
 
     def test_of_another_shape(self, fw, load):
-        model, other = load(CONFIG), load(changed(CONFIG, vocab_size=137))
+        model, other = load(ONE_BLOCK), load(changed(ONE_BLOCK, vocab_size=137))
         for put in (model.set_input_embeddings, model.set_output_embeddings):
             with pytest.raises(InputError, match=r"embedding is \[137, 35\], expected \[131, 35\] .* resize_token_emb"):
                 put(other.get_input_embeddings())
 
 
 class TestResize:
-    @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+    @pytest.mark.parametrize("config", [ONE_BLOCK, UNTIED], ids=["tied", "untied"])
     @pytest.mark.parametrize(("arguments", "rows"), [((137,), 137), ((101,), 101), ((None, 8), 136), ((137, 64), 192)])
     def test_keeps_the_old_rows_and_the_tie(self, fw, load, tmp_path, config, arguments, rows):
         model = load(config)
@@ -97,7 +97,7 @@ class TestResize:
         assert np.array_equal(fw.logits(again, ids), fw.logits(model, ids))
 
     def test_new_words_can_be_used_and_trained(self, fw, load):
-        model = load(CONFIG)
+        model = load(ONE_BLOCK)
         model.resize_token_embeddings(140)
         ids = np.full((1, 5), 139)
         loss, gradients = fw.loss_and_gradients(model, input_ids=ids, labels=ids)
@@ -123,10 +123,10 @@ class TestResize:
     @pytest.mark.parametrize("arguments", [(0,), (-3,), (2.5,), (True,), (None, 0)])
     def test_impossible_sizes(self, fw, load, arguments):
         with pytest.raises(InputError, match=r"(new_num_tokens|pad_to_multiple_of) is .*, expected a positive integer"):
-            load(CONFIG).resize_token_embeddings(*arguments)
+            load(ONE_BLOCK).resize_token_embeddings(*arguments)
 
     def test_too_small_for_the_padding_id(self, fw, load):
-        model = load(CONFIG)
+        model = load(ONE_BLOCK)
         with pytest.raises(ConfigError, match="pad_token_id is 1, expected an id below vocab_size=1"):
             model.resize_token_embeddings(1)
         assert model.config.vocab_size == 131

@@ -7,7 +7,7 @@ import xglm_core.loss
 from conformance.gradients import loss_and_gradients
 from conformance.random_weights import random_weights
 from tests.conformance.test_numbers import LOSS, assert_gradients_equal
-from tests.helpers.models import CONFIG, IDS, LEFT, RIGHT, changed
+from tests.helpers.models import CONFIG, IDS, LEFT, ONE_BLOCK, RIGHT, changed
 from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, chunk_positions, labels_for, wants_logits
@@ -30,7 +30,7 @@ OPTIONS = {
     "z": {"z_loss": 0.01},
     "both": {"label_smoothing": 0.3, "z_loss": 0.02},
 }
-READ = random_weights(CONFIG, 1).__getitem__
+READ = random_weights(ONE_BLOCK, 1).__getitem__
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_chunks(fw, load, small_chunks, name):
-    loss, gradients = fw.loss_and_gradients(load(CONFIG), input_ids=IDS, **CASES[name])
-    expected_loss, expected = loss_and_gradients(CONFIG, READ, IDS, **CASES[name])
+    loss, gradients = fw.loss_and_gradients(load(ONE_BLOCK), input_ids=IDS, **CASES[name])
+    expected_loss, expected = loss_and_gradients(ONE_BLOCK, READ, IDS, **CASES[name])
     assert loss == pytest.approx(expected_loss, rel=LOSS)
     assert_gradients_equal(gradients, expected)
 
 
 def test_untied_in_chunks(fw, load, small_chunks):
-    config = changed(CONFIG, tie_word_embeddings=False)
+    config = changed(ONE_BLOCK, tie_word_embeddings=False)
     loss, gradients = fw.loss_and_gradients(load(config), input_ids=IDS, labels=SOME)
     expected_loss, expected = loss_and_gradients(config, random_weights(config, 1).__getitem__, IDS, SOME)
     assert loss == pytest.approx(expected_loss, rel=LOSS)
@@ -58,10 +58,10 @@ def test_untied_in_chunks(fw, load, small_chunks):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_label_smoothing_and_z_loss(fw, load, name):
-    model = load(CONFIG)
+    model = load(ONE_BLOCK)
     model.loss_options = LossOptions(**OPTIONS[name])
     loss, gradients = fw.loss_and_gradients(model, input_ids=IDS, labels=SOME)
-    expected_loss, expected = loss_and_gradients(CONFIG, READ, IDS, SOME, **OPTIONS[name])
+    expected_loss, expected = loss_and_gradients(ONE_BLOCK, READ, IDS, SOME, **OPTIONS[name])
     assert loss == pytest.approx(expected_loss, rel=LOSS)
     assert_gradients_equal(gradients, expected)
 

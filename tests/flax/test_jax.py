@@ -167,7 +167,6 @@ class TestTransformations:
         code = f"""
 import jax, numpy as np
 from tests.helpers.models import IDS, SAME
-from tests.helpers.traces import CountedActivation
 from xglm_flax import FlaxXGLMForCausalLM
 assert jax.device_count() == 2
 model = FlaxXGLMForCausalLM.from_pretrained({str(tmp_path)!r})
