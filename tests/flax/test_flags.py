@@ -26,7 +26,9 @@ def expected(tmp_path_factory):
     "flags",
     [
         {"JAX_ENABLE_X64": "1"},
-        {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"},
+        pytest.param(
+            {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["x64", "no promotion"],
 )

@@ -10,14 +10,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from conformance.random_weights import write_checkpoint
 from tests.helpers.commands import ROOT
-from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, IDS, LEFT, SAME, changed
+from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, IDS, LEFT, ONE_BLOCK, SAME, changed
 from tests.helpers.traces import CountedActivation
 from xglm_flax import FlaxXGLMForCausalLM, FlaxXGLMForCausalLMModule, FlaxXGLMModel
 from xglm_flax.cache import FlaxXGLMCache
 
 TOKENS = IDS.astype(np.int32)
 REAL = LEFT.astype(bool)
+TWO_BLOCKS = changed(CONFIG, num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("two-blocks")
+    write_checkpoint(path, TWO_BLOCKS, seed=1)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +40,9 @@ def of_layer(params, name="0"):
 
 class TestInitialisation:
     def test_distribution_is_that_of_the_module(self):
-        model = FlaxXGLMForCausalLM(changed(CROSS_CONFIG, vocab_size=1013, tie_word_embeddings=False), seed=5)
+        model = FlaxXGLMForCausalLM(
+            changed(CROSS_CONFIG, vocab_size=1013, num_layers=1, tie_word_embeddings=False), seed=5
+        )
         theirs = jax.jit(model.module.init)(jax.random.key(1), TOKENS, encoder_hidden_states=ENCODER)["params"]
         assert jax.tree.structure(model.params) == jax.tree.structure(theirs)
         for (path, ours), leaf in zip(jax.tree.leaves_with_path(model.params), jax.tree.leaves(theirs), strict=True):
@@ -155,7 +166,7 @@ class TestTransformations:
         assert same.keys() == ("logits", "past_key_values", "hidden_states")
         halves = jax.tree.map(lambda leaf: leaf[:1] if leaf.ndim else leaf, outputs.past_key_values)
         assert isinstance(halves, FlaxXGLMCache)
-        assert [key.shape for key, _ in halves] == [(1, 5, 11, 7)] * 3
+        assert [key.shape for key, _ in halves] == [(1, 5, 11, 7)] * 2
         np.testing.assert_allclose(
             model(TOKENS[:1, :2], past_key_values=halves).logits,
             model(TOKENS[:, :2], past_key_values=outputs.past_key_values).logits[:1],
@@ -200,7 +211,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_without_labels_that_count_all_is_zero(self, model, dtype):
-        model = FlaxXGLMForCausalLM(CONFIG, dtype=dtype)
+        model = FlaxXGLMForCausalLM(ONE_BLOCK, dtype=dtype)
         labels = np.full_like(TOKENS, -100)
         labels[:, 0] = 5  # No position predicts the first token.
         loss, gradients = jax.value_and_grad(lambda params: model(TOKENS, labels=labels, params=params).loss)(
@@ -330,7 +341,7 @@ class TestTraces:
 
 class TestNNX:
     def test_bridge(self, model):
-        bridged = nnx.bridge.ToNNX(FlaxXGLMForCausalLMModule(CONFIG), rngs=nnx.Rngs(0)).lazy_init(TOKENS)
+        bridged = nnx.bridge.ToNNX(FlaxXGLMForCausalLMModule(TWO_BLOCKS), rngs=nnx.Rngs(0)).lazy_init(TOKENS)
         expected = model(TOKENS, LEFT).logits
         assert abs(bridged(TOKENS, LEFT).logits - expected)[REAL].max() > 0.1
         nnx.update(bridged, nnx.State(model.params))

@@ -264,7 +264,7 @@ for name in ("short", "long"):
 assert not [name for name in sys.modules if name.startswith("xglm")]
 """
 
-    @pytest.mark.parametrize("model_class", [TFXGLMForCausalLM, TFXGLMModel])
+    @pytest.mark.parametrize("model_class", [pytest.param(TFXGLMForCausalLM, marks=pytest.mark.slow), TFXGLMModel])
     def test_tensorflow_alone_runs_it_at_any_shape(self, folder, tmp_path, model_class):
         model = model_class.from_pretrained(folder)
         model.export(tmp_path, verbose=False)

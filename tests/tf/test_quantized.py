@@ -57,7 +57,10 @@ def another_block(model):
     model.model.layers[0] = TFXGLMModel(SMALL).model.layers[0]
 
 
-@pytest.mark.parametrize("changes", [(int8,), (of_one_layer, adapter, strength, another_block)])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param((int8,), marks=pytest.mark.slow), (of_one_layer, adapter, strength, another_block)],
+)
 def test_compiled_code_does_not_outlive_the_model(model, changes):
     before = assert_compiled_code_agrees(model, all_of_it=len(changes) == 1)
     for change in changes:
@@ -93,7 +96,10 @@ def test_fit_trains_what_is_trainable_now(model):
     assert not np.array_equal(kernel, before[0])
 
 
-@pytest.mark.parametrize(("mode", "tied"), [("int8", False), ("int4", True), ("float8", True)])
+@pytest.mark.parametrize(
+    ("mode", "tied"),
+    [("int8", False), *(pytest.param(mode, True, marks=pytest.mark.slow) for mode in ("int4", "float8"))],
+)
 def test_quantized_models(mode, tied, tmp_path):
     """Before the first call; embedding and head stay as they are, and a saved model is quantized as it was."""
     model = TFXGLMForCausalLM(changed(SMALL, tie_word_embeddings=tied))

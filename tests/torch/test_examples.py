@@ -14,6 +14,8 @@ from tests.helpers.commands import ROOT
 from xglm_core import XGLMTokenizer
 from xglm_torch import XGLMForCausalLM
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 EXAMPLES = {
