@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from conformance.random_weights import random_weights, write_checkpoint
-from tests.cli.test_commands import assert_refused
 from tests.helpers.checkpoint_files import fairseq_checkpoint, library, write_safetensors
-from tests.helpers.commands import ROOT, run_xglm
+from tests.helpers.commands import ROOT, assert_refused, run_xglm
 from tests.helpers.frameworks import needs
 from tests.helpers.models import CONFIG, changed
 from xglm_core import XGLMConfig, convert_checkpoint, open_checkpoint

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from conformance.random_weights import random_weights, write_checkpoint
-from tests.core.test_imports import run
 from tests.helpers.checkpoint_files import (
     fairseq_checkpoint,
     flax_tree,
@@ -19,6 +18,7 @@ from tests.helpers.checkpoint_files import (
     write_shards,
     write_torch,
 )
+from tests.helpers.commands import run
 from tests.helpers.frameworks import Framework, needs
 from tests.helpers.models import CONFIG, IDS, LEFT, changed
 from xglm_core import open_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.test_flax_msgpack import array, mapping, text
-from tests.core.test_imports import run
+from tests.helpers.commands import run
 
 if not Path("/proc/self/status").exists():
     pytest.skip("measures memory as Linux counts it", allow_module_level=True)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from conformance.random_weights import random_weights, write_checkpoint
 from tests.helpers.checkpoint_files import write_safetensors
-from tests.helpers.commands import ROOT, run_xglm
+from tests.helpers.commands import ROOT, assert_refused, run_xglm
 from xglm_core import XGLMConfig, __version__, open_checkpoint
 from xglm_core.checkpoint import DTYPES, plan_loading
 from xglm_core.checkpoint.dtypes import convert
@@ -35,16 +35,6 @@ def checkpoint(tmp_path):
 def write_weights(folder, weights):
     with open(folder / WEIGHTS_FILE, "wb") as file:
         write_safetensors(file, [(name, FLOAT32, array.shape) for name, array in weights.items()], weights.__getitem__)
-
-
-def assert_refused(run, *parts):
-    """Exit code 2, nothing printed, and one line that names what is wrong."""
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("xglm: error: ")
-    assert run.stderr.endswith("\n")
-    assert run.stderr.count("\n") == 1
-    for part in parts:
-        assert part in run.stderr
 
 
 class TestEntry:

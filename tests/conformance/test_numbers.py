@@ -9,15 +9,9 @@ from conformance.golden import call_numbers, load_call
 from conformance.gradients import loss_and_gradients
 from conformance.random_weights import random_weights, write_checkpoint
 from tests.helpers.frameworks import Framework, backends_under_test
+from tests.helpers.gradients import LOSS, assert_gradients_equal
 from xglm_core.compare import oracle
 from xglm_core.compare.report import load_tolerances
-
-# float32 rounds at 6e-8 of a number. A loss is a mean of some 20 logarithms of order 5: 3e-7 at worst, measured.
-LOSS = 1e-6
-
-# Relative to the largest entry of a weight's gradient, which is a sum over all tokens and back through three blocks.
-# Measured: 3e-6 at worst. A mistake, such as a factor of the embedding forgotten or a token counted twice, is 1e-2.
-GRADIENT = 2e-5
 
 TRAINED = [
     case for case in CASES if case.name in ("mixed_padding", "relu", "silu", "gelu_new", "untied_head", "no_pad")
@@ -48,15 +42,6 @@ def load(fw, case, folder):
 def error(ours, expected):
     """Largest difference, relative to the largest number that is expected."""
     return np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max()
-
-
-def assert_gradients_equal(ours, expected):
-    assert ours.keys() <= expected.keys()
-    for name, gradient in ours.items():
-        # A key bias has no gradient but what rounding leaves, so its scale is that of the weight beside it.
-        scale = np.abs(expected[name.replace("k_proj.bias", "k_proj.weight")]).max()
-        assert gradient.shape == expected[name].shape
-        assert np.abs(gradient - expected[name]).max() < GRADIENT * scale, name
 
 
 @pytest.mark.parametrize("case", CALL_CASES, ids=name_of)

@@ -6,7 +6,7 @@ import pytest
 import xglm_core.loss
 from conformance.gradients import loss_and_gradients
 from conformance.random_weights import random_weights
-from tests.conformance.test_numbers import LOSS, assert_gradients_equal
+from tests.helpers.gradients import LOSS, assert_gradients_equal
 from tests.helpers.models import CONFIG, IDS, LEFT, ONE_BLOCK, RIGHT, changed
 from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL

@@ -10,8 +10,8 @@ import pytest
 
 from conformance.gradients import loss_and_gradients
 from conformance.random_weights import random_weights, write_checkpoint
-from tests.conformance.test_numbers import LOSS, assert_gradients_equal
 from tests.helpers.commands import ROOT
+from tests.helpers.gradients import LOSS, assert_gradients_equal
 from tests.helpers.models import CONFIG, IDS, LEFT, RIGHT, changed
 from xglm_core import XGLMTokenizer
 from xglm_core.compare import oracle

@@ -7,7 +7,7 @@ import pytest
 
 from conformance.gradients import loss_and_gradients
 from conformance.random_weights import random_weights
-from tests.conformance.test_numbers import LOSS, assert_gradients_equal
+from tests.helpers.gradients import LOSS, assert_gradients_equal
 from tests.helpers.models import CONFIG, changed
 from xglm_core.compare import oracle
 from xglm_core.loss import LossOptions

@@ -1,49 +1,16 @@
 import ast
-import json
-import os
-import subprocess
 import sys
 
 import pytest
 
 import xglm_core
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import ROOT, run
 from tests.helpers.frameworks import needs
 from xglm_core.backends import BACKENDS, load_backend, require_frameworks
 from xglm_core.errors import BackendError
 
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "jaxlib", "flax"}
 OURS = {"xglm_core", *(backend.package for backend in BACKENDS.values())}
-
-# As if packages were not installed: `find_spec` finds nothing, `import` raises ModuleNotFoundError.
-HIDE = """
-import sys
-
-class Hiding:
-    def __init__(self, finder, names):
-        self.finder, self.names = finder, names
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in self.names else self.finder.find_spec(name, path, target)
-
-def hide(*names):
-    sys.meta_path[:] = [Hiding(finder, names) for finder in sys.meta_path]
-"""
-
-
-def run(code, **environment):
-    """Runs Python code in a fresh interpreter and returns what it printed last, as JSON."""
-    result = subprocess.run(
-        [sys.executable, "-c", HIDE + code],
-        cwd=ROOT,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def sources(package):

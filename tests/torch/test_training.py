@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import xglm_core.loss
 from conformance.gradients import loss_and_gradients
 from conformance.random_weights import random_weights, write_checkpoint
-from tests.conformance.test_numbers import LOSS, assert_gradients_equal
 from tests.helpers import models
+from tests.helpers.gradients import LOSS, assert_gradients_equal
 from tests.helpers.models import CONFIG, changed
 from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions
