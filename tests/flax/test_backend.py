@@ -218,7 +218,7 @@ class TestCompilation:
     def counted(self, model):
         """A model, and its traces."""
         traces = CountedActivation(functools.partial(jax.nn.gelu, approximate=False))
-        model_ = FlaxXGLMForCausalLM(changed(activation_function=traces), _do_init=False)
+        model_ = FlaxXGLMForCausalLM(changed(activation_function=traces.activation), _do_init=False)
         model_.params = model.params
         return model_, traces
 

@@ -286,7 +286,9 @@ class TestTraces:
     def counted(self, model):
         """A model, and its traces."""
         traces = CountedActivation(functools.partial(jax.nn.gelu, approximate=False))
-        counted = FlaxXGLMForCausalLM(changed(CONFIG, activation_function=traces, num_layers=1), _do_init=False)
+        counted = FlaxXGLMForCausalLM(
+            changed(CONFIG, activation_function=traces.activation, num_layers=1), _do_init=False
+        )
         counted.params = {"model": {**model.params["model"], "layers": {"0": of_layer(model.params)}}}
         return counted, traces
 

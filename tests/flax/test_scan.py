@@ -180,7 +180,7 @@ class TestPrunedHeads:
 
 def test_is_compiled_once_for_all_layers():
     traces = CountedActivation(jax.nn.relu)
-    model = FlaxXGLMForCausalLM(changed(CONFIG, activation_function=traces, num_layers=7), scan_layers=True)
+    model = FlaxXGLMForCausalLM(changed(CONFIG, activation_function=traces.activation, num_layers=7), scan_layers=True)
     text = jax.jit(lambda params: model(TOKENS, params=params).logits).lower(model.params).as_text()
     assert traces.count() == 1
     assert text.count("stablehlo.while") == 1

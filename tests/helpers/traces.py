@@ -21,6 +21,7 @@ class Traces:
     def none(self, what: str) -> Iterator[None]:
         """Fails if the program is traced inside; `what` names the argument or the call that could cause it."""
         before = self.count()
+        assert before, "the program has not been traced at all"
         yield
         assert self.count() == before, f"{what}: the program was traced again, {self.count() - before} times"
 
@@ -36,16 +37,19 @@ class CountedActivation(Traces):
     """An activation function for the configuration of a Flax model, which is called only when a block is traced.
 
     Attributes:
+        activation: the function.
         shapes: those that it was traced with, in order.
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.shapes: list[tuple[int, ...]] = []
         super().__init__(lambda: len(self.shapes))
-        self.function, self.shapes = function, []
 
-    def __call__(self, states: Any) -> Any:
-        self.shapes.append(states.shape)
-        return self.function(states)
+        def activation(states: Any) -> Any:  # No method: a configuration that is copied would copy this object, too.
+            self.shapes.append(states.shape)
+            return function(states)
+
+        self.activation = activation
 
 
 def traces_of_tf(function: Any) -> Traces:
