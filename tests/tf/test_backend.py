@@ -274,11 +274,10 @@ class TestReplacedWeights:
 
 
 class TestGeneration:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        path = tmp_path_factory.mktemp("one-block")
-        write_checkpoint(path, XGLMConfig(**{**CONFIG.to_dict(), "num_layers": 1}), seed=1)
-        return path
+    @pytest.fixture
+    def folder(self, tmp_path):
+        write_checkpoint(tmp_path / "one-block", XGLMConfig(**{**CONFIG.to_dict(), "num_layers": 1}), seed=1)
+        return tmp_path / "one-block"
 
     def test_one_compilation_serves_all_prompts_and_counts_of_a_shape(self, folder):
         model = TFXGLMForCausalLM.from_pretrained(folder)
