@@ -92,7 +92,8 @@ def check_arguments(config: XGLMConfig, inputs: DecoderInputs, past: TFXGLMCache
     if has_values(tokens):
         if inputs.input_ids is not None:
             check_input_ids(inputs.input_ids.numpy(), config)
-        check_positions(*map(int, _lowest_and_highest_position(given, past)), config)
+        lowest, highest = _lowest_and_highest_position(given, past)
+        check_positions(int(lowest), int(highest), config)
 
 
 def check_head_arguments(

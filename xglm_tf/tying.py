@@ -22,7 +22,8 @@ def table_and_head(embedding: keras.layers.Embedding, ids: tf.Tensor | None) -> 
         return None
     if embedding.compute_dtype != "float32" or embedding.variable_dtype != "float32":
         return None
-    return _both(tf.convert_to_tensor(embedding.embeddings), tf.cast(ids, tf.int32))
+    rows, head = _both(tf.convert_to_tensor(embedding.embeddings), tf.cast(ids, tf.int32))
+    return rows, head
 
 
 def _uses(matrix: tf.Tensor, ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
