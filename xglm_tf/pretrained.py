@@ -303,7 +303,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         for name, value in pruned_weights(self.config, config, lambda name: read_weight(self, specs[name], dtype)):
             write_weight(self, specs[name], value)
         for index, layer in enumerate(self.model.layers):
-            layer.self_attn.heads = tuple(config.kept_heads(index))
+            layer.self_attn.heads = config.kept_heads(index)
         self.config.pruned_heads = config.pruned_heads
         self.forget_compiled()
 
@@ -459,7 +459,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         return {"input_ids": tf.constant(DUMMY_IDS)}
 
     def get_decoder(self) -> keras.layers.Layer:
-        """The bare decoder, a layer."""
+        """The bare decoder: a layer that takes `DecoderInputs`, and checks nothing."""
         return self.model
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

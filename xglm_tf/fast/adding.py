@@ -1,6 +1,8 @@
 """A product that is added to a matrix as large as the head, tile by tile.
 
-Hardware: what XLA compiles for. It would keep the whole product beside the matrix, 1 GB for the published vocabulary.
+Hardware: CPUs, in code that XLA compiles, as `fit` does by default. For memory: the plain form has the whole product
+beside the matrix, 1 GB with vocabulary and width of the 564M model. Outside of XLA, tiles gained 3% of a train step at
+most, and no memory, and are gone.
 """
 
 from __future__ import annotations
