@@ -35,19 +35,18 @@ def torch_loss(kind: str, states: np.ndarray, matrix: np.ndarray, labels: np.nda
     import torch
     import torch.nn.functional as F
 
+    from xglm_torch.fast.linear import linear
     from xglm_torch.loss import causal_lm_loss
-    from xglm_torch.products import fast_products
 
     given = [torch.from_numpy(array).requires_grad_() for array in (states, matrix)]
     targets = torch.from_numpy(labels)
 
     def run() -> None:
-        with fast_products():
-            if kind == "chunked":
-                loss = causal_lm_loss(*given, targets, options=LossOptions()).loss
-            else:
-                logits = F.linear(*given)[:, :-1]
-                loss = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
+        if kind == "chunked":
+            loss = causal_lm_loss(*given, targets, options=LossOptions()).loss
+        else:
+            logits = linear(*given)[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
         loss.backward()
         for tensor in given:
             tensor.grad = None

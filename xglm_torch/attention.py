@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import XGLMConfig
-from xglm_torch.dropout import attends_with_dropout, attention_with_dropout, dropped
-from xglm_torch.products import is_transformed
+from xglm_torch.fast.attention import attends_with_dropout, attention_with_dropout
+from xglm_torch.fast.dropout import dropped
+from xglm_torch.fast.linear import linear_layer
+from xglm_torch.recording import is_transformed
 
 
 class XGLMAttention(nn.Module):
@@ -17,22 +19,25 @@ class XGLMAttention(nn.Module):
     Args:
         config: the architecture.
         heads: which of its heads there are, by their original index.
+        is_causal: whether no mask means that position i sees the keys 0 to i; else it means every key.
     """
 
-    def __init__(self, config: XGLMConfig, heads: list[int]) -> None:
+    def __init__(self, config: XGLMConfig, heads: list[int], *, is_causal: bool) -> None:
         super().__init__()
         width = len(heads) * config.head_dim
         self.head_dim = config.head_dim
         self.heads = heads
+        self.is_causal = is_causal
         self.dropout = config.attention_dropout
-        self.k_proj = nn.Linear(config.d_model, width)
-        self.v_proj = nn.Linear(config.d_model, width)
-        self.q_proj = nn.Linear(config.d_model, width)
-        self.out_proj = nn.Linear(width, config.d_model)
+        self.k_proj = linear_layer(config.d_model, width)
+        self.v_proj = linear_layer(config.d_model, width)
+        self.q_proj = linear_layer(config.d_model, width)
+        self.out_proj = linear_layer(width, config.d_model)
 
     def keys_and_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[batch, length, d_model] -> what there is to attend to, each [batch, heads, length, head_dim]."""
-        return self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
+        key, value, by_head = self.k_proj(states), self.v_proj(states), (*states.shape[:2], -1, self.head_dim)
+        return key.reshape(by_head).transpose(1, 2), value.reshape(by_head).transpose(1, 2)
 
     def forward(
         self,
@@ -40,8 +45,6 @@ class XGLMAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        *,
-        is_causal: bool = False,
         head_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -50,40 +53,34 @@ class XGLMAttention(nn.Module):
         Args:
             hidden_states: [batch, length, d_model].
             key, value: [batch, heads, keys, head_dim].
-            mask: bool [batch or 1, 1, length or 1, keys], True = attend; None = every key.
-            is_causal: whether position i sees the keys 0 to i alone; needs as many keys as positions, and no mask.
+            mask: bool [batch or 1, 1, length or 1, keys], True = attend; None: see `is_causal`.
             head_mask: factors of the heads' probabilities [config.attention_heads]; None = 1.
             output_attentions: whether to return the probabilities, which takes a slower path.
 
         Returns:
             [batch, length, d_model], and the probabilities [batch, heads, length, keys] or None.
         """
-        query = self._split_heads(self.q_proj(hidden_states))
+        by_head = (*hidden_states.shape[:2], -1, self.head_dim)
+        query, weights = self.q_proj(hidden_states).reshape(by_head).transpose(1, 2), None
+        is_causal = self.is_causal and mask is None and bool(query.shape[2] > 1)  # Traced, a comparison is no bool.
         factors = None if head_mask is None else head_mask[self.heads].to(query)[:, None, None]
-        weights = None
         dropout = self.dropout if self.training else 0.0
         if dropout and not output_attentions and attends_with_dropout(query, dropout):
             context = attention_with_dropout(query, key, value, mask, dropout, is_causal=is_causal)
-        # On a CPU there is no fused kernel with dropout, and what PyTorch does instead keeps more for the gradients.
-        # Transforms do not see through fused kernels, or one example at a time.
+        # Transforms do not see through fused kernels. On a CPU there is none with dropout.
         elif output_attentions or (dropout and query.device.type == "cpu") or is_transformed():
             if is_causal:
                 mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
             weights = _probabilities(query, key, mask)
             # What is returned is what acts, so that it has a gradient.
             weights, factors = weights if factors is None else weights * factors, None
-            context = dropped(weights, self.dropout, self.training) @ value
+            context = (dropped(weights, dropout) if dropout else weights) @ value
         else:
             context = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
         if factors is not None:
             # The factor of a head's probabilities is one of its result, so that the fast path needs no probabilities.
             context = context * factors
         return self.out_proj(context.transpose(1, 2).flatten(2)), weights if output_attentions else None
-
-    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        """[batch, length, width] -> [batch, heads, length, head_dim]."""
-        # Not by `unflatten`, at which the compiler ends a graph inside `fast_products`.
-        return states.reshape(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 def attention_mask_for(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor | None:
@@ -108,8 +105,8 @@ def attention_mask_for(mask: torch.Tensor | None, past: int, length: int, device
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """[batch, heads, length, keys] in the type of `query`."""
-    scores = query @ key.transpose(2, 3)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * query.shape[3] ** -0.5
+    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
         # Finite, so that a row without any visible key is a mean of values rather than NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import nn
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_torch.attention import XGLMAttention
 from xglm_torch.cache import KeyValue, XGLMCache
-from xglm_torch.dropout import dropped
+from xglm_torch.fast.dropout import dropped
+from xglm_torch.fast.linear import linear_layer
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
@@ -20,6 +22,25 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_new": functools.partial(F.gelu, approximate="tanh"),
 }
+
+
+class BlockInputs(NamedTuple):
+    """What all blocks of a call read besides the states.
+
+    Attributes:
+        mask: see `attention_mask_for`.
+        encoder_hidden_states: [batch, encoder length, d_model], or None.
+        encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
+        head_mask, cross_attn_head_mask: [num_layers, config.attention_heads], or None.
+        attentions: whether to return the probabilities of both attentions.
+    """
+
+    mask: torch.Tensor | None
+    encoder_hidden_states: torch.Tensor | None
+    encoder_mask: torch.Tensor | None
+    head_mask: torch.Tensor | None
+    cross_attn_head_mask: torch.Tensor | None
+    attentions: bool
 
 
 class XGLMDecoderLayer(nn.Module):
@@ -32,76 +53,55 @@ class XGLMDecoderLayer(nn.Module):
         super().__init__()
         activation = config.activation_function
         self.index = index
-        self.self_attn = XGLMAttention(config, config.kept_heads(index))
-        if config.add_cross_attention:
-            self.encoder_attn = XGLMAttention(config, list(range(config.attention_heads)))
+        self.self_attn = XGLMAttention(config, config.kept_heads(index), is_causal=True)
+        self.has_cross_attention = config.add_cross_attention
+        if self.has_cross_attention:
+            self.encoder_attn = XGLMAttention(config, list(range(config.attention_heads)), is_causal=False)
             self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.activation_fn = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-        self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
+        self.fc1 = linear_layer(config.d_model, config.ffn_dim)
+        self.fc2 = linear_layer(config.ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        mask: torch.Tensor | None,
-        cache: XGLMCache | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_mask: torch.Tensor | None = None,
-        head_mask: torch.Tensor | None = None,
-        cross_attn_head_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
+        self, hidden_states: torch.Tensor, cache: XGLMCache | None, inputs: BlockInputs
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Runs the block.
 
         Args:
             hidden_states: [batch, length, d_model].
-            mask: see `attention_mask_for`.
             cache: where the new keys and values go, and those of the encoder come from if it holds any; or None.
-            encoder_hidden_states: [batch, encoder length, d_model], or None.
-            encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
-            head_mask, cross_attn_head_mask: this block's rows, [config.attention_heads], or None.
-            output_attentions: whether to return the probabilities of both attentions.
+            inputs: what else it reads.
 
         Returns:
             [batch, length, d_model], and the probabilities of self-attention and cross-attention, or None.
         """
-        residual = hidden_states
-        hidden_states = self.self_attn_layer_norm(hidden_states)
-        key, value = self.self_attn.keys_and_values(hidden_states)
+        states = self.self_attn_layer_norm(hidden_states)
+        key, value = self.self_attn.keys_and_values(states)
         if cache is not None:
             key, value = cache.write(self.index, key, value)
-        hidden_states, attentions = self.self_attn(
-            hidden_states,
-            key,
-            value,
-            mask,
-            is_causal=mask is None and bool(hidden_states.shape[1] > 1),  # Traced, a comparison is no bool.
-            head_mask=head_mask,
-            output_attentions=output_attentions,
-        )
-        hidden_states = residual + dropped(hidden_states, self.dropout, self.training)
+        factors = None if inputs.head_mask is None else inputs.head_mask[self.index]
+        states, attentions = self.self_attn(states, key, value, inputs.mask, factors, inputs.attentions)
+        hidden_states = hidden_states + (dropped(states, self.dropout) if self.training else states)
 
-        cross_attentions = None
-        encoder = self._encoder_keys_and_values(cache, encoder_hidden_states)
+        cross_attentions = encoder = None
+        if self.has_cross_attention:
+            encoder = self._encoder_keys_and_values(cache, inputs.encoder_hidden_states)
         if encoder is not None:
-            residual = hidden_states
-            hidden_states, cross_attentions = self.encoder_attn(
-                self.encoder_attn_layer_norm(hidden_states),
-                *encoder,
-                encoder_mask,
-                head_mask=cross_attn_head_mask,
-                output_attentions=output_attentions,
+            states = self.encoder_attn_layer_norm(hidden_states)
+            factors = None if inputs.cross_attn_head_mask is None else inputs.cross_attn_head_mask[self.index]
+            states, cross_attentions = self.encoder_attn(
+                states, *encoder, inputs.encoder_mask, factors, inputs.attentions
             )
-            hidden_states = residual + dropped(hidden_states, self.dropout, self.training)
+            hidden_states = hidden_states + (dropped(states, self.dropout) if self.training else states)
 
-        residual = hidden_states
-        hidden_states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
-        hidden_states = self.fc2(dropped(hidden_states, self.activation_dropout, self.training))
-        return residual + dropped(hidden_states, self.dropout, self.training), attentions, cross_attentions
+        states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
+        states = self.fc2(dropped(states, self.activation_dropout) if self.training else states)
+        states = dropped(states, self.dropout) if self.training else states
+        return hidden_states + states, attentions, cross_attentions
 
     def _encoder_keys_and_values(self, cache: XGLMCache | None, states: torch.Tensor | None) -> KeyValue | None:
         """What cross-attention attends to: the cache's, or the encoder states'; None if there is neither."""

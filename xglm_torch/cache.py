@@ -6,7 +6,8 @@ several ways. Storage is allocated in blocks and written in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,23 +15,23 @@ from torch.utils._pytree import register_pytree_node
 
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import check_past_key_values
+from xglm_torch.foreign_cache import foreign_pairs, is_foreign
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 _BLOCK = 64  # Positions by which storage grows, so that most one-token steps allocate nothing.
 
 
+@dataclass(eq=False)
 class _Storage:
-    """The memory that successive caches share: per layer [batch, heads, capacity, head_dim]."""
+    """The memory that successive caches share: of each layer, [batch, heads, capacity, head_dim].
 
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], filled: int) -> None:
-        self.keys = keys
-        self.values = values
-        self.filled = filled  # Positions written so far, by whichever cache went furthest.
+    `filled` is how many positions have been written, by whichever cache went furthest.
+    """
 
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[2]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    filled: int
 
 
 class XGLMCache:
@@ -38,6 +39,7 @@ class XGLMCache:
 
     Attributes:
         length: positions held.
+        past: how many of them there were before the call that this cache is for.
         mask: bool [batch, length], False for padding; None if there is none.
         encoder: per layer, key and value of the encoder's positions, each [batch, heads, encoder length, head_dim];
             empty without cross-attention.
@@ -49,12 +51,12 @@ class XGLMCache:
         storage: _Storage,
         past: int,
         length: int,
-        mask: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
         encoder: tuple[KeyValue, ...] = (),
         encoder_mask: torch.Tensor | None = None,
     ) -> None:
         self._storage = storage
-        self._past = past
+        self.past = past
         self.length = length
         self.mask = mask
         self.encoder = encoder
@@ -72,7 +74,7 @@ class XGLMCache:
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
         """Stores a layer's new keys and values, each [batch, heads, new, head_dim]; returns those of all positions."""
-        past, length = self._past, self.length
+        past, length = self.past, self.length
         storage = self._storage
         if storage.keys[layer].device != key.device:  # Blocks may be on several devices.
             for held in (storage.keys, storage.values):
@@ -114,7 +116,7 @@ class XGLMCache:
 
 def empty_cache(config: XGLMConfig, batch: int, capacity: int, like: torch.Tensor) -> XGLMCache:
     """A cache that holds nothing yet, with room for `capacity` positions, of the type and on the device of `like`."""
-    return XGLMCache(_allocated(config, batch, capacity, like), past=0, length=0, mask=None)
+    return XGLMCache(_allocated(config, batch, capacity, like), past=0, length=0)
 
 
 def as_cache(past_key_values: Any, config: XGLMConfig) -> XGLMCache | None:
@@ -128,37 +130,11 @@ def as_cache(past_key_values: Any, config: XGLMConfig) -> XGLMCache | None:
     if past_key_values is None or isinstance(past_key_values, XGLMCache):
         return past_key_values
     if is_foreign(past_key_values):
-        past_key_values = _pairs(past_key_values)
+        past_key_values = foreign_pairs(past_key_values)
         if not past_key_values:
             return None
     check_past_key_values(config, past_key_values)
-    keys, values = [layer[0] for layer in past_key_values], [layer[1] for layer in past_key_values]
-    length = keys[0].shape[2]
-    encoder = tuple((layer[2], layer[3]) for layer in past_key_values if len(layer) == 4)
-    # Full, so that nothing is ever written into what is the caller's.
-    return XGLMCache(_Storage(keys, values, filled=length), past=length, length=length, mask=None, encoder=encoder)
-
-
-def is_foreign(past_key_values: Any) -> bool:
-    """Whether it is a cache of transformers; which is known by its methods, as that package is not imported."""
-    has_layers = hasattr(past_key_values, "layers") or hasattr(past_key_values, "to_legacy_cache")
-    return has_layers and hasattr(past_key_values, "get_seq_length") and hasattr(past_key_values, "update")
-
-
-def _pairs(foreign: Any) -> tuple[KeyValue, ...]:
-    """Key and value of each layer of a cache of transformers, as far as it is filled; nothing if it is empty."""
-    length = int(foreign.get_seq_length())
-    if hasattr(foreign, "layers"):
-        layers = [(layer.keys, layer.values) for layer in foreign.layers]
-    else:  # Before transformers 4.54.
-        layers = foreign.to_legacy_cache()
-    return tuple((key[:, :, :length], value[:, :, :length]) for key, value in layers) if length else ()
-
-
-def update_foreign(foreign: Any, cache: XGLMCache, past: int) -> None:
-    """Gives a cache of transformers the positions from `past` on, as there each call does."""
-    for index, (key, value, *_) in enumerate(cache):
-        foreign.update(key[:, :, past:], value[:, :, past:], index)
+    return _full_cache(past_key_values)
 
 
 def extend_cache(
@@ -178,14 +154,11 @@ def extend_cache(
     storage = None if past is None else past._storage
     free = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     sealed = storage is not None and not free and storage.keys[0].is_inference()
-    if storage is None or storage.capacity < length or storage.filled != start or sealed:
+    if storage is None or storage.keys[0].shape[2] < length or storage.filled != start or sealed:
         # No room, not to be written outside of inference mode, or another cache has already gone on from here: continue
         # in storage of our own.
         fresh = _allocated(config, like.shape[0], -(-length // _BLOCK) * _BLOCK, like)
-        if storage is not None:
-            for ours, theirs in zip(fresh.keys + fresh.values, storage.keys + storage.values, strict=True):
-                ours[:, :, :start] = theirs[:, :, :start]
-        storage = fresh
+        storage = fresh if storage is None else _filled(fresh, storage, start)
     storage.filled = length
     if past is None:
         return XGLMCache(storage, start, length, mask)
@@ -198,18 +171,10 @@ def extend_cache(
 def reordered(cache: XGLMCache, config: XGLMConfig, rows: torch.Tensor) -> XGLMCache:
     """A cache of these rows of another one, integers [new rows], with room for as many positions."""
     storage, length = cache._storage, cache.length
-    fresh = _allocated(config, len(rows), storage.capacity, like=storage.keys[0])
-    for ours, theirs in zip(fresh.keys + fresh.values, storage.keys + storage.values, strict=True):
-        ours[:, :, :length] = theirs[rows.to(theirs.device), :, :length]
-    fresh.filled = length
-    return XGLMCache(
-        fresh,
-        length,
-        length,
-        None if cache.mask is None else cache.mask[rows],
-        tuple((key[rows], value[rows]) for key, value in cache.encoder),
-        None if cache.encoder_mask is None else cache.encoder_mask[rows],
-    )
+    fresh = _allocated(config, len(rows), storage.keys[0].shape[2], like=storage.keys[0])
+    encoder = tuple((key[rows], value[rows]) for key, value in cache.encoder)
+    mask, encoder_mask = (None if mask is None else mask[rows] for mask in (cache.mask, cache.encoder_mask))
+    return XGLMCache(_filled(fresh, storage, length, rows), length, length, mask, encoder, encoder_mask)
 
 
 def picked(cache: XGLMCache, places: torch.Tensor, mask: torch.Tensor) -> XGLMCache:
@@ -234,6 +199,22 @@ def _allocated(config: XGLMConfig, batch: int, capacity: int, like: torch.Tensor
     return _Storage([like.new_empty(shape) for shape in shapes], [like.new_empty(shape) for shape in shapes], filled=0)
 
 
+def _filled(storage: _Storage, source: _Storage, length: int, rows: torch.Tensor | None = None) -> _Storage:
+    """The storage, with the first positions of another one, or of rows of it."""
+    for ours, theirs in zip(storage.keys + storage.values, source.keys + source.values, strict=True):
+        ours[:, :, :length] = theirs[:, :, :length] if rows is None else theirs[rows.to(theirs.device), :, :length]
+    storage.filled = length
+    return storage
+
+
+def _full_cache(layers: Sequence[Sequence[torch.Tensor]]) -> XGLMCache:
+    """A cache of given tensors, as `XGLMCache.__getitem__` returns them. Nothing is ever written into them."""
+    keys, values = [layer[0] for layer in layers], [layer[1] for layer in layers]
+    length = keys[0].shape[2]
+    encoder = tuple((layer[2], layer[3]) for layer in layers if len(layer) == 4)
+    return XGLMCache(_Storage(keys, values, filled=length), past=length, length=length, encoder=encoder)
+
+
 def _flattened(cache: XGLMCache) -> tuple[list[Any], list[str]]:
     masks = {name: mask for name in ("mask", "encoder_mask") if (mask := getattr(cache, name)) is not None}
     return [tuple(cache), *masks.values()], list(masks)
@@ -241,10 +222,7 @@ def _flattened(cache: XGLMCache) -> tuple[list[Any], list[str]]:
 
 def _unflattened(children: Any, names: list[str]) -> XGLMCache:
     layers, *masks = children
-    keys, values = [layer[0] for layer in layers], [layer[1] for layer in layers]
-    length = keys[0].shape[2]
-    cache = XGLMCache(_Storage(keys, values, filled=length), past=length, length=length, mask=None)
-    cache.encoder = tuple(layer[2:] for layer in layers if len(layer) == 4)
+    cache = _full_cache(layers)
     for name, mask in zip(names, masks, strict=True):
         setattr(cache, name, mask)
     return cache

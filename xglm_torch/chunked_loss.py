@@ -1,8 +1,8 @@
 """The loss of a head that is a matrix, with its gradients, as one operation that holds the logits of few positions.
 
-The logits of a chunk become their own gradients in place, and these are used up at once. So the gradients are there
-after the forward pass, if they are wanted, and the backward pass only scales them. To whatever traces this
-(`torch.compile`, `torch.export`, the meta device) it is opaque: how many positions count depends on the labels.
+It overwrites the logits of a chunk with their gradients, and uses these up at once. So the forward pass has computed
+all gradients that are wanted, and the backward pass only scales them. Compilers, `torch.export` and the meta device do
+not look inside: how many positions count depends on the labels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
-from xglm_torch.products import add_product, adds_in_place
+from xglm_torch.fast.linear import add_product, adds_in_place
 
 # At a time: on a CPU of the gradient of the head, on a GPU of the head in another type. A GPU would wait for the host
 # between products as small as a CPU's cache likes them.
@@ -29,28 +29,28 @@ def chunked_loss(
     states: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    shares: torch.Tensor,
+    loss_weights: torch.Tensor,
     label_smoothing: float,
     z_loss: float,
     chunk: int,
-    factors: torch.dtype,
+    factor_dtype: torch.dtype,
     group: str,
-    of_states: bool,
-    of_weight: bool,
+    needs_grad_states: bool,
+    needs_grad_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of the losses of some targets, each times its share, and the gradients of that sum.
+    """The sum of the losses of some targets, each times its weight, and the gradients of that sum.
 
     Args:
         states: [positions, d_model].
         weight: [vocab_size, d_model].
         targets: int64 [positions], or -100 where there is none.
-        shares: factors of the losses, float32 [positions].
+        loss_weights: what the losses are multiplied by, float32 [positions].
         label_smoothing, z_loss: see `LossOptions`.
         chunk: positions whose logits exist at a time.
-        factors: the type in which the factors of a product are; the products are summed, and kept, in float32.
-        group: name of the process group that shares the vocabulary, each process having an equal part of the weight, in
+        factor_dtype: the type of the factors of a product; the products are summed, and kept, in float32.
+        group: name of the process group that shares the vocabulary: each process has an equal part of the weight, in
             order; "" for none.
-        of_states, of_weight: which gradients are wanted.
+        needs_grad_states, needs_grad_weight: which gradients are wanted.
 
     Returns:
         float32: the sum; -ln p of each target, and 1 where it has the largest logit [positions]; the gradients by
@@ -58,37 +58,38 @@ def chunked_loss(
     """
     part = _Part.of(group, len(weight))
     width = states.shape[1]
-    loss = shares.new_zeros(())
-    surprisals, correct = torch.zeros_like(shares), torch.zeros_like(shares)
-    by_states = shares.new_zeros(len(states) if of_states else 0, width)
-    by_weight = shares.new_zeros(len(weight) if of_weight else 0, width)
+    loss = loss_weights.new_zeros(())
+    surprisals, correct = torch.zeros_like(loss_weights), torch.zeros_like(loss_weights)
+    grad_states = loss_weights.new_zeros(len(states) if needs_grad_states else 0, width)
+    grad_weight = loss_weights.new_zeros(len(weight) if needs_grad_weight else 0, width)
     kept = (targets != IGNORED_LABEL).nonzero().flatten()
-    memory = shares.new_empty(min(chunk, len(kept)), len(weight))
+    memory = loss_weights.new_empty(min(chunk, len(kept)), len(weight))
     # float16 has no room for the gradients of single logits, which are divided by the number of targets: later, then.
-    unit = shares.abs().max().clamp(min=1e-30) if factors == torch.float16 and len(kept) else 1
+    unit = loss_weights.abs().max().clamp(min=1e-30) if factor_dtype == torch.float16 and len(kept) else 1
     with torch.autocast(states.device.type, enabled=False):  # The types are chosen here.
         for places in kept.split(chunk) if len(kept) else ():  # oneDNN has no product of nothing.
-            # Differs: the positions come first. So the logits of a few stay in a CPU's cache, see `_become_gradients`.
-            some, logits = states[places].to(factors), memory[: len(places)]
-            for block, rows in _blocks(weight, factors):
+            # Differs from `xglm_flax.loss`: the positions come first. So the logits of a few stay in a CPU's cache, see
+            # `_become_gradients`.
+            some, logits = states[places].to(factor_dtype), memory[: len(places)]
+            for block, rows in _blocks(weight, factor_dtype):
                 add_product(logits[:, block], some, rows.T, keep=False)
             losses, surprisals[places], correct[places] = _become_gradients(
-                logits, targets[places], shares[places] / unit, label_smoothing, z_loss, part
+                logits, targets[places], loss_weights[places] / unit, label_smoothing, z_loss, part
             )
-            loss += (losses * shares[places]).sum()
-            slopes = logits.to(factors)
-            if of_states:
-                by_some = by_states.new_zeros(some.shape)
-                for block, rows in _blocks(weight, factors):
-                    add_product(by_some, slopes[:, block], rows)
-                by_states[places] = by_some
-            if of_weight:
-                for block, _ in _blocks(weight, factors):
-                    add_product(by_weight[block], slopes[:, block].T, some)
-    if factors == torch.float16:
-        by_states *= unit
-        by_weight *= unit
-    return loss, surprisals, correct, part.sum(by_states), by_weight
+            loss += (losses * loss_weights[places]).sum()
+            grad_logits = logits.to(factor_dtype)
+            if needs_grad_states:
+                grad_some = grad_states.new_zeros(some.shape)
+                for block, rows in _blocks(weight, factor_dtype):
+                    add_product(grad_some, grad_logits[:, block], rows)
+                grad_states[places] = grad_some
+            if needs_grad_weight:
+                for block, _ in _blocks(weight, factor_dtype):
+                    add_product(grad_weight[block], grad_logits[:, block].T, some)
+    if factor_dtype == torch.float16:
+        grad_states *= unit
+        grad_weight *= unit
+    return loss, surprisals, correct, part.sum(grad_states), grad_weight
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,17 @@ class _Part:
 def _become_gradients(
     logits: torch.Tensor,
     targets: torch.Tensor,
-    shares: torch.Tensor,
+    loss_weights: torch.Tensor,
     label_smoothing: float,
     z_loss: float,
     part: _Part,
 ) -> tuple[torch.Tensor, ...]:
-    """Overwrites the logits of some positions by the gradients of their losses, each times its share.
+    """Overwrites the logits of some positions by the gradients of their losses, each times its weight.
 
     Args:
         logits: float32 [positions, part of the vocabulary].
         targets: int64 [positions].
-        shares: float32 [positions].
+        loss_weights: float32 [positions].
         label_smoothing, z_loss: see `LossOptions`.
         part: which part that is.
 
@@ -139,21 +140,21 @@ def _become_gradients(
     """
     few = logits.device.type == "cpu" and part.group is None
     results = []
-    groups = (tensor.split(_CACHED_ROWS if few else len(logits)) for tensor in (logits, targets, shares))
-    for rows, labels, share in zip(*groups, strict=True):
+    groups = (tensor.split(_CACHED_ROWS if few else len(logits)) for tensor in (logits, targets, loss_weights))
+    for rows, labels, loss_weight in zip(*groups, strict=True):
         here = (labels >= part.first) & (labels < part.first + rows.shape[1])
         columns = torch.where(here, labels - part.first, 0)[:, None]
-        of_target = part.sum(torch.where(here, rows.gather(1, columns)[:, 0], 0))
-        highest = part.largest(rows.amax(dim=1))
+        target_logit = part.sum(torch.where(here, rows.gather(1, columns)[:, 0], 0))
+        max_logit = part.largest(rows.amax(dim=1))
         mean = part.sum(rows.sum(dim=1)) / part.vocab_size if label_smoothing else 0
-        total = part.sum(rows.sub_(highest[:, None]).exp_().sum(dim=1))
-        log_total = highest + total.log()
-        rows *= (share * (1 + 2 * z_loss * log_total) / total)[:, None]
-        rows.scatter_add_(1, columns, (share * (label_smoothing - 1) * here)[:, None])
+        sum_exp = part.sum(rows.sub_(max_logit[:, None]).exp_().sum(dim=1))
+        log_sum_exp = max_logit + sum_exp.log()
+        rows *= (loss_weight * (1 + 2 * z_loss * log_sum_exp) / sum_exp)[:, None]
+        rows.scatter_add_(1, columns, (loss_weight * (label_smoothing - 1) * here)[:, None])
         if label_smoothing:
-            rows -= (share * (label_smoothing / part.vocab_size))[:, None]
-        losses = log_total - (1 - label_smoothing) * of_target - label_smoothing * mean + z_loss * log_total**2
-        results.append((losses, log_total - of_target, (of_target == highest).float()))
+            rows -= (loss_weight * (label_smoothing / part.vocab_size))[:, None]
+        losses = log_sum_exp - (1 - label_smoothing) * target_logit - label_smoothing * mean + z_loss * log_sum_exp**2
+        results.append((losses, log_sum_exp - target_logit, (target_logit == max_logit).float()))
     return tuple(torch.cat(pieces) for pieces in zip(*results, strict=True))
 
 
@@ -170,11 +171,11 @@ def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, t
 
 @chunked_loss.register_fake
 def _(
-    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor, *options: Any
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, loss_weights: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, ...]:
     sizes = [tensor.shape[0] if wanted else 0 for tensor, wanted in zip((states, weight), options[-2:], strict=True)]
-    gradients = [shares.new_empty(size, states.shape[1]) for size in sizes]
-    return shares.new_empty(()), torch.empty_like(shares), torch.empty_like(shares), *gradients
+    gradients = [loss_weights.new_empty(size, states.shape[1]) for size in sizes]
+    return loss_weights.new_empty(()), torch.empty_like(loss_weights), torch.empty_like(loss_weights), *gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -185,7 +186,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
 
 
-def _backward(ctx: Any, by_loss: torch.Tensor, *others: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: torch.Tensor, *others: Any) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         raise InputError(
             "the loss has no second derivatives, but create_graph is True; "
@@ -194,14 +195,14 @@ def _backward(ctx: Any, by_loss: torch.Tensor, *others: Any) -> tuple[Any, ...]:
     gradients = ctx.gradients
     if gradients is None:  # Another pass through a graph that was retained.
         gradients = chunked_loss(*ctx.saved_tensors, *ctx.options)[3:]
-    if all(type(tensor) is torch.Tensor for tensor in (by_loss, *gradients)):
+    if all(type(tensor) is torch.Tensor for tensor in (grad_loss, *gradients)):
         # Scaled in place and handed over: a copy would be the largest tensor of the whole pass.
         ctx.gradients = None
-        if by_loss.device.type != "cpu" or by_loss != 1:  # On a GPU, looking costs more than multiplying.
+        if grad_loss.device.type != "cpu" or grad_loss != 1:  # On a GPU, looking costs more than multiplying.
             for gradient in gradients:
-                gradient *= by_loss
+                gradient *= grad_loss
     else:
-        gradients = [gradient * by_loss for gradient in gradients]
+        gradients = [gradient * grad_loss for gradient in gradients]
     wanted = zip(gradients, ctx.dtypes, ctx.options[-2:], strict=True)
     results = [gradient.to(dtype) if is_wanted else None for gradient, dtype, is_wanted in wanted]
     return *results, *[None] * (2 + len(ctx.options))

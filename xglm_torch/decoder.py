@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -10,21 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
+from xglm_core.calls import DecoderInputs, DecoderResults, Wanted, present, resolve
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
-from xglm_core.errors import InputError
 from xglm_core.inputs import inputs_as_given
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_torch.attention import attention_mask_for
-from xglm_torch.blocks import XGLMDecoderLayer
-from xglm_torch.cache import XGLMCache, as_cache, extend_cache, is_foreign, update_foreign
-from xglm_torch.dropout import dropped
-from xglm_torch.inputs import as_tensor, check_arguments, check_position_ids, has_values
+from xglm_torch.blocks import BlockInputs, XGLMDecoderLayer
+from xglm_torch.cache import XGLMCache, as_cache, extend_cache
+from xglm_torch.checkpointing import run_in_training
+from xglm_torch.fast.dropout import dropped
+from xglm_torch.foreign_cache import update_foreign
+from xglm_torch.inputs import as_tensor, check_arguments, has_values, with_inner_door
 from xglm_torch.pretrained import XGLMPreTrainedModel
-from xglm_torch.products import with_fast_gradients
 
 
 class XGLMSinusoidalPositionalEmbedding(nn.Module):
@@ -93,8 +91,8 @@ class XGLMModel(XGLMPreTrainedModel):
         if embed_tokens is not None:
             self.set_input_embeddings(embed_tokens)
 
+    @with_inner_door
     @inputs_as_given(as_tensor)
-    @with_fast_gradients
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -142,120 +140,95 @@ class XGLMModel(XGLMPreTrainedModel):
             InputError: arguments are missing or contradict each other, have another shape, hold ids outside the
                 vocabulary or a position past the limit.
         """
-        config = self.config
-        checkpointing = self.is_gradient_checkpointing and self.training
-        uncached = (
-            "gradient checkpointing" if checkpointing else "a model split among devices" if self._is_split() else ""
+        masks = encoder_attention_mask, head_mask, cross_attn_head_mask
+        inputs = DecoderInputs(
+            input_ids, attention_mask, position_ids, encoder_hidden_states, *masks, inputs_embeds=inputs_embeds
         )
-        if uncached and use_cache:
-            raise InputError(f"use_cache is True, but {uncached} keeps no cache; expected False or None")
-        use_cache = (config.use_cache and not uncached) if use_cache is None else use_cache
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        given = past_key_values
-        past_key_values = as_cache(given, config)
-        past = 0 if past_key_values is None else past_key_values.length
-        check_arguments(
-            config,
-            past_key_values,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            head_mask=head_mask,
-            cross_attn_head_mask=cross_attn_head_mask,
-            inputs_embeds=inputs_embeds,
-        )
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length, _ = hidden_states.shape
-        mask = _key_mask(attention_mask, past_key_values, batch, length)
-        if position_ids is None:
-            position_ids = _position_ids(mask, past, length, hidden_states.device)
-        check_position_ids(config, position_ids)
+        cache = as_cache(past_key_values, self.config)
+        check_arguments(self.config, inputs, cache)
+        wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states, uncached=self.uncached)
+        results = results_by_name(self.decode(inputs, cache, wanted), wanted, past_key_values)
+        return present(BaseModelOutputWithPastAndCrossAttentions, self.config, return_dict, **results)
 
-        hidden_states = hidden_states + self.embed_positions(position_ids).to(hidden_states.dtype)
-        hidden_states = dropped(hidden_states, config.dropout, self.training)
-        cache = None
-        if use_cache or past_key_values is not None:
-            cache = extend_cache(past_key_values, config, length, mask, hidden_states)
-            if encoder_attention_mask is not None:
-                cache.encoder_mask = encoder_attention_mask != 0
-            encoder_attention_mask = cache.encoder_mask
-        attend = attention_mask_for(mask, past, length, hidden_states.device)
-        attend_encoder = None if encoder_attention_mask is None else (encoder_attention_mask != 0)[:, None, None, :]
+    def decode(self, inputs: DecoderInputs, past: XGLMCache | None, wanted: Wanted) -> DecoderResults:
+        """The inner door: runs the decoder on what was checked, or needs no check.
+
+        It is called through this module's own call, `model(inputs, past, wanted)`.
+
+        Args:
+            inputs: what to read; tensors.
+            past: a cache to go on from, which stays as it is; or None.
+            wanted: what to return besides the states.
+
+        Returns:
+            The states, in the parameters' type, and what is wanted; a cache also if `past` was given.
+        """
+        states = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
+        batch, length, _ = states.shape
+        start = 0 if past is None else past.length
+        mask = key_mask(inputs.attention_mask, past, batch, length)
+        positions = inputs.position_ids
+        if positions is None:
+            positions = position_ids_for(mask, start, length, states.device)
+        states = states + self.embed_positions(positions).to(states.dtype)
+        if self.training:
+            states = dropped(states, self.config.dropout)
+
+        cache, encoder_mask = None, inputs.encoder_attention_mask
+        if wanted.cache or past is not None:
+            cache = extend_cache(past, self.config, length, mask, states)
+            if encoder_mask is not None:
+                cache.encoder_mask = encoder_mask != 0
+            encoder_mask = cache.encoder_mask
+        for_blocks = BlockInputs(
+            attention_mask_for(mask, start, length, states.device),
+            inputs.encoder_hidden_states,
+            None if encoder_mask is None else (encoder_mask != 0)[:, None, None, :],
+            inputs.head_mask,
+            inputs.cross_attn_head_mask,
+            wanted.attentions,
+        )
         all_states: list[torch.Tensor] = []
         all_attentions: list[torch.Tensor] = []
         all_cross_attentions: list[torch.Tensor] = []
-        for index, layer in enumerate(self.layers):
-            if output_hidden_states:
-                all_states.append(hidden_states)
-            is_first = index % self.gradient_checkpointing_every == 0
-            block = functools.partial(self._checkpointed, layer) if checkpointing and is_first else layer
-            new_states, attentions, cross_attentions = block(
-                hidden_states,
-                attend,
-                cache,
-                encoder_hidden_states,
-                attend_encoder,
-                None if head_mask is None else head_mask[index],
-                None if cross_attn_head_mask is None else cross_attn_head_mask[index],
-                output_attentions,
-            )
-            hidden_states = self._dropped(hidden_states, new_states)
+        for layer in self.layers:
+            if wanted.hidden_states:
+                all_states.append(states)
+            block = functools.partial(run_in_training, self, layer) if self.training else layer
+            states, attentions, cross_attentions = block(states, cache, for_blocks)
             if attentions is not None:
                 all_attentions.append(attentions)
             if cross_attentions is not None:
                 all_cross_attentions.append(cross_attentions)
-        if cache is not None and is_foreign(given):
-            update_foreign(given, cache, past)
-        hidden_states = self.layer_norm(hidden_states)
-        outputs = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
-            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) or None,
-            cross_attentions=tuple(all_cross_attentions) or None,
-        )
-        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
-
-    def _is_split(self) -> bool:
-        """Whether this process has some of the heads only; see `xglm_torch.parallel.split_layers`."""
-        attention = self.layers.get_submodule("0.self_attn")
-        return attention.heads != self.config.kept_heads(0)
-
-    def _checkpointed(self, layer: nn.Module, *args: Any) -> Any:
-        """Runs a block and computes it again in the backward pass, rather than keeping what is inside it."""
-        pinned = args[0].device.type != "cpu"
-        with save_on_cpu(pin_memory=pinned) if self.gradient_checkpointing_offload else contextlib.nullcontext():
-            return checkpoint(with_fast_gradients(layer), *args, **self.gradient_checkpointing_kwargs)
-
-    def _dropped(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        """What follows a block: in training, with probability `config.layerdrop`, what came before it.
-
-        The block runs in any case: so the cache has its keys, each parameter has a gradient, and no graph depends on
-        chance.
-        """
-        if not self.training or self.config.layerdrop == 0:
-            return after
-        return torch.where(torch.rand((), device=after.device) < self.config.layerdrop, before, after)
+        states = self.layer_norm(states)
+        if wanted.hidden_states:
+            all_states.append(states)
+        weights = tuple(all_attentions) or None, tuple(all_cross_attentions) or None
+        return DecoderResults(states, cache, tuple(all_states) or None, *weights)
 
 
-def _key_mask(
+def key_mask(
     attention_mask: torch.Tensor | None, past: XGLMCache | None, batch: int, length: int
 ) -> torch.Tensor | None:
     """The mask over cached and new positions, bool [batch, past + length]; None if nothing is padding."""
     if attention_mask is not None:
         mask = attention_mask != 0
         # Without padding the fast kernels need no mask. Looking costs nothing on a CPU, but would stall a GPU.
-        return None if has_values(mask) and mask.device.type == "cpu" and bool(mask.all()) else mask
+        return None if mask.device.type == "cpu" and has_values(mask) and bool(mask.all()) else mask
     if past is None or past.mask is None:
         return None
     return torch.cat([past.mask, past.mask.new_ones(batch, length)], dim=1)
 
 
-def _position_ids(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor:
+def position_ids_for(mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor:
     """Counts each row's tokens that are not padding: [batch or 1, length]; padding repeats the position before it."""
     if mask is None:
         return torch.arange(past, past + length, device=device)[None]
     return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
+
+
+def results_by_name(results: DecoderResults, wanted: Wanted, past_key_values: Any) -> dict[str, Any]:
+    """What a public call presents of the results; `past_key_values` is what the call was given."""
+    update_foreign(past_key_values, results.past_key_values)
+    cache = results.past_key_values if wanted.cache else None
+    return dict(zip(results._fields, results, strict=True)) | {"past_key_values": cache}

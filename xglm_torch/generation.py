@@ -1,19 +1,19 @@
-"""The generation engine: reading, one token at a time, and selection on the device."""
+"""The generation engine: it reads tokens and selects the next ones, on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.generation.engine import Processor, check_processed
 from xglm_core.generation.rules import Rules
 from xglm_core.generation.selection import DeviceRules
 from xglm_torch.cache import XGLMCache, empty_cache, picked, reordered
 from xglm_torch.preparing import Preparation
-from xglm_torch.products import fast_products
 from xglm_torch.selection import device_rules, selection
 
 if TYPE_CHECKING:
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 class TorchEngine:
     """Implements `xglm_core.generation.engine.Engine`.
 
-    Differs: nothing is compiled and shapes are free, so `bucket` is 1 and the steps are a Python loop.
+    Differs: `TFEngine` and `FlaxEngine` compile for fixed shapes. Here they are free: `bucket` is 1, and the steps are
+    a Python loop.
 
     Args:
-        model: what continues the texts.
+        model: what continues the sequences.
         past: a cache to go on from, which stays as it is; None to begin.
         preparation: what decides how the model is called; None for the model's own way.
     """
@@ -40,11 +41,8 @@ class TorchEngine:
         self._model = model
         self._cache = past
         self._preparation = preparation
+        self._device = model.device
         self._seen: torch.Tensor | None = None
-
-    @property
-    def _device(self) -> torch.device:
-        return self._model.device
 
     @torch.inference_mode()
     def prefill(self, tokens: np.ndarray, attention_mask: np.ndarray, capacity: int, seen: np.ndarray | None) -> None:
@@ -55,12 +53,12 @@ class TorchEngine:
             self._cache = empty_cache(self._model.config, len(tokens), capacity, like)
         if self._cache is not None and self._cache.batch != len(tokens):  # One row, for all of them.
             self._cache = reordered(self._cache, self._model.config, self._tensor(np.zeros(len(tokens), int)))
-        given = torch.from_numpy(tokens).to(self._device)
         mask = torch.from_numpy(attention_mask).to(self._device)
         if tokens.ndim == 3:
-            self._read(mask, inputs_embeds=given.to(dtype))
+            embeddings = torch.from_numpy(tokens).to(self._device, dtype)
+            self._read(DecoderInputs(attention_mask=mask, inputs_embeds=embeddings))
         else:
-            self._read(mask, input_ids=given)
+            self._read(DecoderInputs(self._tensor(tokens), mask))
         if seen is not None:
             nothing = self.logits.new_zeros(self.logits.shape, dtype=torch.bool)
             self._seen = selection.mark_seen(nothing, self._tensor(seen))
@@ -89,11 +87,11 @@ class TorchEngine:
     @torch.inference_mode()
     def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
         """See `Engine.advance`."""
-        last, words, selected = self._tensor(tokens), self._tensor(keys), []
+        last, keys_of_steps, selected = self._tensor(tokens), self._tensor(keys), []
         on_device = device_rules(rules, self._device)
         for step in range(keys.shape[1]):
             self._feed(last)
-            selected.append(self._select(on_device, words[:, step]))
+            selected.append(self._select(on_device, keys_of_steps[:, step]))
             last = selected[-1].clamp(min=0)  # A code that stands for no token.
         return torch.stack(selected, dim=1).numpy(force=True)
 
@@ -107,7 +105,7 @@ class TorchEngine:
         sums, index = selection.choose_candidates(scores, on_device, sums, self._tensor(keys), count)
         return sums.numpy(force=True), index.numpy(force=True)
 
-    # Differs: what the user gets is made outside of inference mode, as its tensors cannot enter autograd.
+    # Differs: `TFEngine` and `FlaxEngine` know no inference mode, whose tensors cannot enter autograd.
     @torch.no_grad()
     def scores(self, rules: Rules) -> torch.Tensor:
         """See `Engine.scores`."""
@@ -125,7 +123,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def cache(self, places: np.ndarray, mask: np.ndarray) -> XGLMCache | None:
-        """See `Engine.cache`. Differs: a preparation may have put positions before those of the prompts."""
+        """See `Engine.cache`. Differs: only here is there a preparation, which may put positions before prompts."""
         if self._preparation is not None:
             return None
         assert self._cache is not None  # After `prefill`.
@@ -146,14 +144,15 @@ class TorchEngine:
     def _feed(self, tokens: torch.Tensor) -> None:
         if self._seen is not None:
             self._seen = self._seen.scatter(1, tokens[:, None], True)
-        self._read(None, input_ids=tokens[:, None])
+        self._read(DecoderInputs(tokens[:, None]))
 
-    def _read(self, attention_mask: torch.Tensor | None, **tokens: torch.Tensor) -> None:
+    def _read(self, inputs: DecoderInputs) -> None:
         """Runs the model; afterwards `logits` are those of the last token of each row."""
-        with fast_products():
-            arguments: dict[str, Any] = {"attention_mask": attention_mask, "past_key_values": self._cache, **tokens}
-            if self._preparation is not None:
-                arguments = self._preparation.arguments(self._cache, attention_mask, **tokens)
+        if self._preparation is None:
+            outputs = self._model(inputs, self._cache, Wanted(cache=True))
+        else:
+            given = inputs.attention_mask, inputs.input_ids, inputs.inputs_embeds
+            arguments = self._preparation.arguments(self._cache, *given)
             outputs = self._model(**(arguments | {"use_cache": True, "logits_to_keep": 1, "return_dict": True}))
         self._cache = outputs.past_key_values
         self.logits = outputs.logits[:, 0]

@@ -1,16 +1,19 @@
 """Checks of a call's arguments.
 
-Values are looked at only where there are any: not while a graph is traced, or under a transform of `torch.func`.
+They look at values only where there are any: not while a graph is traced, or under a transform of `torch.func`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from xglm_core.calls import DecoderInputs
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import (
     check_cache_batch,
@@ -23,55 +26,80 @@ from xglm_core.inputs import (
 )
 from xglm_core.loss import check_trainable_type
 from xglm_torch.cache import XGLMCache
-from xglm_torch.products import hides_values, is_recorded
+from xglm_torch.recording import hides_values, is_recorded
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 _SHORT_INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32)
 
 
-def check_arguments(config: XGLMConfig, past: XGLMCache | None, **arguments: torch.Tensor | None) -> None:
-    """Checks which arguments of the decoder are given, their shapes, and the ids.
+def with_inner_door(forward: Forward) -> Forward:
+    """Has the call of a model lead to its method `decode`, past all checks, if it is given `DecoderInputs`.
+
+    It is the module's own call for the sake of what acts on such calls: hooks, FSDP, which gathers parameters for them,
+    accelerate, and compilers.
+    """
+
+    @functools.wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and type(args[0]) is DecoderInputs:
+            return self.decode(*args)
+        return forward(self, *args, **kwargs)
+
+    call.has_inner_door = True  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
+
+
+def has_inner_door(model: Any) -> bool:
+    """Whether the model's call is ours: a subclass may have another one, which takes the public arguments alone."""
+    return hasattr(type(model).forward, "has_inner_door")
+
+
+def check_arguments(config: XGLMConfig, inputs: DecoderInputs, past: XGLMCache | None) -> None:
+    """Checks which arguments of the decoder are given, their shapes, the ids, and the positions, given or counted.
 
     Raises:
         InputError: see `xglm_core.inputs`.
     """
-    shapes = {name: tensor.shape for name, tensor in arguments.items() if tensor is not None}
-    check_shapes(
-        config,
-        shapes,
-        past=0 if past is None else past.length,
-        encoder_length=None if past is None else past.encoder_length,
-    )
+    shapes = {name: tensor.shape for name, tensor in zip(inputs._fields, inputs, strict=True) if tensor is not None}
+    start, encoder_length = (0, None) if past is None else (past.length, past.encoder_length)
+    check_shapes(config, shapes, past=start, encoder_length=encoder_length)
+    batch, length = shapes["input_ids" if "input_ids" in shapes else "inputs_embeds"][:2]
     if past is not None:
-        check_cache_batch(past.batch, shapes["input_ids" if "input_ids" in shapes else "inputs_embeds"][0])
-    if arguments["input_ids"] is not None:
-        check_ids(config, arguments["input_ids"])
+        check_cache_batch(past.batch, batch)
+    if is_traced(*inputs):
+        return
+    if inputs.input_ids is not None:
+        check_input_ids(inputs.input_ids.numpy(force=True), config)
+    positions = inputs.position_ids
+    if positions is not None:
+        check_positions(int(positions.min()), int(positions.max()), config)
+    elif start + length > config.max_position_embeddings:
+        check_positions(0, _count_tokens(inputs.attention_mask, past, start + length) - 1, config)
 
 
-def check_ids(config: XGLMConfig, input_ids: torch.Tensor) -> None:
-    """Checks that the ids are a matrix and in the vocabulary."""
-    if has_values(input_ids):
-        check_input_ids(input_ids.numpy(force=True), config)
-
-
-def check_position_ids(config: XGLMConfig, position_ids: torch.Tensor) -> None:
-    """Checks the positions, given or counted."""
-    if has_values(position_ids):
-        check_positions(int(position_ids.min()), int(position_ids.max()), config)
+def _count_tokens(attention_mask: torch.Tensor | None, past: XGLMCache | None, length: int) -> int:
+    """How many of the positions of a row hold tokens, of the row that has most."""
+    if attention_mask is not None:
+        return int((attention_mask != 0).sum(dim=1).max())
+    if past is None or past.mask is None:
+        return length
+    return int(past.mask.sum(dim=1).max()) + length - past.length
 
 
 def check_head_arguments(
-    config: XGLMConfig,
-    tokens: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    logits_to_keep: int | torch.Tensor,
+    model: Any, inputs: DecoderInputs, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor
 ) -> None:
-    """Checks what only the causal language model takes; `tokens` are ids or embeddings, checked elsewhere."""
+    """Checks what only the causal language model takes; the rest of the inputs is checked elsewhere."""
+    tokens = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
     if tokens is None:
         return
     if labels is not None:
         check_labels_shape(labels.shape, tokens.shape)
         if has_values(labels):
-            check_labels(labels.numpy(force=True), config)
+            check_labels(labels.numpy(force=True), model.config)
+        if model.training:
+            check_trainable(model)
     if not isinstance(logits_to_keep, torch.Tensor):
         check_logits_to_keep(logits_to_keep, tokens.shape[1])
     elif has_values(logits_to_keep):
@@ -99,9 +127,9 @@ def is_traced(*values: Any) -> bool:
 
 
 def as_tensor(model: Any, value: Any) -> Any:
-    """A numpy array as a tensor where the model is, and integers in a type that can be an index; another one as it is.
+    """Makes a numpy array a tensor where the model is, and widens integers that cannot be an index.
 
-    Differs: in the other backends compiled code takes both.
+    Differs: `xglm_tf` and `xglm_flax` need no such step, as their compiled code takes numpy arrays and short integers.
     """
     if isinstance(value, np.ndarray):
         value = torch.tensor(value, device="cpu" if model.device.type == "meta" else model.device)
@@ -111,7 +139,7 @@ def as_tensor(model: Any, value: Any) -> Any:
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """A tensor or numpy array as an array in the memory of the host; bfloat16, which numpy has not, as float32."""
+    """A tensor or numpy array as a numpy array; bfloat16, which numpy lacks, becomes float32."""
     if not isinstance(array, torch.Tensor):
         return np.asarray(array)
     return (array.float() if array.dtype is torch.bfloat16 else array).numpy(force=True)

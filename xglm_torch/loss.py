@@ -16,12 +16,13 @@ import xglm_core.loss
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput
 from xglm_torch.chunked_loss import chunked_loss
-from xglm_torch.products import is_transformed, with_fast_gradients
+from xglm_torch.fast.linear import FastLinear
+from xglm_torch.recording import is_transformed
 from xglm_torch.weights import is_native
 
 _Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# The logits of a head that is called exist about four times: in its type, in float32, and the same for their gradients.
+# The logits of a head that is called exist about four times: in its type and in float32, and so do their gradients.
 _COPIES = 4
 
 
@@ -53,24 +54,24 @@ def causal_lm_loss(
     labels = labels.to(hidden_states.device)
     # Labels are moved rather than states, which are larger.
     targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED_LABEL)], dim=1).flatten().long()
-    counted = (targets != IGNORED_LABEL).float()
+    label_weights = (targets != IGNORED_LABEL).float()
     if weights is not None:
-        counted = counted * weights.detach().to(counted).roll(-1, dims=1).flatten()
-    count = counted.sum()
+        label_weights = label_weights * weights.detach().to(label_weights).roll(-1, dims=1).flatten()
+    count = label_weights.sum()
     divisor = count if num_items_in_batch is None else num_items_in_batch
     divisor = torch.as_tensor(divisor, dtype=torch.float32, device=count.device)
-    shares = counted / torch.where(divisor > 0, divisor, 1)  # No 0 / 0 where nothing counts.
+    loss_weights = label_weights / torch.where(divisor > 0, divisor, 1)  # No 0 / 0 where nothing counts.
     states = hidden_states.flatten(0, 1)
     if is_transformed() and not _is_split(head):
-        losses = _at_once(states, head, targets, shares, options)
+        losses = _at_once(states, head, targets, loss_weights, options)
     elif isinstance(head, torch.Tensor):
-        losses = _by_weight(states, head, targets, shares, options)
+        losses = _by_weight(states, head, targets, loss_weights, options)
     elif has_plain_weight(head) or _is_split(head):
-        losses = _by_weight(states, head.weight, targets, shares, options)
+        losses = _by_weight(states, head.weight, targets, loss_weights, options)
     else:
-        losses = _by_calls(states, head, targets, shares, options)
+        losses = _by_calls(states, head, targets, loss_weights, options)
     loss, surprisals, correct = losses
-    return LossOutput(loss, (counted * surprisals).sum(), (counted * correct).sum(), count)
+    return LossOutput(loss, (label_weights * surprisals).sum(), (label_weights * correct).sum(), count)
 
 
 def counted_labels(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -84,37 +85,39 @@ def counted_labels(labels: torch.Tensor, attention_mask: torch.Tensor | None) ->
 def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the head is a product with its weight and nothing else: not adapted, quantized or hooked."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
+    plain = (
+        type(head) in (nn.Linear, FastLinear) and head.bias is None and "forward" not in vars(head) and not any(hooks)
+    )
     checked: Any = head  # As an `nn.Linear`, if it is plain so far.
     return plain and is_native(checked.weight)
 
 
 def _is_split(head: nn.Module | torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether the head's matrix is split by the vocabulary; the hooks that gather its logits are then passed by."""
-    return type(head) is nn.Linear and head.bias is None and hasattr(head.weight, "device_mesh")
+    return type(head) in (nn.Linear, FastLinear) and head.bias is None and hasattr(head.weight, "device_mesh")
 
 
 def _by_weight(
-    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor, options: LossOptions
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, loss_weights: torch.Tensor, options: LossOptions
 ) -> _Losses:
-    """Of all positions: the sum of the shares of the losses, -ln p, and 1 where a target has the largest logit."""
+    """The weighted sum of the losses; of all positions -ln p, and 1 where a target has the largest logit."""
     device, recording, group = states.device.type, torch.is_grad_enabled(), ""
     split: Any = weight
     if hasattr(split, "device_mesh"):  # A DTensor: of the logits, too, each device has a part.
         group, weight = split.device_mesh.get_group().group_name, split.to_local()
-    # Differs: on a CPU, PyTorch has no product of shorter numbers that is summed in float32 and stays so.
-    factors = torch.float32
+    # Differs from `xglm_flax.loss`: on a CPU, PyTorch cannot sum a product of 16-bit factors in float32 and keep that.
+    factor_dtype = torch.float32
     if device == "cuda":
-        factors = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        factor_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     loss, surprisals, correct, *_ = chunked_loss(
         states,
         weight,
         targets,
-        shares,
+        loss_weights,
         options.label_smoothing,
         options.z_loss,
         xglm_core.loss.chunk_positions(len(weight), accelerator=device != "cpu"),
-        factors,
+        factor_dtype,
         group,
         recording and states.requires_grad,
         recording and weight.requires_grad,
@@ -123,13 +126,12 @@ def _by_weight(
 
 
 def _by_calls(
-    states: torch.Tensor, head: nn.Module, targets: torch.Tensor, shares: torch.Tensor, options: LossOptions
+    states: torch.Tensor, head: nn.Module, targets: torch.Tensor, loss_weights: torch.Tensor, options: LossOptions
 ) -> _Losses:
     """`_by_weight` for a head of which nothing is known."""
 
-    @with_fast_gradients  # In the backward pass, too: what is computed again must be the same operations.
-    def of_some(states: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor) -> _Losses:
-        return _of_logits(head(states), targets, shares, options)
+    def of_some(states: torch.Tensor, targets: torch.Tensor, loss_weights: torch.Tensor) -> _Losses:
+        return _of_logits(head(states), targets, loss_weights, options)
 
     places = torch.arange(len(targets), device=targets.device)
     if (
@@ -140,12 +142,12 @@ def _by_calls(
         vocab_size = getattr(head, "out_features", None) or head(states[:1]).shape[1]
     accelerator = states.device.type != "cpu"
     chunk = max(1, xglm_core.loss.chunk_positions(vocab_size, accelerator=accelerator) // _COPIES)
-    total = shares.new_zeros(())
-    surprisals, correct = torch.zeros_like(shares), torch.zeros_like(shares)
+    total = loss_weights.new_zeros(())
+    surprisals, correct = torch.zeros_like(loss_weights), torch.zeros_like(loss_weights)
     for some in places.split(chunk):
         # Without reentrance, so that parameters inside the head get gradients though the states need none.
         loss, surprisals[some], correct[some] = checkpoint(
-            of_some, states[some], targets[some], shares[some], use_reentrant=False
+            of_some, states[some], targets[some], loss_weights[some], use_reentrant=False
         )
         total = total + loss
     return total, surprisals, correct
@@ -155,7 +157,7 @@ def _at_once(
     states: torch.Tensor,
     head: nn.Module | torch.Tensor,
     targets: torch.Tensor,
-    shares: torch.Tensor,
+    loss_weights: torch.Tensor,
     options: LossOptions,
 ) -> _Losses:
     """`_by_weight` in operations that transforms of `torch.func` see through. All logits exist.
@@ -163,21 +165,23 @@ def _at_once(
     Under `torch.vmap` the rows of a batch have different numbers of labels that count, but one shape.
     """
     if not isinstance(head, torch.Tensor) and not has_plain_weight(head):
-        return _of_logits(head(states), targets, shares, options)
+        return _of_logits(head(states), targets, loss_weights, options)
     weight = head if isinstance(head, torch.Tensor) else head.weight
     with torch.autocast(states.device.type, enabled=False):
-        return _of_logits(F.linear(states.float(), weight.float()), targets, shares, options)
+        return _of_logits(F.linear(states.float(), weight.float()), targets, loss_weights, options)
 
 
-def _of_logits(logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor, options: LossOptions) -> _Losses:
+def _of_logits(
+    logits: torch.Tensor, targets: torch.Tensor, loss_weights: torch.Tensor, options: LossOptions
+) -> _Losses:
     """What `_by_weight` returns, from logits [positions, vocab_size]."""
     logits = logits.float()
-    log_total = logits.logsumexp(dim=1)
-    of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    losses = log_total - of_target
+    log_sum_exp = logits.logsumexp(dim=1)
+    target_logit = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    losses = log_sum_exp - target_logit
     if options.label_smoothing:
-        losses = losses + options.label_smoothing * (of_target - logits.mean(dim=1))
+        losses = losses + options.label_smoothing * (target_logit - logits.mean(dim=1))
     if options.z_loss:
-        losses = losses + options.z_loss * log_total**2
-    correct = of_target == logits.amax(dim=1)
-    return (losses * shares).sum(), (log_total - of_target).detach(), correct.float()
+        losses = losses + options.z_loss * log_sum_exp**2
+    correct = target_logit == logits.amax(dim=1)
+    return (losses * loss_weights).sum(), (log_sum_exp - target_logit).detach(), correct.float()

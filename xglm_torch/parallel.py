@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
@@ -49,6 +49,8 @@ def shard_parameters(
     for layer in model.decoder.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    if model.has_head:
+        register_fsdp_forward_method(model, "score")  # It reads decoder and head, but does not call the whole model.
 
 
 def split_layers(model: XGLMPreTrainedModel, mesh: DeviceMesh) -> None:
@@ -81,11 +83,11 @@ def split_layers(model: XGLMPreTrainedModel, mesh: DeviceMesh) -> None:
             plan[layer] = ColwiseParallel() if dimension == 0 else RowwiseParallel()
     parallelize_module(model, mesh, plan)
     model.tie_weights()  # Each of the two got a parameter of its own.
-    heads = config.attention_heads // devices
-    own = list(range(heads * mesh.get_local_rank(), heads * (mesh.get_local_rank() + 1)))
+    model.is_split = model.decoder.is_split = True
+    count, rank = config.attention_heads // devices, mesh.get_local_rank()
     for module in model.modules():
         if isinstance(module, XGLMAttention):
-            module.heads = own
+            module.heads = module.heads[rank * count : (rank + 1) * count]
 
 
 def items_per_process(

@@ -88,8 +88,9 @@ class Preparation:
             )
         known = inspect.signature(self._model.forward).parameters
         wanted = {name: value for name, value in found.items() if name not in _STEP and value is not None}
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
         for name in wanted:
-            if name not in known:
+            if name not in known and not takes_any:
                 raise InputError(
                     f"prepare_inputs_for_generation gives {name}, which the model's call does not take; expected some "
                     f"of {', '.join(known)}"

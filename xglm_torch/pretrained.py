@@ -20,6 +20,7 @@ from xglm_core.keywords import writes
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
+from xglm_torch.fast.linear import FastLinear
 from xglm_torch.gathering import first_process_reads, reshard
 from xglm_torch.weights import (
     as_array,
@@ -41,9 +42,11 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
 
     Attributes:
         config: the architecture.
+        is_split: whether each process has a part of the heads, see `xglm_torch.parallel.split_layers`.
     """
 
     framework = "pt"
+    is_split = False
     generation_config: GenerationConfig  # Where there is a head.
 
     # What accelerate, peft and transformers' Trainer look for.
@@ -161,6 +164,13 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
                     self.generation_config.save_pretrained(save_directory)
 
     @property
+    def uncached(self) -> str:
+        """Why this model keeps no cache, as it is now; "" if it does."""
+        if self.is_gradient_checkpointing and self.training:
+            return "gradient checkpointing"
+        return "a model split among devices" if self.is_split else ""
+
+    @property
     def decoder(self) -> XGLMModel:
         """The bare decoder: this model or its part."""
         return getattr(self, "model", self)  # type: ignore[arg-type]  # One of the two is an `XGLMModel`.
@@ -215,7 +225,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         """
         weight: Any = getattr(new_embeddings, "weight", None)
         check_embeddings(() if weight is None else tuple(weight.shape), self.config)
-        plain = type(new_embeddings).forward in (nn.Embedding.forward, nn.Linear.forward)
+        plain = type(new_embeddings).forward in (nn.Embedding.forward, nn.Linear.forward, FastLinear.forward)
         if plain or hasattr(new_embeddings, "embed_scale"):  # One of ours, or of transformers, is scaled as ours is.
             self.get_input_embeddings().weight = weight
         else:
@@ -223,8 +233,8 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head; None, as the bare decoder has none."""
-        return None
+        """The head; None of the bare decoder."""
+        return getattr(self, "lm_head", None)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = False
@@ -340,7 +350,16 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         return sum(tensor.nbytes for tensor in tensors)
 
     def tie_weights(self) -> None:
-        """Does nothing: the bare decoder has no head."""
+        """Makes head and embedding one parameter again, if there is a head and the configuration ties them."""
+        if self.has_head and self.config.tie_word_embeddings:
+            self._share(self.get_input_embeddings().weight)
+
+    def _share(self, weight: torch.Tensor) -> None:
+        """Gives the head a weight, and tells it so: adapters on it ask for its sizes."""
+        head: Any = self.get_output_embeddings()
+        head.weight = weight
+        if isinstance(head, nn.Linear):
+            head.out_features, head.in_features = weight.shape
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.scoring import engine
+from xglm_torch.fast.linear import FastLinear, linear
 from xglm_torch.loss import has_plain_weight
-from xglm_torch.products import fast_products
 
 if TYPE_CHECKING:
     from xglm_torch.causal_lm import XGLMForCausalLM
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 class TorchScorer:
     """Implements `xglm_core.scoring.engine.ScoringEngine`.
 
-    Differs: nothing is compiled and shapes are free, so `bucket` is 1 and the chunks are a Python loop.
+    Differs: `TFScorer` and `FlaxScorer` compile for fixed shapes. Here they are free: `bucket` is 1, and the chunks are
+    a Python loop.
     """
 
     bucket = 1
@@ -35,45 +37,51 @@ class TorchScorer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `ScoringEngine.log_probabilities`."""
         device, head = self.model.device, self.model.lm_head
-        ids, mask = torch.from_numpy(input_ids).to(device), torch.from_numpy(attention_mask).to(device)
-        with fast_products():
-            states = self.model.model(ids, mask, use_cache=False, return_dict=True).last_hidden_state.flatten(0, 1)
-            chunk = engine.TILE_POSITIONS
-            if not has_plain_weight(head):
-                chunk = max(1, engine.TILE_POSITIONS * engine.TILE_VOCABULARY // self.model.config.vocab_size)
-            places, wanted = (torch.from_numpy(array).to(states.device) for array in (sources, targets))
-            found = [
-                _of_targets(head, states[at], tokens)
-                for at, tokens in zip(places.split(chunk), wanted.split(chunk), strict=True)
-            ]
+        ids, mask = (torch.from_numpy(array).to(device) for array in (input_ids.astype(np.int64), attention_mask))
+        states = self.model.model(DecoderInputs(ids, mask), None, Wanted()).last_hidden_state.flatten(0, 1)
+        chunk = engine.TILE_POSITIONS
+        if not has_plain_weight(head):
+            chunk = max(1, engine.TILE_POSITIONS * engine.TILE_VOCABULARY // self.model.config.vocab_size)
+        places, wanted = (torch.from_numpy(array).to(states.device) for array in (sources, targets))
+        found = [
+            _of_targets(head, states[at], tokens)
+            for at, tokens in zip(places.split(chunk), wanted.split(chunk), strict=True)
+        ]
         scores, likeliest = (torch.cat(parts).numpy(force=True) for parts in zip(*found, strict=True))
         return scores, likeliest
 
 
 def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers log softmax(head(states))[target], float32 [positions], for states [positions, d_model].
+    """The log-probability of each target, and the likeliest id; of several, the lowest.
 
-    And the ids with the largest logits, the first ones of equals, int64 [positions].
+    Args:
+        head: gives logits [positions, vocab_size].
+        states: [positions, d_model].
+        targets: ids [positions].
+
+    Returns:
+        float32 and int64 [positions].
     """
-    highest = torch.full(targets.shape, -torch.inf, dtype=torch.float32, device=states.device)
+    max_logit = torch.full(targets.shape, -torch.inf, dtype=torch.float32, device=states.device)
     likeliest = torch.zeros_like(targets)
-    total = torch.zeros_like(highest)
-    of_targets = torch.zeros_like(highest)
+    sum_exp = torch.zeros_like(max_logit)
+    of_targets = torch.zeros_like(max_logit)
     for begin, logits in _logit_blocks(head, states):
         inside = (targets >= begin) & (targets < begin + logits.shape[1])
         of_targets[inside] = logits[inside, targets[inside] - begin]
-        of_block, places = logits.max(dim=1)
-        likeliest = torch.where(of_block > highest, begin + places, likeliest)
-        before, highest = highest, torch.maximum(highest, of_block)
+        max_of_block, places = logits.max(dim=1)
+        likeliest = torch.where(max_of_block > max_logit, begin + places, likeliest)
+        before, max_logit = max_logit, torch.maximum(max_logit, max_of_block)
         # In place, because fresh memory of this size costs more than the arithmetic.
-        total = total * (before - highest).exp() + logits.sub_(highest[:, None]).exp_().sum(dim=1)
-    return of_targets - highest - total.log(), likeliest
+        sum_exp = sum_exp * (before - max_logit).exp() + logits.sub_(max_logit[:, None]).exp_().sum(dim=1)
+    return of_targets - max_logit - sum_exp.log(), likeliest
 
 
 def _logit_blocks(head: nn.Module, states: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Fresh float32 logits [positions, block] of one part of the vocabulary after the other, with its first id."""
     if has_plain_weight(head):
+        product = linear if isinstance(head, FastLinear) else F.linear
         for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
-            yield begin, F.linear(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()
+            yield begin, product(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()
     else:
         yield 0, head(states).to(torch.float32, copy=True)

@@ -29,7 +29,7 @@ def load_weights(model: nn.Module, plan: LoadPlan) -> None:
     for spec in plan.specs:
         module, name = _owner(model, spec.name)
         array = plan.read(spec)
-        # Differs: the layout is that of most files. What a file has transposed or not aligned is copied.
+        # Differs: Keras and Flax have transposed kernels. Here what a file has transposed or not aligned is copied.
         if not (array.flags.c_contiguous and array.flags.aligned):
             stored, array = array, np.empty(array.shape, array.dtype)
             copy_values(array, stored)
@@ -45,7 +45,7 @@ def read_weight(model: nn.Module, name: str, dtype: FloatType) -> np.ndarray:
 
 
 def as_array(tensor: Any, dtype: FloatType) -> np.ndarray:
-    """The numbers of a tensor in `dtype.storage`; gathered if it is sharded."""
+    """The elements of a tensor in `dtype.storage`; gathered if it is sharded."""
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
@@ -129,9 +129,9 @@ def check_storable(
 
 
 def is_native(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is none of another package's, which may hold numbers in its own way, such as quantized ones.
+    """Whether a tensor is PyTorch's own. Those of other packages may store values in their own way, such as quantized.
 
-    To a compiler, which does not follow the names of classes, every one is.
+    Compilers do not follow the names of classes; while they are at work, every tensor counts as native.
     """
     return torch.compiler.is_compiling() or type(tensor).__module__.partition(".")[0] == "torch"
 

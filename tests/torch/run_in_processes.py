@@ -59,6 +59,9 @@ def check(folder, rank):
     shard_parameters(model)
     results(folder, "fsdp", model, mine, items_per_process(LABELS[mine], attention_mask=MASK[mine]))
     model = load(folder)
+    shard_parameters(model)
+    torch.save(model.score(IDS, MASK), folder / f"scored-first-{rank}.pt")  # No call before it gathers parameters.
+    model = load(folder)
     split_layers(model, init_device_mesh("cpu", (2,)))
     results(folder, "tensor", model, slice(None), None)
     try:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from tests.helpers.models import CONFIG, IDS, changed
-from xglm_torch import XGLMForCausalLM, dropout
-from xglm_torch.dropout import attends_with_dropout, attention_with_dropout, dropped
+from xglm_torch import XGLMForCausalLM
+from xglm_torch.fast import attention
+from xglm_torch.fast.attention import attends_with_dropout, attention_with_dropout
+from xglm_torch.fast.dropout import dropped
 
 RATE = 0.3
 # Of float32 sums of up to 300 products of numbers near 1, compared with those in another order.
@@ -18,7 +20,7 @@ class TestDropped:
     def test_how_many_and_by_what(self, dtype, rate):
         torch.manual_seed(0)
         states = torch.ones(7, 11, 1009, dtype=dtype)
-        result = dropped(states, rate, training=True)
+        result = dropped(states, rate)
         assert result.dtype == dtype
         kept = result != 0
         # 77,693 draws: the share has a standard deviation of at most 0.0018.
@@ -27,14 +29,14 @@ class TestDropped:
 
     def test_gradient_has_the_same_mask(self):
         states = torch.randn(5, 13, requires_grad=True)
-        result = dropped(states, RATE, training=True)
+        result = dropped(states, RATE)
         result.sum().backward()
         torch.testing.assert_close(states.grad * states, result)
 
     def test_neighbours_are_independent(self):
         """Four masks come from one number."""
         torch.manual_seed(0)
-        kept = (dropped(torch.ones(40000), 0.5, training=True) != 0).double()
+        kept = (dropped(torch.ones(40000), 0.5) != 0).double()
         for distance in (1, 2, 3, 4):
             # The mean of 40,000 products of two fair coins has a standard deviation of 0.0022.
             assert abs((kept[distance:] * kept[:-distance]).mean() - 0.25) < 0.015
@@ -42,18 +44,17 @@ class TestDropped:
     def test_default_device_is_not_asked(self):
         states = torch.randn(17)
         with torch.device("meta"):
-            assert dropped(states, RATE, training=True).device.type == "cpu"
+            assert dropped(states, RATE).device.type == "cpu"
 
     def test_rates_of_zero_and_one(self):
         states = torch.randn(17)
-        assert dropped(states, 0.0, training=True) is states
-        assert dropped(states, 0.9, training=False) is states
-        assert not dropped(states, 1.0, training=True).any()
+        assert dropped(states, 0.0) is states
+        assert not dropped(states, 1.0).any()
 
     def test_mask_is_all_that_is_kept(self):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
-            dropped(torch.randn(1000, requires_grad=True), RATE, training=True)
+            dropped(torch.randn(1000, requires_grad=True), RATE)
         assert sum(sizes) == 1000
 
 
@@ -75,7 +76,7 @@ def factors(monkeypatch):
         begin, position[0] = position[0], position[0] + like.shape[1]
         return everything[:, :, begin : position[0], : like.shape[2]].flatten(0, 1).bool(), 1 / (1 - rate)
 
-    monkeypatch.setattr(dropout, "_mask", mask)
+    monkeypatch.setattr(attention, "random_mask", mask)
     return everything / (1 - RATE)
 
 
@@ -149,7 +150,7 @@ class TestAttention:
 
     def test_model_trains_through_it(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(dropout._Attention, "apply", lambda query, *_: calls.append(query.shape) or query)
+        monkeypatch.setattr(attention._Attention, "apply", lambda query, *_: calls.append(query.shape) or query)
         model = XGLMForCausalLM(changed(CONFIG, attention_dropout=RATE)).train()
         model(torch.from_numpy(IDS), labels=torch.from_numpy(IDS))
         assert len(calls) == model.config.num_layers

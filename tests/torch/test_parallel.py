@@ -78,6 +78,11 @@ def test_scores_and_texts(folder, name):
         assert torch.equal(found["texts"], model.generate(IDS, MASK, max_new_tokens=4))
 
 
+def test_scores_gather_parameters(folder):
+    expected = load(folder).eval().score(IDS, MASK)
+    torch.testing.assert_close(torch.load(folder / "scored-first-1.pt"), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["fsdp", "tensor", "mesh", "bfloat16"])
 def test_exported(folder, name):
     files = {path.name for path in (folder / name).iterdir()}

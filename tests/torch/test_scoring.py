@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.models import IDS, SAME
-from xglm_torch import XGLMForCausalLM, products
-from xglm_torch.products import fast_products
+from tests.helpers.models import CONFIG, IDS, SAME
+from xglm_torch import XGLMForCausalLM
+from xglm_torch.fast import linear as products
 
 HAS_BOTH = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 
@@ -26,8 +26,8 @@ class Operations(TorchDispatchMode):
 
 
 def operations(states, weight, bias=None):
-    with Operations() as seen, fast_products():
-        result = F.linear(states, weight, bias)
+    with Operations() as seen:
+        result = products.linear(states, weight, bias)
     return result, any("_linear_pointwise" in name for name in seen.names)
 
 
@@ -59,7 +59,7 @@ class TestProducts:
 
     @pytest.mark.parametrize("faster", [True, False])
     def test_gradients_are_kept(self, factors, faster, monkeypatch):
-        monkeypatch.setattr(products, "_trains_faster", lambda: faster)
+        monkeypatch.setattr(products, "_is_faster", lambda: faster)
         states, weight, bias = factors
         weight.requires_grad_()
         result, redirected = operations(states, weight, bias)
@@ -73,12 +73,20 @@ class TestProducts:
         _, redirected = operations(*(factor.to(dtype) for factor in factors))
         assert not redirected
 
-    def test_nothing_is_left_behind(self, factors):
-        with torch.inference_mode(), fast_products():
-            pass
+    def test_only_what_is_asked(self, factors):
+        XGLMForCausalLM(CONFIG).score(torch.from_numpy(IDS))
         with torch.inference_mode(), Operations() as seen:
             F.linear(*factors)
         assert not any("_linear_pointwise" in name for name in seen.names)
+
+    @torch.inference_mode()
+    def test_one_row_is_left_to_pytorch(self):
+        """Of a layer: decoding of one row reads weights, which oneDNN does no faster."""
+        layer = products.FastLinear(7, 11)
+        for shape, fast in (((1, 1, 7), False), ((2, 1, 7), HAS_BOTH)):
+            with Operations() as seen:
+                layer(torch.ones(shape))
+            assert any("_linear_pointwise" in name for name in seen.names) is fast
 
 
 class TestHeads:

@@ -16,7 +16,8 @@ from tests.helpers.gradients import LOSS, assert_gradients_equal
 from tests.helpers.models import CONFIG, changed
 from xglm_core.errors import InputError
 from xglm_core.loss import LossOptions
-from xglm_torch import XGLMForCausalLM, chunked_loss, products
+from xglm_torch import XGLMForCausalLM, chunked_loss
+from xglm_torch.fast import linear as products
 from xglm_torch.loss import causal_lm_loss
 
 IDS = torch.from_numpy(models.IDS)
@@ -307,13 +308,13 @@ class TestTypes:
 class TestProducts:
     @pytest.fixture(autouse=True)
     def onednn(self, monkeypatch):
-        monkeypatch.setattr(products, "_trains_faster", lambda: True)
+        monkeypatch.setattr(products, "_is_faster", lambda: True)
 
     @pytest.mark.parametrize("checkpointing", [None, False, True])
     def test_every_product_is_redirected(self, model, monkeypatch, checkpointing):
-        monkeypatch.setattr(products, "_trains_faster", lambda: False)
+        monkeypatch.setattr(products, "_is_faster", lambda: False)
         expected = trained(model)
-        monkeypatch.setattr(products, "_trains_faster", lambda: True)
+        monkeypatch.setattr(products, "_is_faster", lambda: True)
         if checkpointing is not None:
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         names = []
@@ -345,21 +346,19 @@ class TestProducts:
         torch.manual_seed(0)
         states, weight, bias = torch.randn(2, 3, 5), torch.randn(7, 5), torch.randn(7)
         results = []
-        for context in (torch.enable_grad(), products.fast_products()):
-            with context:
-                inputs = [t.clone().requires_grad_() for t in (states, weight, bias)]
-                value = nn.functional.linear(*inputs).pow(3).sum()
-                first = torch.autograd.grad(value, inputs, create_graph=True)
-                results.append([*first, *torch.autograd.grad(sum(g.sum() for g in first), inputs)])
+        for product in (nn.functional.linear, products.linear):
+            inputs = [t.clone().requires_grad_() for t in (states, weight, bias)]
+            value = product(*inputs).pow(3).sum()
+            first = torch.autograd.grad(value, inputs, create_graph=True)
+            results.append([*first, *torch.autograd.grad(sum(g.sum() for g in first), inputs)])
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
     def test_autocast_and_transforms_stay_as_they_are(self):
         weight, states = torch.randn(7, 5), torch.randn(3, 5)
-        with products.fast_products(), torch.autocast("cpu", torch.bfloat16):
-            assert nn.functional.linear(states, weight).dtype is torch.bfloat16
-        with products.fast_products():
-            gradient = torch.func.grad(lambda weight: nn.functional.linear(states, weight).sum())(weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert products.linear(states, weight).dtype is torch.bfloat16
+        gradient = torch.func.grad(lambda weight: products.linear(states, weight).sum())(weight)
         torch.testing.assert_close(gradient, states.sum(0).expand(7, 5))
 
     def test_compiled_products(self, model):

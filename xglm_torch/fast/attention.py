@@ -1,40 +1,25 @@
-"""Dropout on a CPU, where PyTorch draws a number for each bit of a mask, and has no fused attention with dropout.
+"""Attention with dropout of the probabilities on a CPU, for which PyTorch has no fused kernel.
 
-Elsewhere, and wherever the single operations must be seen (compiling, function transforms), PyTorch's own is used.
+The plain form is in `XGLMAttention.forward`: the probabilities, dropout of them, and a product.
+Hardware: any CPU, float32.
+Gain: works in place, and computes half of the scores of causal attention (2026-11-26).
+Command: `python bench/speed.py torch train CHECKPOINT`, with and without `XGLM_PLAIN=1`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
-from xglm_core.dropout import BITS, drop_level
-from xglm_torch.products import is_plain, is_transformed
+from xglm_torch.fast.dropout import draws_bits, random_mask
 
 _QUERIES = 128  # Of causal attention at a time: fewer compute less that is masked, more have larger products.
 
 
-def dropped(states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Dropout, as `F.dropout`, which on a CPU keeps four bytes for each number's gradient where this keeps one.
-
-    Args:
-        states: of any shape and type.
-        rate: drop probability in [0, 1]; for a CPU see `drop_level`.
-        training: whether to drop at all.
-    """
-    if not training or not rate:
-        return states
-    if not _draws(states, rate):
-        return torch.native_dropout(states, rate, True)[0]
-    kept, factor = _mask(states, rate)
-    return (states * kept).mul_(factor)
-
-
 def attends_with_dropout(query: torch.Tensor, rate: float) -> bool:
     """Whether `attention_with_dropout` is to be used: for float32 on a CPU, where each operation need not be seen."""
-    return _draws(query, rate) and is_plain(query) and not torch.is_autocast_enabled("cpu")
+    return draws_bits(query, rate) and query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def attention_with_dropout(
@@ -87,49 +72,36 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rate: float
     ) -> torch.Tensor:
-        scores = torch.bmm(query, key.mT).mul_(query.shape[2] ** -0.5)
+        scores = torch.bmm(query * query.shape[2] ** -0.5, key.mT)
         _fill(scores, mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1)
-        kept, ctx.factor = _mask(weights, rate)
+        kept, ctx.factor = random_mask(weights, rate)
         context = torch.bmm(weights * kept, value).mul_(ctx.factor)
         ctx.save_for_backward(query, key, value, mask, weights, kept, context)
         return context
 
     @staticmethod
-    def backward(ctx: Any, by_context: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_context: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, mask, weights, kept, context = ctx.saved_tensors
         scale = query.shape[2] ** -0.5
         if torch.is_grad_enabled():  # Derivatives of the derivatives are wanted: single operations, then.
-            scores = torch.bmm(query, key.mT) * scale
+            scores = torch.bmm(query * scale, key.mT)
             _fill(scores, mask, torch.finfo(scores.dtype).min)
             context = torch.bmm(scores.softmax(dim=-1) * (kept * ctx.factor), value)
             wanted = [tensor for tensor in (query, key, value) if tensor.requires_grad]
-            found = iter(torch.autograd.grad(context, wanted, by_context, create_graph=True))
+            found = iter(torch.autograd.grad(context, wanted, grad_context, create_graph=True))
             return *(next(found) if is_wanted else None for is_wanted in ctx.needs_input_grad[:3]), None, None
         # The gradient of the softmax is w (g - sum(w g)); the sum is that of a product of narrower arrays.
-        sums = (by_context * context).sum(dim=-1, keepdim=True)
-        by_context = by_context * ctx.factor
-        by_value = torch.bmm((weights * kept).mT, by_context)
-        by_scores = torch.bmm(by_context, value.mT).mul_(kept).sub_(sums).mul_(weights)
-        _fill(by_scores, mask, 0)  # Where no key is visible, the weights do not depend on the scores.
-        return torch.bmm(by_scores, key).mul_(scale), torch.bmm(by_scores.mT, query).mul_(scale), by_value, None, None
+        sums = (grad_context * context).sum(dim=-1, keepdim=True)
+        grad_context = grad_context * ctx.factor
+        grad_value = torch.bmm((weights * kept).mT, grad_context)
+        grad_scores = torch.bmm(grad_context, value.mT).mul_(kept).sub_(sums).mul_(weights)
+        _fill(grad_scores, mask, 0)  # Where no key is visible, the weights do not depend on the scores.
+        grad_query, grad_key = torch.bmm(grad_scores, key).mul_(scale), torch.bmm(grad_scores.mT, query).mul_(scale)
+        return grad_query, grad_key, grad_value, None, None
 
 
 def _fill(scores: torch.Tensor, mask: torch.Tensor | None, value: float) -> None:
     """Overwrites the scores [batch * heads, length, keys] where the mask is False, in place."""
     if mask is not None:
         scores.unflatten(0, (len(mask), -1)).masked_fill_(~mask, value)
-
-
-def _draws(states: torch.Tensor, rate: float) -> bool:
-    """Whether masks are drawn here: not for what means something else, such as a DTensor."""
-    plain = type(states) is torch.Tensor and states.device.type == "cpu"
-    return plain and rate < 1 and not (torch.compiler.is_compiling() or is_transformed())
-
-
-def _mask(like: torch.Tensor, rate: float) -> tuple[torch.Tensor, float]:
-    """Which numbers stay, bool in the shape of `like`, and what to multiply them by."""
-    level, factor = drop_level(rate)
-    words = torch.empty(math.ceil(like.numel() / 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    kept = words.view(torch.int16)[: like.numel()] >= level - 2 ** (BITS - 1)
-    return kept.view(like.shape), factor

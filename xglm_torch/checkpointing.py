@@ -1,0 +1,51 @@
+"""What training does around a block: it computes the block again in the backward pass, or drops it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from xglm_torch.blocks import BlockInputs
+from xglm_torch.cache import XGLMCache
+
+if TYPE_CHECKING:
+    from xglm_torch.decoder import XGLMModel
+
+
+def run_in_training(
+    model: XGLMModel, layer: nn.Module, states: torch.Tensor, cache: XGLMCache | None, inputs: BlockInputs
+) -> Any:
+    """What a block returns under gradient checkpointing and layerdrop, if the model has them.
+
+    Args:
+        model: the decoder.
+        layer, states, cache, inputs: a block, and the arguments of its call.
+    """
+    if model.is_gradient_checkpointing and layer.index % model.gradient_checkpointing_every == 0:
+        found = _checkpointed(model, layer, states, cache, inputs)
+    else:
+        found = layer(states, cache, inputs)
+    if model.config.layerdrop == 0:
+        return found
+    # The block runs in any case: so the cache has its keys, each parameter has a gradient, and no graph depends on a
+    # draw.
+    drops = torch.rand((), device=states.device) < model.config.layerdrop
+    return torch.where(drops, states, found[0]), *found[1:]
+
+
+def _checkpointed(
+    model: XGLMModel, layer: nn.Module, states: torch.Tensor, cache: XGLMCache | None, inputs: BlockInputs
+) -> Any:
+    """Runs a block, and again in the backward pass, rather than keeping what is inside it."""
+
+    def run(states: torch.Tensor, *inputs: Any) -> Any:  # Gradients reach tensors that are arguments themselves.
+        return layer(states, cache, BlockInputs(*inputs))
+
+    pinned = states.device.type != "cpu"
+    with save_on_cpu(pin_memory=pinned) if model.gradient_checkpointing_offload else contextlib.nullcontext():
+        return checkpoint(run, states, *inputs, **model.gradient_checkpointing_kwargs)
