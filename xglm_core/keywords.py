@@ -13,7 +13,7 @@ from xglm_core.errors import InputError
 from xglm_core.hub import HubOptions
 
 _ONE_WAY = "weights are always mapped and read one by one, and nothing is drawn at random first"
-_NOTHING_RUNS = "nothing of a checkpoint is ever run"
+_NOTHING_RUNS = "no code in a checkpoint is ever run"
 _NO_CODE = "classes are imported, not looked up"
 _DOWNLOADS = "huggingface_hub decides, by its own environment variables"
 
@@ -118,7 +118,7 @@ def writes(options: Mapping[str, Any]) -> bool:
         )
     for name in _given(options, SAVED_WITHOUT_EFFECT, SAVED_NOT_OFFERED):
         if name not in ("is_main_process", "safe_serialization"):
-            raise InputError(f"{name} is no option of save_pretrained")
+            raise InputError(f"{name} is not an option of save_pretrained")
     return options.get("is_main_process") is not False
 
 

@@ -123,7 +123,7 @@ HOSTILE = {
     "name is a number": (b"\x81\x01" + array(), "has a value of the msgpack type int, expected str"),
     "name is long": (b"\x81\xda\x01\x00" + b"a" * 256 + array(), "a text of 256 bytes, expected at most 255"),
     "name is no text": (b"\x81\xa1\xff" + array(), "a text that is not UTF-8"),
-    "name of two lines": (mapping(**{"a\nb": array()}), r"the tensor name 'a\\nb' is no printable text"),
+    "name of two lines": (mapping(**{"a\nb": array()}), r"the tensor name 'a\\nb' is not printable text"),
     "unknown type": (
         mapping(a=array(dtype="complex64", data=bytes(16))),
         "parameter 'a': has another type, expected one of",

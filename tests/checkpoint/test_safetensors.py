@@ -251,9 +251,9 @@ HOSTILE = {
     "metadata is a list": ({"__metadata__": ["pt"], "a": entry()}, VALUES[:4], "__metadata__ is"),
     "metadata is null": ({"__metadata__": None, "a": entry()}, VALUES[:4], "__metadata__ is None"),
     "metadata of numbers": ({"__metadata__": {"format": 1}, "a": entry()}, VALUES[:4], "__metadata__ is"),
-    "name of two lines": ({"a\nb": entry()}, VALUES[:4], r"the tensor name 'a\\nb' is no printable text"),
-    "name with a terminal code": ({"a\x1b[2J": entry()}, VALUES[:4], "is no printable text"),
-    "name with a surrogate": ({"\ud800": entry()}, VALUES[:4], "is no printable text"),
+    "name of two lines": ({"a\nb": entry()}, VALUES[:4], r"the tensor name 'a\\nb' is not printable text"),
+    "name with a terminal code": ({"a\x1b[2J": entry()}, VALUES[:4], "is not printable text"),
+    "name with a surrogate": ({"\ud800": entry()}, VALUES[:4], "is not printable text"),
 }
 
 

@@ -324,7 +324,7 @@ CRAFTED = {
         "refused: the pickle names 'torch",
     ),
     "name from numbers": (b"\x80\x04K\x01K\x02\x93.", "refused: the pickle names ''"),
-    "INST": (b"(S'touch'\nios\nsystem\n.", "instruction (INST|STRING), of which no checkpoint"),
+    "INST": (b"(S'touch'\nios\nsystem\n.", "instruction (INST|STRING), which no checkpoint"),
     "OBJ": (b"(ctorch\nFloatStorage\no.", "instruction OBJ"),
     "EXT1": (b"\x80\x02\x82\x01.", "instruction EXT1"),
     "call of a storage class": (b"ctorch\nFloatStorage\n)R.", "gives torch.FloatStorage other arguments"),

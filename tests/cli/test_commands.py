@@ -269,7 +269,7 @@ class TestMakeCheckpoint:
         ("arguments", "message"),
         [
             (["--size", "600M"], "no preset '600M'; the published sizes are 564M, 1.7B, 2.9B, 4.5B, 7.5B"),
-            (["--size", "564M", "--seed", "-1"], "--seed: '-1' is no integer of 0 or more"),
+            (["--size", "564M", "--seed", "-1"], "--seed: '-1' is not an integer of 0 or more"),
             (["--size", "564M", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
             (["--size", "564M", "--max-shard-size", "huge"], "max_shard_size is 'huge'"),
             ([], "--size"),

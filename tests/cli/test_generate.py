@@ -99,7 +99,7 @@ class TestOutput:
         whole = path.read_bytes()
         code, _, error = run("Every", "The", "--output", path, "--max-new-tokens", 4)
         assert code == 2
-        assert "out.jsonl: holds other rows of line 1, those of another input, checkpoint or option" in error
+        assert "out.jsonl: has other rows for line 1, from another input, checkpoint or option" in error
         assert path.read_bytes() == whole
 
 

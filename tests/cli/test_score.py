@@ -242,22 +242,22 @@ class TestResuming:
         path = tmp_path / "out"
         run(texts, "--output", path)
         whole = path.read_bytes()
-        message = f"{path}: holds other rows of line 5, those of another input, checkpoint or option"
+        message = f"{path}: has other rows for line 5, from another input, checkpoint or option"
         model.scale = 1.2
         assert message in run(texts, "--output", path)[2]
         model.scale = 1.0
-        assert f"{path}: holds other rows of line 5" in run(texts, "--output", path, "--words")[2]
+        assert f"{path}: has other rows for line 5" in run(texts, "--output", path, "--words")[2]
         texts.write_text("\n".join([*TEXTS[:4], "another"]), encoding="utf-8")
         assert message in run(texts, "--output", path)[2]
         texts.write_text("\n".join(TEXTS[:3]), encoding="utf-8")
-        assert f"{path}: goes on to line 5, but the input is shorter" in run(texts, "--output", path)[2]
+        assert f"{path}: has rows up to line 5, but the input is shorter" in run(texts, "--output", path)[2]
         assert path.read_bytes() == whole
 
     @pytest.mark.parametrize("content", ["notes\n", "notes", "1\t2\n", "line\tcount\tsum\tperplexity\ttext\n"])
     def test_other_files(self, model, texts, tmp_path, run, content):
         path = tmp_path / "out"
         path.write_text(content)
-        assert f"{path}: row 1 is none of this kind of output" in run(texts, "--output", path)[2]
+        assert f"{path}: row 1 does not belong to such an output" in run(texts, "--output", path)[2]
         assert path.read_text() == content
 
     def test_a_page_of_a_part(self, model, texts, tmp_path, run):

@@ -118,7 +118,7 @@ class TestSaving:
         ("options", "message"),
         [
             ({"safe_serialization": False}, "safe_serialization=False is not offered; .*xglm convert"),
-            ({"wheels": 4}, "wheels is no option of save_pretrained"),
+            ({"wheels": 4}, "wheels is not an option of save_pretrained"),
         ],
     )
     def test_other_formats_and_what_nobody_knows(self, fw, model, tmp_path, options, message):

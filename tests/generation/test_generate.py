@@ -311,7 +311,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"max_tokens": 5}, "max_tokens is no option of generate; expected some of bad_words_ids, "),
+            ({"max_tokens": 5}, "max_tokens is not an option of generate; expected some of bad_words_ids, "),
             ({"temperature": 0.5}, "temperature=0.5 has no effect without do_sample=True"),
             ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences is 3, but without do_sample=True"),
             ({"eos_token_id": 131}, "eos_token_id has 131, expected ids from 0 to 130"),
@@ -345,5 +345,5 @@ class TestErrors:
             return scores - np.inf
 
         for options in ({}, {"do_sample": True}):
-            with pytest.raises(InputError, match="of row 0 no token is left at new token 0: all are banned"):
+            with pytest.raises(InputError, match="row 0 has no token left at new token 0: all are banned"):
                 fw.generate(model, IDS, logits_processor=[nothing], **options)

@@ -421,7 +421,10 @@ class TestErrors:
             ({"forced_bos_token_id": 10007}, "forced_bos_token_id has 10007, expected ids from 0 to 10006"),
             ({"pad_token_id": 10007}, "pad_token_id has 10007, expected ids from 0 to 10006"),
             ({"stop_strings": "a"}, "stop_strings needs the tokenizer; give generate"),
-            ({"speed": 1}, "speed is no option of generate; expected some of bad_words_ids, begin_suppress_tokens, "),
+            (
+                {"speed": 1},
+                "speed is not an option of generate; expected some of bad_words_ids, begin_sup",
+            ),
         ],
     )
     def test_wrong_options_of_the_loop(self, options, message):

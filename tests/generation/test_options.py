@@ -83,7 +83,7 @@ class TestScores:
     def test_prefix_allowed_tokens_fn_that_returns_nothing_of_use(self, fw, model, options):
         core_decides(fw)
         for found, message in (
-            ([], "of row 0 no token is left at new token 0: all are banned; loosen .*prefix_allowed_tokens_fn"),
+            ([], "row 0 has no token left at new token 0: all are banned; loosen .*prefix_allowed_tokens_fn"),
             (None, "prefix_allowed_tokens_fn returned a NoneType for prompt 0, expected ids"),
             ([5, 131], "prefix_allowed_tokens_fn returned ids for prompt 0 beyond 0 to 130"),
         ):

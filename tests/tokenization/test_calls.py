@@ -373,7 +373,7 @@ class TestAddedTokens:
             tokenizer.add_tokens([token])
 
     def test_wrong_added_tokens(self, tokenizer):
-        with pytest.raises(InputError, match=r"'pad' is no role, expected bos_token, .* or additional_special_tokens"):
+        with pytest.raises(InputError, match=r"'pad' is not a role, expected bos_token, .* or additional_special_to"):
             tokenizer.add_special_tokens({"pad": "<p>"})
         with pytest.raises(InputError, match="lone surrogate"):
             tokenizer.add_tokens("\ud800")

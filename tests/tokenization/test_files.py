@@ -199,7 +199,10 @@ class TestReading:
             (lambda data: data["model"].update(vocab=3), "object is not iterable"),
             (lambda data: data["model"].update(vocab=[["a"]]), "values to unpack"),
             (lambda data: data["model"]["vocab"][9].__setitem__(0, "\ud800"), "surrogates not allowed"),
-            (lambda data: data.update(normalizer={"type": "NFKC"}), "NFKC is no part of SentencePiece's normalisation"),
+            (
+                lambda data: data.update(normalizer={"type": "NFKC"}),
+                "NFKC is not part of SentencePiece's normalizat",
+            ),
             (lambda data: data["model"].update(unk_id=None), "unk_id is None, expected the id of a token"),
             (lambda data: data["added_tokens"][0].update(id=10**6), "has id 1000000, expected 2600"),
         ],

@@ -276,7 +276,7 @@ class TestCalls:
         assert tokenizer.prepare_for_model(ids, return_tensors="np").input_ids.tolist() == [2, *ids]
         axis = tokenizer.prepare_for_model(ids, return_tensors="np", prepend_batch_axis=True)
         assert axis.input_ids.tolist() == [[2, *ids]]
-        with pytest.raises(InputError, match="-1 is no token id"):
+        with pytest.raises(InputError, match="-1 is not a token id"):
             tokenizer.prepare_for_model([-1])
 
     def test_truncate_sequences(self, tokenizer):
@@ -366,7 +366,7 @@ class TestTokens:
         tokenizer.additional_special_tokens = None
         assert tokenizer.additional_special_tokens is None
         assert tokenizer.additional_special_tokens_ids == []
-        with pytest.raises(InputError, match="additional_special_tokens has '<n>', which is no special token"):
+        with pytest.raises(InputError, match="additional_special_tokens has '<n>', which is not a special token"):
             tokenizer.additional_special_tokens = ["<n>"]
 
     def test_init_kwargs(self, tokenizer):

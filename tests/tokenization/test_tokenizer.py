@@ -157,7 +157,7 @@ class TestDecode:
 
     @pytest.mark.parametrize("ids", [[-1], [4, 10**6], [2**70], [1.5], ["a"], [True], None])
     def test_what_is_no_id_is_refused(self, tokenizer, ids):
-        with pytest.raises(InputError, match=r"is no token id, expected integers from 0 to \d+"):
+        with pytest.raises(InputError, match=r"is not a token id, expected integers from 0 to \d+"):
             tokenizer.decode(ids)
 
     @pytest.mark.parametrize("ids", [[[1, 2], [3, 4]], [[1], [2, 3]], np.ones((2, 1), int)])

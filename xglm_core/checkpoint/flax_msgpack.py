@@ -224,7 +224,7 @@ class FlaxFile(TensorFile):
         if code in _FIXED_EXT:
             return "ext", _FIXED_EXT[code]
         if code not in _CODES:
-            self._refuse(place, f"has a value of the msgpack code {code:#x}, of which no checkpoint is made")
+            self._refuse(place, f"has a value of the msgpack code {code:#x}, which no checkpoint needs")
         kind, width = _CODES[code]
         return kind, int.from_bytes(self._take(width), "big")
 

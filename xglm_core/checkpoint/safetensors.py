@@ -44,7 +44,7 @@ class SafetensorsFile(TensorFile):
         if length > min(_MAX_HEADER_BYTES, self._size - _LENGTH_BYTES):
             raise self._damaged(
                 f"the header claims {length} bytes, but {self._size - _LENGTH_BYTES} follow (and at most "
-                f"{_MAX_HEADER_BYTES} are read); the file is truncated or is no safetensors file"
+                f"{_MAX_HEADER_BYTES} are read); the file is truncated or is not a safetensors file"
             )
         try:
             header = json.loads(
@@ -53,7 +53,7 @@ class SafetensorsFile(TensorFile):
         except CheckpointError:  # A name occurs twice.
             raise
         except (ValueError, RecursionError):
-            raise self._damaged("the header is not JSON in UTF-8; the file is no safetensors file") from None
+            raise self._damaged("the header is not JSON in UTF-8; the file is not a safetensors file") from None
         if not isinstance(header, dict):
             raise self._damaged(f"the header is a {type(header).__name__}, expected an object")
         return _LENGTH_BYTES + length, header

@@ -161,7 +161,7 @@ class TensorFile:
         if len(name) > _LONGEST_NAME:
             raise self._damaged(f"tensor {shown(name)}: its name has more than {_LONGEST_NAME} characters")
         if not name.isprintable():  # Names are part of messages, which must stay one line.
-            raise self._damaged(f"the tensor name {shown(name)} is no printable text")
+            raise self._damaged(f"the tensor name {shown(name)} is not printable text")
         if name in self.tensors or name in self.others:
             raise self._damaged(f"the file has two tensors {shown(name)}")
         if len(self.tensors) + len(self.others) == _MOST_TENSORS:

@@ -151,7 +151,7 @@ class TensorPickle:
             case "BINPERSID":
                 self._storage(self._pop())
             case _:
-                raise self._damaged(f"the pickle has the instruction {name}, of which no checkpoint is made")
+                raise self._damaged(f"the pickle has the instruction {name}, which no checkpoint needs")
 
     def _pop(self) -> Any:
         return self._pop_many(1)[0]

@@ -119,5 +119,5 @@ def _random_weight(name: str, shape: tuple[int, ...], dtype: FloatType, seed: in
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
     return int(text)

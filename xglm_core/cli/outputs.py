@@ -73,8 +73,8 @@ class Output:
         if self._old:
             if len(self._old) > len(rows) or not all(map(_agree, self._old, rows)):
                 raise InputError(
-                    f"{self.path}: holds other rows of line {number}, those of another input, checkpoint or option; "
-                    "go on with the same, or choose another file"
+                    f"{self.path}: has other rows for line {number}, from another input, checkpoint or option; "
+                    "resume with the same, or choose another file"
                 )
             self._old = []
         if self._end is not None:
@@ -106,7 +106,7 @@ class Output:
         """
         if self._old:
             raise InputError(
-                f"{self.path}: goes on to line {self.first}, but the input is shorter; choose another file"
+                f"{self.path}: has rows up to line {self.first}, but the input is shorter; choose another file"
             )
 
     def _find_end(self) -> None:
@@ -116,7 +116,7 @@ class Output:
             row = line.removesuffix(b"\n").decode(errors="replace")
             if not self._is_ours(row, place, is_whole=line.endswith(b"\n")):
                 self._file.close()
-                raise InputError(f"{self.path}: row {place} is none of this kind of output; choose another file")
+                raise InputError(f"{self.path}: row {place} does not belong to such an output; choose another file")
             if not line.endswith(b"\n"):
                 break
             number = _number_of(row)

@@ -52,7 +52,7 @@ NOT_OFFERED: dict[str, tuple[Any, str]] = {
     "penalty_alpha": (0, "take do_sample=True or num_beams"),
     "position_ids": (None, "positions follow attention_mask"),
     "prompt_lookup_num_tokens": (None, _SAME_TEXT),
-    "remove_invalid_values": (None, "logits that are no numbers are an error; mend them by a logits_processor"),
+    "remove_invalid_values": (None, "NaN in logits is an error; replace it by a logits_processor"),
     "token_healing": (None, "leave the last token away from the prompt, and allow what begins with it"),
     "top_h": (None, "take top_p or min_p"),
     "watermarking_config": (None, _AS_FUNCTION),
@@ -255,7 +255,7 @@ class GenerationConfig:
         options = {k: v for k, v in options.items() if k not in NOT_OFFERED and k not in WITHOUT_EFFECT}
         for name in options:
             if name not in known:
-                raise InputError(f"{name} is no option of generate; expected some of {', '.join(sorted(known))}")
+                raise InputError(f"{name} is not an option of generate; expected some of {', '.join(sorted(known))}")
         values: dict[str, Any] = {k: _OFF.get(k) if v is None else v for k, v in options.items()}
         result = dataclasses.replace(self, **values)
         if options.get("max_length") is not None:

@@ -156,6 +156,6 @@ def no_token(code: int, row: int, step: int) -> InputError:
             "NaN, and use bfloat16 or float32 if float16 overflows"
         )
     return InputError(
-        f"of row {row} no token is left at new token {step}: all are banned; loosen suppress_tokens, bad_words_ids, "
+        f"row {row} has no token left at new token {step}: all are banned; loosen suppress_tokens, bad_words_ids, "
         "no_repeat_ngram_size, prefix_allowed_tokens_fn, or the logits_processor"
     )

@@ -32,7 +32,7 @@ class StopStrings:
             if string not in tokenizer.decode(tokenizer.encode(f"a{string}a"), skip_special_tokens=True):
                 raise InputError(
                     f"stop_strings has {string!r}, which the tokenizer's texts never contain; newlines and repeated "
-                    "spaces are no tokens of XGLM: its line break is </s>, which ends a row unless stop_at_eos=False"
+                    "spaces are not tokens of XGLM: its line break is </s>, which ends a row unless stop_at_eos=False"
                 )
         self._strings = tuple(strings)
         self._tokenizer = tokenizer

@@ -371,7 +371,7 @@ def _check_unknown(kind: type, kwargs: Mapping[str, Any]) -> None:
     """Refuses keywords that are names of methods; warns of other unknown ones, which have no effect."""
     for name in kwargs:
         if callable(getattr(kind, name, None)):
-            raise InputError(f"{name} is a method of {kind.__name__}, no argument of its constructor; call it instead")
+            raise InputError(f"{name} is a method of {kind.__name__}, not an argument of the constructor; call it")
         if name in _REFUSED:
             raise InputError(f"{name} is not offered by {kind.__name__}: {_REFUSED[name]}")
     if kwargs:

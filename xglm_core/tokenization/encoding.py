@@ -217,7 +217,7 @@ def as_ids(ids: Any, vocab_size: int) -> np.ndarray:
     if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocab_size):
         values = array.reshape(-1).tolist()
         bad = next(value for value in values if type(value) is not int or not 0 <= value < vocab_size)
-        raise InputError(f"{bad!r} is no token id, expected integers from 0 to {vocab_size - 1}")
+        raise InputError(f"{bad!r} is not a token id, expected integers from 0 to {vocab_size - 1}")
     return array.astype(np.int64)
 
 
@@ -227,7 +227,7 @@ def _as_array(name: str, rows: list[Any]) -> np.ndarray:
         array = np.array(rows)
         return array.astype(np.float32 if array.dtype.kind == "f" and array.size else np.int64)
     except (TypeError, ValueError):
-        raise InputError(f"{name} is {rows!r:.80}, which is no tensor of numbers") from None
+        raise InputError(f"{name} is {rows!r:.80}, which is not a tensor of numbers") from None
 
 
 def _tensor_maker(name: str) -> Callable[[np.ndarray], Any]:

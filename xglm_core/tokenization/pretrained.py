@@ -40,7 +40,7 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         settings["additional_special_tokens"] = [*extra.values()] if isinstance(extra, dict) else extra
     added = settings.get("added_tokens_decoder") or {}
     if not isinstance(added, dict):
-        raise CheckpointError(f"{folder / CONFIG_FILE}: added_tokens_decoder is no object")
+        raise CheckpointError(f"{folder / CONFIG_FILE}: added_tokens_decoder is not an object")
     for token, number in _read_object(folder / _ADDED_FILE).items():
         added.setdefault(str(number), token)
     if added:

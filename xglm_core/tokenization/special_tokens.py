@@ -112,7 +112,7 @@ class SpecialTokens:
                 earlier = [] if replace_additional_special_tokens else self._additional or []
                 self.additional_special_tokens = [*earlier, *value]
             else:
-                raise InputError(f"{role!r} is no role, expected {', '.join(ROLES)} or additional_special_tokens")
+                raise InputError(f"{role!r} is not a role, expected {', '.join(ROLES)} or additional_special_tokens")
         return added
 
     def sanitize_special_tokens(self) -> int:
@@ -149,7 +149,7 @@ class SpecialTokens:
         for name in names or ():
             if name not in self.vocabulary.special_ids:
                 raise InputError(
-                    f"additional_special_tokens has {name!r}, which is no special token; add_special_tokens adds it"
+                    f"additional_special_tokens has {name!r}, which is not a special token; add_special_tokens adds it"
                 )
         self._additional = names and list(dict.fromkeys(names))
 

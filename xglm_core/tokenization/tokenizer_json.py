@@ -42,7 +42,7 @@ def read_tokenizer_json(content: bytes) -> tuple[bytes, dict[int, AddedToken]]:
                 scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space") else "never")
                 dummy_prefix = scheme != "never"
             elif step["type"] not in _HARMLESS:
-                raise ValueError(f"{step['type']} is no part of SentencePiece's normalisation")
+                raise ValueError(f"{step['type']} is not part of SentencePiece's normalization")
         return unigram_model(pieces, charsmap, dummy_prefix=dummy_prefix, byte_fallback=byte_fallback), added
     except KeyError as error:
         raise ValueError(f"{error} is missing") from None
