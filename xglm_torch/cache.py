@@ -15,6 +15,7 @@ from torch.utils._pytree import register_pytree_node
 
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import check_past_key_values
+from xglm_core.rounding import rounded_up
 from xglm_torch.foreign_cache import foreign_pairs, is_foreign
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -157,7 +158,7 @@ def extend_cache(
     if storage is None or storage.keys[0].shape[2] < length or storage.filled != start or sealed:
         # No room, not to be written outside of inference mode, or another cache has already gone on from here: continue
         # in storage of our own.
-        fresh = _allocated(config, like.shape[0], -(-length // _BLOCK) * _BLOCK, like)
+        fresh = _allocated(config, like.shape[0], rounded_up(length, _BLOCK), like)
         storage = fresh if storage is None else _filled(fresh, storage, start)
     storage.filled = length
     if past is None:
