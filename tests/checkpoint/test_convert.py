@@ -242,11 +242,11 @@ def stop(*arguments):
     print("now", flush=True)
     time.sleep(60)
 if when == "writing":
-    whole, blocks = filling._write_block, []
+    whole, blocks = tensor_writing._write_block, []
     def write(*arguments):
         blocks.append(1)
         stop() if len(blocks) == 20 else whole(*arguments)
-    filling._write_block = write
+    tensor_writing._write_block = write
 elif when == "verifying":
     writing._verify = stop
 else:

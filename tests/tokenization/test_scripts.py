@@ -177,7 +177,7 @@ class TestKeywords:
             kind.from_pretrained(CHECKPOINT, do_lower_case=True)
         with pytest.raises(InputError, match=r"add_bos_token is not offered by XGLM.*: a text begins with sep_token"):
             kind.from_pretrained(CHECKPOINT, add_bos_token=True)
-        with pytest.raises(InputError, match=r"get_vocab is a method of XGLM.*, no argument"):
+        with pytest.raises(InputError, match=r"get_vocab is a method of XGLM.*, not an argument"):
             kind.from_pretrained(CHECKPOINT, get_vocab=True)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
