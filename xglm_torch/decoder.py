@@ -21,8 +21,9 @@ from xglm_torch.cache import XGLMCache, as_cache, extend_cache
 from xglm_torch.checkpointing import run_in_training
 from xglm_torch.fast.dropout import dropped
 from xglm_torch.foreign_cache import update_foreign
-from xglm_torch.inputs import as_tensor, check_arguments, has_values, with_inner_door
+from xglm_torch.inputs import as_tensor, check_arguments, with_inner_door
 from xglm_torch.pretrained import XGLMPreTrainedModel
+from xglm_torch.recording import is_watched
 
 
 class XGLMSinusoidalPositionalEmbedding(nn.Module):
@@ -214,7 +215,7 @@ def key_mask(
     if attention_mask is not None:
         mask = attention_mask != 0
         # Without padding the fast kernels need no mask. Looking costs nothing on a CPU, but would stall a GPU.
-        return None if mask.device.type == "cpu" and has_values(mask) and bool(mask.all()) else mask
+        return None if mask.device.type == "cpu" and not is_watched() and bool(mask.all()) else mask
     if past is None or past.mask is None:
         return None
     return torch.cat([past.mask, past.mask.new_ones(batch, length)], dim=1)

@@ -77,7 +77,7 @@ class TorchEngine:
     @torch.inference_mode()
     def feed(self, tokens: np.ndarray) -> None:
         """See `Engine.feed`."""
-        self._feed(self._tensor(tokens))
+        self._read(DecoderInputs(self._tensor(tokens)[:, None]))
 
     @torch.inference_mode()
     def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ class TorchEngine:
         last, keys_of_steps, selected = self._tensor(tokens), self._tensor(keys), []
         on_device = device_rules(rules, self._device)
         for step in range(keys.shape[1]):
-            self._feed(last)
+            self._read(DecoderInputs(last[:, None]))
             selected.append(self._select(on_device, keys_of_steps[:, step]))
             last = selected[-1].clamp(min=0)  # A code that stands for no token.
         return torch.stack(selected, dim=1).numpy(force=True)
@@ -141,13 +141,10 @@ class TorchEngine:
     def _select(self, rules: DeviceRules, keys: torch.Tensor) -> torch.Tensor:
         return selection.choose(selection.apply_penalties(self.logits, self._seen, rules), rules, keys)
 
-    def _feed(self, tokens: torch.Tensor) -> None:
-        if self._seen is not None:
-            self._seen = self._seen.scatter(1, tokens[:, None], True)
-        self._read(DecoderInputs(tokens[:, None]))
-
     def _read(self, inputs: DecoderInputs) -> None:
         """Runs the model; afterwards `logits` are those of the last token of each row."""
+        if self._seen is not None:  # After `prefill`, which has read the prompts.
+            self._seen = self._seen.scatter(1, inputs.input_ids, True)
         if self._preparation is None:
             outputs = self._model(inputs, self._cache, Wanted(cache=True))
         else:
