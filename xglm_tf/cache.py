@@ -145,7 +145,10 @@ def extend_cache(
 
 
 def with_capacity(cache: TFXGLMCache, capacity: int | tf.Tensor) -> TFXGLMCache:
-    """The cache with room for `capacity` positions, not fewer than now; itself if it has that."""
+    """The cache with room for `capacity` positions, not fewer than now; itself if it has that.
+
+    Differs: PyTorch's caches grow by themselves.
+    """
     more = capacity - cache.capacity
     if isinstance(more, int) and more == 0:
         return cache

@@ -33,6 +33,8 @@ class TFXGLMHead(keras.layers.Dense):
     """A head of its own, without bias; zero unless another initializer is set.
 
     Keras quantizes none but its own classes, so not this one: loss and `score` read the matrix as it is.
+
+    Differs: PyTorch has `nn.Linear` here and Flax `nn.Dense`, as no `model.quantize` replaces them.
     """
 
     def __init__(self, config: XGLMConfig, dtype: Any) -> None:

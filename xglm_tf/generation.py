@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class CompiledEngine:
     """The compiled functions of one model. They refer to its variables, so that there is no second copy.
 
+    Differs: PyTorch compiles nothing.
+
     Attributes:
         prefill, feed, advance: see `_prefill`, `_feed` and `_advance`, without their first argument.
         select, candidates, scores: see `_select`, `_candidates` and `_scores`.
@@ -40,7 +42,10 @@ class CompiledEngine:
 
 
 def compile_engine(model: TFXGLMForCausalLM) -> CompiledEngine:
-    """Prepares the functions of a model; each is compiled when it first meets a shape or rules of another kind."""
+    """Prepares the functions of a model; each is compiled when it first meets a shape or rules of another kind.
+
+    Differs: PyTorch compiles nothing.
+    """
     compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
     return CompiledEngine(
         prefill=compiled(functools.partial(_prefill, model)),

@@ -114,12 +114,18 @@ def check_head_arguments(
 
 
 def are_arrays(x: Any) -> bool:
-    """Whether the first argument of `fit` or `predict` is the data itself, and no dataset that yields it."""
+    """Whether the first argument of `fit` or `predict` is the data itself, and no dataset that yields it.
+
+    Differs: only Keras has `fit` and `predict`, unlike PyTorch and Flax.
+    """
     return isinstance(x, Mapping | list | tuple) or (hasattr(x, "shape") and hasattr(x, "dtype"))
 
 
 def batches_in_tuples(x: Any) -> Any:
-    """A generator of batches as Keras wants it, where they may be mappings; anything else as it is."""
+    """A generator of batches as Keras wants it, where they may be mappings; anything else as it is.
+
+    Differs: only Keras has `fit` and `predict`, unlike PyTorch and Flax.
+    """
     if not isinstance(x, Iterator) or isinstance(x, tf.data.Iterator):
         return x
     return ((dict(batch),) if isinstance(batch, Mapping) else batch for batch in x)
@@ -127,6 +133,8 @@ def batches_in_tuples(x: Any) -> Any:
 
 def check_batch(config: XGLMConfig, inputs: Mapping[str, Any], labels: Any) -> None:
     """Checks ids, positions and labels of data for `fit`, `evaluate` or `predict` that are arrays, before any step.
+
+    Differs: only Keras has `fit`; in PyTorch and Flax each call checks its own arguments.
 
     Raises:
         InputError: ids or labels are outside the vocabulary, or a text is longer than the model can read.
@@ -144,6 +152,8 @@ def checked_batch(config: XGLMConfig, inputs: Mapping[str, Any], labels: Any) ->
     """The inputs of a step; what reads them is computed only if they pass the checks of `check_batch`.
 
     Compiled code can say no more than the extremes; see `failures_named`.
+
+    Differs: only Keras has `fit`; in PyTorch and Flax each call checks its own arguments.
 
     Raises:
         InputError: see `check_batch`; where there are values to look at.
@@ -172,6 +182,8 @@ def checked_batch(config: XGLMConfig, inputs: Mapping[str, Any], labels: Any) ->
 @contextlib.contextmanager
 def failures_named(config: XGLMConfig) -> Iterator[None]:
     """Raises what `checked_batch` has found as an `InputError`.
+
+    Differs: only Keras has `fit`; in PyTorch and Flax each call checks its own arguments.
 
     Raises:
         InputError: see `check_batch`.

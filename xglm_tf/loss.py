@@ -96,6 +96,8 @@ def counted_labels(labels: tf.Tensor, attention_mask: tf.Tensor | None) -> tf.Te
 def targets_and_weights(labels: tf.Tensor, weights: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
     """What each position predicts, int32, and how much that counts, float32, each [batch, length]; 0 where it does not.
 
+    Differs: PyTorch and Flax need this only within `causal_lm_loss`; here, `fit` needs it as well.
+
     Args:
         labels, weights: see `causal_lm_loss`.
     """

@@ -19,7 +19,10 @@ CompiledScorer = Callable[..., tuple[tf.Tensor, tf.Tensor]]
 
 
 def compile_scorer(model: TFXGLMForCausalLM) -> CompiledScorer:
-    """Prepares `_log_probabilities` of a model, to be compiled when it first meets a shape."""
+    """Prepares `_log_probabilities` of a model, to be compiled when it first meets a shape.
+
+    Differs: PyTorch compiles nothing.
+    """
     return tf.function(functools.partial(_log_probabilities, model), jit_compile=True, autograph=False)
 
 

@@ -27,6 +27,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class BlockInputs(NamedTuple):
     """What all blocks of a call read besides the states.
 
+    Differs: TF's blocks read `DecoderInputs` themselves.
+
     Attributes:
         mask: see `attention_mask_for`.
         encoder_hidden_states: [batch, encoder length, d_model], or None.

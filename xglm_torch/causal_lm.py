@@ -25,7 +25,10 @@ from xglm_torch.tying import with_head_of_its_own, with_one_gradient
 
 
 class LastLogits(NamedTuple):
-    """What a step of generation needs: the logits [batch, 1, vocab_size] of the last position, and the cache."""
+    """What a step of generation needs: the logits [batch, 1, vocab_size] of the last position, and the cache.
+
+    Differs: in TF and Flax, a step decodes and applies the head itself; here it is the module's own call.
+    """
 
     logits: torch.Tensor
     past_key_values: XGLMCache | None

@@ -56,6 +56,8 @@ class XGLMScaledWordEmbedding(nn.Embedding):
 
     It has no `padding_idx`, which would keep gradients from a row that may be in use: masks decide what is padding.
 
+    Differs: Flax has `nn.Embed` here, and its decoder multiplies.
+
     Attributes:
         embed_scale: the factor; adapters on this layer apply it to what they add.
     """
@@ -229,7 +231,10 @@ def position_ids_for(mask: torch.Tensor | None, past: int, length: int, device: 
 
 
 def results_by_name(results: DecoderResults, wanted: Wanted, past_key_values: Any) -> dict[str, Any]:
-    """What a public call presents of the results; `past_key_values` is what the call was given."""
+    """What a public call presents of the results; `past_key_values` is what the call was given.
+
+    Differs: TF and Flax do this in the public call.
+    """
     update_foreign(past_key_values, results.past_key_values)
     cache = results.past_key_values if wanted.cache else None
     return dict(zip(results._fields, results, strict=True)) | {"past_key_values": cache}

@@ -160,5 +160,8 @@ class TorchEngine:
 
 
 def draw_seed() -> int:
-    """A seed from PyTorch's own generator of the CPU, so that `torch.manual_seed` makes a call repeatable."""
+    """A seed from PyTorch's own generator of the CPU, so that `torch.manual_seed` makes a call repeatable.
+
+    Differs: JAX has no generator of its own, so Flax draws a seed as the core does.
+    """
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())

@@ -38,6 +38,8 @@ def with_inner_door(forward: Forward) -> Forward:
 
     It is the module's own call for the sake of what acts on such calls: hooks, FSDP, which gathers parameters for them,
     accelerate, and compilers.
+
+    Differs: TF's decoder is a layer of its own, and Flax' module has the method `decode`.
     """
 
     @functools.wraps(forward)
@@ -51,7 +53,10 @@ def with_inner_door(forward: Forward) -> Forward:
 
 
 def has_inner_door(model: Any) -> bool:
-    """Whether the model's call is ours: a subclass may have another one, which takes the public arguments alone."""
+    """Whether the model's call is ours: a subclass may have another one, which takes the public arguments alone.
+
+    Differs: in TF and Flax, engines never go through the public call.
+    """
     return hasattr(type(model).forward, "has_inner_door")
 
 
@@ -110,6 +115,8 @@ def check_trainable(model: nn.Module) -> None:
     """Raises `InputError` if parameters that are to be trained are float16.
 
     While FSDP computes, its parameters may be, as those that the optimizer sees are others.
+
+    Differs: TF checks this in `compile`, and Flax in `make_train_step`.
     """
     if not torch.compiler.is_compiling() and not hasattr(model, "unshard"):
         for dtype in {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}:
@@ -122,7 +129,10 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether this is being compiled, exported or transformed, or some of the values are tensors without values."""
+    """Whether this is being compiled, exported or transformed, or some of the values are tensors without values.
+
+    Differs: Flax has this in `cache.py`, where it is also needed.
+    """
     return is_recorded() or any(isinstance(value, torch.Tensor) and not has_values(value) for value in values)
 
 
@@ -139,7 +149,10 @@ def as_tensor(model: Any, value: Any) -> Any:
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """A tensor or numpy array as a numpy array; bfloat16, which numpy lacks, becomes float32."""
+    """A tensor or numpy array as a numpy array; bfloat16, which numpy lacks, becomes float32.
+
+    Differs: numpy reads the tensors of TF and JAX by itself.
+    """
     if not isinstance(array, torch.Tensor):
         return np.asarray(array)
     return (array.float() if array.dtype is torch.bfloat16 else array).numpy(force=True)

@@ -83,7 +83,10 @@ def counted_labels(labels: torch.Tensor, attention_mask: torch.Tensor | None) ->
 
 
 def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the head is a product with its weight and nothing else: not adapted, quantized or hooked."""
+    """Whether the head is a product with its weight and nothing else: not adapted, quantized or hooked.
+
+    Differs: the heads of TF and Flax are always plain.
+    """
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     plain = (
         type(head) in (nn.Linear, FastLinear) and head.bias is None and "forward" not in vars(head) and not any(hooks)
