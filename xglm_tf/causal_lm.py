@@ -113,7 +113,8 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
         Raises:
             InputError: see `TFXGLMModel.call`; or labels outside the vocabulary.
         """
-        inputs = DecoderInputs(*map(locals().get, DecoderInputs._fields))  # The arguments of these names.
+        masks = encoder_attention_mask, head_mask, cross_attn_head_mask
+        inputs = DecoderInputs(input_ids, attention_mask, position_ids, encoder_hidden_states, *masks, inputs_embeds)
         cache = as_cache(past_key_values, self.config)
         check_head_arguments(self.config, inputs, labels, logits_to_keep)
         check_arguments(self.config, inputs, cache)

@@ -246,7 +246,8 @@ class TFXGLMModel(TFXGLMPreTrainedModel):
                 the vocabulary or a position past the limit. Inside a `tf.function` no values are checked: the result is
                 NaN if a position is past the limit or the cache, which cannot grow there, is full.
         """
-        inputs = DecoderInputs(*map(locals().get, DecoderInputs._fields))  # The arguments of these names.
+        masks = encoder_attention_mask, head_mask, cross_attn_head_mask
+        inputs = DecoderInputs(input_ids, attention_mask, position_ids, encoder_hidden_states, *masks, inputs_embeds)
         cache = as_cache(past_key_values, self.config)
         check_arguments(self.config, inputs, cache)
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
