@@ -14,9 +14,9 @@ def table_and_head(embedding: keras.layers.Embedding, ids: tf.Tensor | None) -> 
     The gradient of the rows is then added in place to that of the loss. None where each use is to have a gradient of
     its own.
 
-    Differs: the lookup is made here, where `xglm_torch.tying.table_and_head` returns a table. And each use has a
-    gradient of its own outside a `tf.function` as well, where the tape holds the gradient of the loss, which thus
-    cannot be written to; and in other types than float32, where the lookup has another matrix than the loss.
+    Differs: each use has a gradient of its own in two cases more than in `xglm_torch.tying.with_one_gradient`: outside
+    a `tf.function`, where the tape holds the gradient of the loss, which thus cannot be written to; and in other types
+    than float32, where the lookup reads another matrix than the loss.
     """
     if ids is None or tf.executing_eagerly() or embedding.lora_enabled or not embedding.embeddings.trainable:
         return None
