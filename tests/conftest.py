@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+import xglm_core.loss
 from conformance.random_weights import write_checkpoint
 from tests.helpers.commands import ROOT
 from tests.helpers.frameworks import Framework, backends_under_test
 from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, IDS, SAME
 from xglm_core.backends import require_frameworks
 from xglm_core.errors import BackendError
+from xglm_core.loss import chunk_positions
 
 _COMPILED = tempfile.TemporaryDirectory(prefix="xglm-tests-")
 
@@ -99,6 +101,17 @@ def tiny_model(fw):
 @pytest.fixture(scope="module")
 def cross_model(fw, cross_folder):
     yield from _unchanged(fw, cross_folder, encoder_hidden_states=ENCODER)
+
+
+@pytest.fixture
+def chunk_of(monkeypatch):
+    """Sets how many positions have logits at a time in the loss, in place of those that 2**28 bytes hold."""
+
+    def chunk_of(positions, vocab_size=CONFIG.vocab_size):
+        monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", positions * 4 * vocab_size)
+        assert positions - 32 < chunk_positions(vocab_size) <= positions  # Rounded down, where there are so many.
+
+    return chunk_of
 
 
 @pytest.fixture

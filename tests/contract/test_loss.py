@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-import xglm_core.loss
 from conformance.gradients import loss_and_gradients
 from conformance.random_weights import random_weights
 from tests.helpers.gradients import LOSS, assert_gradients_equal
@@ -34,10 +33,9 @@ READ = random_weights(ONE_BLOCK, 1).__getitem__
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_chunks(chunk_of):
     """Chunks of three positions, so that every case has several, and a last one that is not full."""
-    monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 3 * 4 * CONFIG.vocab_size)
-    assert chunk_positions(CONFIG.vocab_size) == 3
+    chunk_of(3)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,14 +17,6 @@ LIMIT = CONFIG.max_position_embeddings
 LONG = np.resize(IDS, (2, LIMIT + 1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def model():
     return FlaxXGLMForCausalLM(changed(CONFIG, dropout=0.0, attention_dropout=0.0, num_layers=1))

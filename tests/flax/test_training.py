@@ -15,7 +15,6 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 
-import xglm_core.loss
 import xglm_flax.loss
 from conformance.gradients import loss_and_gradients
 from tests.flax import run_in_processes
@@ -33,16 +32,8 @@ SHALLOW = changed(NO_CHANCE, num_layers=1)
 ROWS = np.tile(IDS, (2, 1)).astype(np.int32)
 MASK = np.tile(LEFT, (2, 1))
 BATCH = {"input_ids": ROWS, "attention_mask": MASK, "labels": labels_for(ROWS, MASK)}
+ON_A_CPU = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # The environment of other processes.
 OF_A_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator has more room for logits")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """What compiles much and computes little: XLA's programs stay the same, their machine code is not optimized."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +53,8 @@ def assert_same(ours, theirs, **tolerance):
 
 class TestLoss:
     @OF_A_CPU
-    def test_no_array_has_all_logits(self, shallow, monkeypatch):
-        monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 6 * 4 * CONFIG.vocab_size)
+    def test_no_array_has_all_logits(self, shallow, chunk_of):
+        chunk_of(6)
 
         def largest(**options):
             def loss(params):
@@ -94,10 +85,10 @@ class TestLoss:
 
     @pytest.mark.parametrize("axis", [0, 1])
     @pytest.mark.parametrize(("words", "devices"), [(50, 1), (131, 1), (50, 2)])
-    def test_parts_of_the_gradient(self, monkeypatch, axis, words, devices):
+    def test_parts_of_the_gradient(self, chunk_of, monkeypatch, axis, words, devices):
         """Some words at a time, or, where there may be several devices, some columns."""
         monkeypatch.setattr(xglm_flax.loss, "_WORDS", words)
-        monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 8 * 4 * 131)
+        chunk_of(8)
         monkeypatch.setattr(jax, "device_count", lambda: devices)
         stream = np.random.RandomState(0)
         states, head = stream.randn(2, 11, 35).astype("f"), stream.randn(131, 35).astype("f")
@@ -326,8 +317,8 @@ def random_weights_of(model):
 
 
 @pytest.mark.slow
-def test_mesh_of_eight_devices(quickly_compiled):
-    environment = {**os.environ, **quickly_compiled, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+def test_mesh_of_eight_devices():
+    environment = {**os.environ, **ON_A_CPU, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.flax.run_on_a_mesh"],
         cwd=ROOT,
@@ -358,7 +349,7 @@ def test_finetune_jax(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_dies(shallow, quickly_compiled, tmp_path):
+def test_two_processes_of_which_one_dies(shallow, tmp_path):
     """They go on where one process stopped, each with its part of the rows; the second is killed while a checkpoint is
     written; two others go on from the last complete one, and one process from theirs."""
     ocp = pytest.importorskip("orbax.checkpoint")
@@ -377,7 +368,7 @@ def test_two_processes_of_which_one_dies(shallow, quickly_compiled, tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        environment = {**os.environ, **quickly_compiled}
+        environment = {**os.environ, **ON_A_CPU}
         processes, outputs = [], []
         for rank in range(2):
             outputs.append(tmp_path / f"{name}-{rank}.txt")

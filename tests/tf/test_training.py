@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import xglm_core.loss
 from conformance import training
 from conformance.random_weights import write_checkpoint
 from tests.helpers.commands import ROOT
@@ -318,8 +317,8 @@ class TestLoss:
     MATRIX = STREAM.standard_normal((131, 35)).astype(np.float32)
 
     @pytest.fixture(autouse=True)
-    def small_chunks(self, monkeypatch):
-        monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 2 * 7 * 4 * 131)  # Of which a chunk takes half.
+    def small_chunks(self, chunk_of, monkeypatch):
+        chunk_of(2 * 7)  # Of which a chunk takes half.
         monkeypatch.setattr("xglm_tf.fast.adding._TILE_BYTES", 4 * 35 * 50)
 
     @staticmethod

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import xglm_core.loss
 from conformance.gradients import loss_and_gradients
 from conformance.random_weights import random_weights, write_checkpoint
 from tests.helpers import models
@@ -33,8 +32,8 @@ def model(tmp_path):
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", 3 * 4 * CONFIG.vocab_size)
+def small_chunks(chunk_of):
+    chunk_of(3)
 
 
 def trained(model, call=None, labels=LABELS):
@@ -267,8 +266,8 @@ def test_weights_of_labels(model):
 
 class TestTypes:
     @pytest.mark.parametrize("positions", [7, 100])
-    def test_bfloat16_is_summed_in_float32(self, monkeypatch, positions):
-        monkeypatch.setattr(xglm_core.loss, "LOGITS_BYTES", positions * 4 * 131)
+    def test_bfloat16_is_summed_in_float32(self, chunk_of, positions):
+        chunk_of(positions)
         torch.manual_seed(0)
         states, head = torch.randn(3, 50, 35).bfloat16().requires_grad_(), nn.Linear(35, 131, bias=False).bfloat16()
         labels = torch.randint(0, 131, (3, 50))
