@@ -1,7 +1,4 @@
-"""The blocks of the decoder, one after the other or as one in a scan.
-
-Differs: a block takes what it needs of a cache and returns what is new, both in forms that `jax.lax.scan` can slice.
-"""
+"""The blocks of the decoder, one after the other or as one in a scan."""
 
 from __future__ import annotations
 
@@ -13,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
-from xglm_core.errors import InputError
-from xglm_flax.attention import FlaxXGLMAttention, computed, dense
-from xglm_flax.cache import Length, put
-from xglm_flax.dropout import FlaxXGLMDropout
-from xglm_flax.stacking import by_layer, check_layout, check_stackable, stacked_blocks
+from xglm_core.config import XGLMConfig
+from xglm_flax.attention import FlaxXGLMAttention
+from xglm_flax.cache import KeyValue, Length, write
+from xglm_flax.fast.dropout import FlaxXGLMDropout
+from xglm_flax.layers import FlaxXGLMLayerNorm, dense
+from xglm_flax.remat import Remat, remat_policy
+from xglm_flax.stacking import check_layout, check_stackable, stacked, stacked_blocks, unstacked
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -28,66 +26,61 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-Remat = str | Callable[..., Any]
-_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def remat_policy(remat: Remat) -> Callable[..., Any] | None:
-    """What the backward pass finds in memory of each block; the rest of it is computed again.
-
-    Args:
-        remat: "none": everything. "dots": the results of the projections and the feed-forward part, but not those of
-            attention. "full": the block's input. Or a policy of `jax.checkpoint_policies`, for which the projections'
-            results have names: those of their layers, "q_proj" or "fc1".
-
-    Raises:
-        InputError: it is something else.
-    """
-    if remat == "none" or callable(remat):
-        return None if isinstance(remat, str) else remat
-    if remat not in _POLICIES:
-        raise InputError(f"remat is {remat!r}, expected 'none', 'dots', 'full', or a policy of jax.checkpoint_policies")
-    return _POLICIES[remat]
-
-
 class BlockInputs(NamedTuple):
-    """What each block gets for itself: an array for one block, or one for each of all blocks; None if there is none.
+    """What all blocks of a call read besides the states.
 
     Attributes:
-        keys, values: those of the positions before, with room for the new ones [batch, heads, capacity, head_dim].
-        encoder_keys, encoder_values: those of the encoder, if a cache holds them [batch, heads, encoder length,
-            head_dim].
-        head_mask, cross_attn_head_mask: factors of its heads' probabilities [heads].
+        mask: see `attention_mask_for`.
+        start: cached positions.
+        encoder_hidden_states: [batch, encoder length, d_model], or None.
+        encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
+        deterministic: whether dropout is off.
     """
 
-    keys: Any = None
-    values: Any = None
-    encoder_keys: Any = None
-    encoder_values: Any = None
-    head_mask: Any = None
-    cross_attn_head_mask: Any = None
+    mask: jax.Array
+    start: Length
+    encoder_hidden_states: jax.Array | None
+    encoder_mask: jax.Array | None
+    deterministic: bool
+
+
+class OwnInputs(NamedTuple):
+    """What one block reads of its own.
+
+    Differs: in PyTorch and Keras a block finds this by its index, but the blocks of a scan share one module.
+
+    Attributes:
+        cached: keys and values of the positions before, with room for the new ones [batch, heads, capacity, head_dim];
+            None if there is no cache.
+        encoder: keys and values of the encoder, if the cache has them.
+        head_mask, cross_attn_head_mask: factors of its heads' probabilities [heads], or None.
+    """
+
+    cached: KeyValue | None
+    encoder: KeyValue | None
+    head_mask: jax.Array | None
+    cross_attn_head_mask: jax.Array | None
 
 
 class BlockResults(NamedTuple):
-    """What each block gives besides its states: an array for one block, or one for each of all blocks; or None.
+    """What one block returns besides the states; None where there is nothing, or nothing was wanted.
 
     Attributes:
-        keys, values: those that it attended to: `BlockInputs.keys` with the new ones, or these alone.
-        encoder_keys, encoder_values: those of the encoder, if they were computed.
-        attentions, cross_attentions: the probabilities [batch, heads, length, keys], if asked for.
-        hidden_states: the block's input [batch, length, d_model], if asked for.
+        cached: `OwnInputs.cached` with the new keys and values; without it, these alone.
+        encoder: keys and values of the encoder.
+        attentions, cross_attentions: the probabilities [batch, heads, length, keys].
+        hidden_states: the block's input [batch, length, d_model].
     """
 
-    keys: Any = None
-    values: Any = None
-    encoder_keys: Any = None
-    encoder_values: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-    hidden_states: Any = None
+    cached: KeyValue | None = None
+    encoder: KeyValue | None = None
+    attentions: jax.Array | None = None
+    cross_attentions: jax.Array | None = None
+    hidden_states: jax.Array | None = None
+
+    def only(self, names: tuple[str, ...]) -> BlockResults:
+        """Those of these names."""
+        return BlockResults(**{name: getattr(self, name) for name in names})
 
 
 class FlaxXGLMDecoderLayer(nn.Module):
@@ -114,102 +107,49 @@ class FlaxXGLMDecoderLayer(nn.Module):
         self.self_attn = FlaxXGLMAttention(config, self.heads, *types)
         if config.add_cross_attention:
             self.encoder_attn = FlaxXGLMAttention(config, config.attention_heads, *types)
-            self.encoder_attn_layer_norm = layer_norm(*types)
-        self.self_attn_layer_norm = layer_norm(*types)
+            self.encoder_attn_layer_norm = FlaxXGLMLayerNorm(*types)
+        self.self_attn_layer_norm = FlaxXGLMLayerNorm(*types)
         function = ACTIVATIONS[activation] if isinstance(activation, str) else activation
-        # The derivative of a GELU is computed again in the backward pass: it has three more arrays of this size. The
-        # lambda is for JAX, which would take what it once traced of a function for another model's as well.
+        # The backward pass computes a GELU again, which would keep three more arrays of this size. The lambda is for
+        # JAX, which would reuse the trace of one function in other models.
         self.activation_fn = jax.checkpoint(lambda states: function(states))
         self.fc1 = dense(config, config.ffn_dim, *types)
         self.fc2 = dense(config, config.d_model, *types)
-        self.final_layer_norm = layer_norm(*types)
+        self.final_layer_norm = FlaxXGLMLayerNorm(*types)
         self.dropout = FlaxXGLMDropout(config.dropout)
         self.activation_dropout = FlaxXGLMDropout(config.activation_dropout)
 
-    def __call__(
-        self,
-        hidden_states: jax.Array,
-        mask: jax.Array,
-        own: BlockInputs,
-        *,
-        past: Length = 0,
-        encoder_hidden_states: jax.Array | None = None,
-        encoder_mask: jax.Array | None = None,
-        output_attentions: bool = False,
-        deterministic: bool = True,
-    ) -> tuple[jax.Array, BlockResults]:
-        """Runs the block.
-
-        Args:
-            hidden_states: [batch, length, d_model].
-            mask: see `attention_mask_for`.
-            own: what belongs to this block. Differs: a cache is a pure value, so the decoder fills it.
-            past: cached positions.
-            encoder_hidden_states: [batch, encoder length, d_model], or None.
-            encoder_mask: bool [batch, 1, 1, encoder length], True = attend; None = every position.
-            output_attentions: whether to return the probabilities of both attentions.
-            deterministic: whether dropout is off.
-
-        Returns:
-            [batch, length, d_model], and the rest.
-        """
-        before = residual = hidden_states
-        hidden_states = self.self_attn_layer_norm(hidden_states)
-        key, value = self.self_attn.keys_and_values(hidden_states)
-        if own.keys is not None:
-            key, value = put(own.keys, key, past), put(own.values, value, past)
-        results = BlockResults(key, value)
-        hidden_states, attentions = self.self_attn(
-            hidden_states,
-            key,
-            value,
-            mask,
-            head_mask=own.head_mask,
-            output_attentions=output_attentions,
-            deterministic=deterministic,
-        )
-        hidden_states = residual + self.dropout(hidden_states, deterministic)
+    def __call__(self, states: jax.Array, own: OwnInputs, inputs: BlockInputs) -> tuple[jax.Array, BlockResults]:
+        """Runs the block on states [batch, length, d_model]; returns the next states, and all results."""
+        before, encoder, deterministic = states, own.encoder, inputs.deterministic
+        normed = self.self_attn_layer_norm(states)
+        key, value = self.self_attn.keys_and_values(normed)
+        if own.cached is not None:
+            key, value = write(own.cached[0], key, inputs.start), write(own.cached[1], value, inputs.start)
+        attended, attentions = self.self_attn(normed, key, value, inputs.mask, own.head_mask, deterministic)
+        states = states + self.dropout(attended, deterministic)
 
         cross_attentions = None
-        encoder = None if own.encoder_keys is None else (own.encoder_keys, own.encoder_values)
-        if encoder is None and encoder_hidden_states is not None:
-            encoder = self.encoder_attn.keys_and_values(encoder_hidden_states)
-            results = results._replace(encoder_keys=encoder[0], encoder_values=encoder[1])
+        if encoder is None and inputs.encoder_hidden_states is not None:
+            encoder = self.encoder_attn.keys_and_values(inputs.encoder_hidden_states)
         if encoder is not None:
-            residual = hidden_states
-            hidden_states, cross_attentions = self.encoder_attn(
-                self.encoder_attn_layer_norm(hidden_states),
-                *encoder,
-                encoder_mask,
-                head_mask=own.cross_attn_head_mask,
-                output_attentions=output_attentions,
-                deterministic=deterministic,
+            normed = self.encoder_attn_layer_norm(states)
+            attended, cross_attentions = self.encoder_attn(
+                normed, *encoder, inputs.encoder_mask, own.cross_attn_head_mask, deterministic
             )
-            hidden_states = residual + self.dropout(hidden_states, deterministic)
+            states = states + self.dropout(attended, deterministic)
 
-        residual = hidden_states
-        hidden_states = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
-        hidden_states = self.fc2(self.activation_dropout(hidden_states, deterministic))
-        hidden_states = residual + self.dropout(hidden_states, deterministic)
-        if not deterministic:
-            hidden_states = self._dropped(before, hidden_states)
-        return hidden_states, results._replace(attentions=attentions, cross_attentions=cross_attentions)
-
-    def _dropped(self, before: jax.Array, after: jax.Array) -> jax.Array:
-        """What follows a block: with probability `config.layerdrop`, what came before it.
-
-        Differs: the block decides, as in a scan each has a key of its own.
-
-        The block runs in any case: so the cache has its keys, each parameter has a gradient, and no shape depends on
-        chance.
-        """
-        if self.config.layerdrop == 0:
-            return after
-        return jnp.where(jax.random.uniform(self.make_rng("dropout")) < self.config.layerdrop, before, after)
+        inner = self.activation_dropout(self.activation_fn(self.fc1(self.final_layer_norm(states))), deterministic)
+        states = states + self.dropout(self.fc2(inner), deterministic)
+        if self.config.layerdrop and not deterministic:
+            # The block runs in any case, so that the cache has its keys and each parameter has a gradient. Differs: in
+            # PyTorch and Keras the decoder decides; here each block of a scan has its own key.
+            states = jnp.where(jax.random.uniform(self.make_rng("dropout")) < self.config.layerdrop, before, states)
+        return states, BlockResults((key, value), encoder, attentions, cross_attentions, before)
 
 
 class FlaxXGLMDecoderLayers(nn.Module):
-    """The blocks. Differs: Linen would name the items of a list "layers_0"; published trees have layers/0.
+    """The blocks. Differs: PyTorch and Keras have a list; Linen would call its items "layers_0", not layers/0.
 
     Attributes:
         config: the architecture.
@@ -232,94 +172,66 @@ class FlaxXGLMDecoderLayers(nn.Module):
         self.blocks = [self._block(index, name=str(index)) for index in range(self.config.num_layers)]
 
     def __call__(
-        self, hidden_states: jax.Array, mask: jax.Array, own: BlockInputs, *, wanted: tuple[str, ...], **shared: Any
-    ) -> tuple[jax.Array, BlockResults]:
+        self, states: jax.Array, own: list[OwnInputs], inputs: BlockInputs, wanted: tuple[str, ...]
+    ) -> tuple[jax.Array, list[BlockResults]]:
         """Runs the blocks.
 
         Args:
-            hidden_states: [batch, length, d_model].
-            mask: see `attention_mask_for`.
-            own: what belongs to each block: in each field one item per block.
-            wanted: the fields of the results to keep.
-            shared: the other arguments of `FlaxXGLMDecoderLayer.__call__`, the same for all blocks.
+            states: [batch, length, d_model].
+            own: of each block.
+            inputs: of all blocks.
+            wanted: which results to keep.
 
         Returns:
-            [batch, length, d_model], and what is wanted of each block: in each field one item per block.
+            [batch, length, d_model], and the results of each block.
         """
-        # Parameters come into being where Linen expects them, block by block.
-        if self.scan_layers and not self.is_initializing():
-            return self._scanned(hidden_states, mask, own, wanted, shared)
-        if not self.is_initializing():
+
+        def run(block: nn.Module, states: jax.Array, one: OwnInputs) -> Any:
+            states, results = block(states, one, inputs)
+            return states, results.only(wanted)
+
+        if not self.is_initializing():  # Parameters come into being block by block.
+            if self.scan_layers:
+                return self._scanned(states, own, inputs, wanted)
             check_layout(self.variables.get("params", {}))
-
-        def run(block: nn.Module, *arguments: Any) -> Any:
-            return block(*arguments, **shared)
-
-        if self.remat != "none" and not self.is_initializing():
-            run = nn.remat(run, policy=remat_policy(self.remat))
+            if self.remat != "none":
+                run = nn.remat(run, policy=remat_policy(self.remat))
         all_results = []
-        for index, block in enumerate(self.blocks):
-            before = hidden_states
-            one = BlockInputs(*(None if items is None else items[index] for items in own))
-            hidden_states, results = run(block, hidden_states, mask, one)
-            all_results.append(_wanted(results, before, wanted))
-        return hidden_states, jax.tree.map(lambda *leaves: leaves, *all_results)
+        for block, one in zip(self.blocks, own, strict=True):
+            states, results = run(block, states, one)
+            all_results.append(results)
+        return states, all_results
 
     def _scanned(
-        self, hidden_states: jax.Array, mask: jax.Array, own: BlockInputs, wanted: tuple[str, ...], shared: Any
-    ) -> tuple[jax.Array, BlockResults]:
+        self, states: jax.Array, own: list[OwnInputs], inputs: BlockInputs, wanted: tuple[str, ...]
+    ) -> tuple[jax.Array, list[BlockResults]]:
         """The same by `jax.lax.scan`."""
-        block = self._block(0, parent=None)
-        own = BlockInputs(*(None if items is None else by_layer(items, stacked=True) for items in own))
-        past, length = shared["past"], hidden_states.shape[1]
-        is_random = not shared["deterministic"] and self.has_rng("dropout")
-        keys = jax.random.split(self.make_rng("dropout"), self.config.num_layers) if is_random else None
+        block, count, length = self._block(0, parent=None), len(own), states.shape[1]
+        is_random = not inputs.deterministic and self.has_rng("dropout")
+        keys = jax.random.split(self.make_rng("dropout"), count) if is_random else None
 
-        def step(hidden_states: jax.Array, one: tuple[Any, Any, BlockInputs]) -> tuple[jax.Array, BlockResults]:
-            params, key, inputs = one
+        def step(states: jax.Array, of_block: tuple[Any, Any, OwnInputs]) -> tuple[jax.Array, BlockResults]:
+            params, key, one = of_block
             rngs = {} if key is None else {"dropout": key}
-            applied: Any = block.apply({"params": params}, hidden_states, mask, inputs, **shared, rngs=rngs)
-            states, results = applied
-            if inputs.keys is not None:
-                # The others are there already: to stack them again would copy the whole cache for each token.
-                new = (jax.lax.dynamic_slice_in_dim(array, past, length, axis=2) for array in results[:2])
-                results = BlockResults(*new, *results[2:])
-            return states, _wanted(results, hidden_states, wanted)
+            found: Any = block.apply({"params": params}, states, one, inputs, rngs=rngs)
+            states, results = found
+            if one.cached is not None:  # Only what is new: to stack the rest would copy it.
+                new = (jax.lax.dynamic_slice_in_dim(array, inputs.start, length, axis=2) for array in results.cached)
+                results = results._replace(cached=tuple(new))
+            return states, results.only(wanted)
 
         if self.remat != "none":
-            # A scan is no place where XLA could merge what is computed again with what was computed before.
+            # `prevent_cse` is for code outside of scans, where XLA could merge both computations.
             step = jax.checkpoint(step, policy=remat_policy(self.remat), prevent_cse=False)
-        xs = (stacked_blocks(self.variables["params"]), keys, own)
-        hidden_states, results = jax.lax.scan(step, hidden_states, xs)
-        if own.keys is not None and results.keys is not None:
-            full = (put(own.keys, results.keys, past), put(own.values, results.values, past))
-            results = BlockResults(*full, *results[2:])
-        return hidden_states, results
+        states, results = jax.lax.scan(step, states, (stacked_blocks(self.variables["params"]), keys, stacked(own)))
+        all_results = unstacked(results, count)
+        for index, one in enumerate(own):
+            if one.cached is not None and results.cached is not None:
+                pairs = zip(one.cached, all_results[index].cached, strict=True)
+                cached = tuple(write(old, new, inputs.start) for old, new in pairs)
+                all_results[index] = all_results[index]._replace(cached=cached)
+        return states, all_results
 
     def _block(self, index: int, **options: Any) -> FlaxXGLMDecoderLayer:
         heads = len(self.config.kept_heads(index))
         return FlaxXGLMDecoderLayer(self.config, heads, self.dtype, self.param_dtype, **options)
-
-
-class FlaxXGLMLayerNorm(nn.LayerNorm):
-    """A norm whose input is computed before it.
-
-    Differs: XLA would put all sums that lead to the input into each of its uses, and compile the gradient of 48 blocks
-    for minutes. And Flax, too, computes in float32 at least, but leaves the change of type to the promotion of JAX.
-    """
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> Any:
-        """[batch, length, d_model] -> the same."""
-        return super().__call__(computed(x).astype(self.dtype), mask=mask).astype(x.dtype)
-
-
-def layer_norm(dtype: Any, param_dtype: Any) -> FlaxXGLMLayerNorm:
-    """The norm of all blocks. Differs: Flax's default variance, E[x^2] - E[x]^2, cancels digits."""
-    wide = dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.float32
-    return FlaxXGLMLayerNorm(epsilon=LAYER_NORM_EPS, dtype=wide, param_dtype=param_dtype, use_fast_variance=False)
-
-
-def _wanted(results: BlockResults, hidden_states: jax.Array, wanted: tuple[str, ...]) -> BlockResults:
-    """The wanted fields of a block's results, with its input among them."""
-    results = results._replace(hidden_states=hidden_states)
-    return BlockResults(**{name: getattr(results, name) for name in wanted})

@@ -1,15 +1,14 @@
 """The key/value cache.
 
 A cache is a value: extending it gives a new cache and leaves the old one as it was, so one prompt can be continued in
-several ways. Differs: it is a pytree of arrays whose shapes depend on its capacity alone, so that code compiled for one
-length serves all of them.
+several ways. Differs: in PyTorch caches share storage. Here, as in Keras, a cache is a tree of arrays. Their shapes
+depend on its capacity alone, so that code compiled for one length serves all lengths.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,11 +17,10 @@ import numpy as np
 
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import check_cache, check_past_key_values
-from xglm_flax.stacking import by_layer
+from xglm_core.rounding import rounded_up
 
 KeyValue = tuple[jax.Array, jax.Array]
 Length = jax.Array | np.ndarray | int  # A count of positions.
-ByLayer = tuple[jax.Array, ...] | jax.Array  # One array for each layer, or all of them stacked along a first axis.
 
 _BLOCK = 64  # Positions by which storage grows: each capacity is compiled for once.
 
@@ -32,8 +30,7 @@ class FlaxXGLMCache:
     """Keys and values of the positions read so far; also reads as the tuple of per-layer (key, value).
 
     Attributes:
-        keys, values: for each layer [batch, heads, capacity, head_dim], of which `length` positions are filled; one
-            array [num_layers, ...] if the layers are scanned.
+        keys, values: for each layer [batch, heads, capacity, head_dim], of which `length` positions are filled.
         mask: bool [batch, capacity], False for padding.
         length: positions held, int32 [].
         encoder: per layer, key and value of the encoder's positions, each [batch, heads, encoder length, head_dim];
@@ -42,8 +39,8 @@ class FlaxXGLMCache:
         fixed: whether the capacity was chosen by the user and must not grow.
     """
 
-    keys: ByLayer
-    values: ByLayer
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     mask: jax.Array
     length: Length
     encoder: tuple[KeyValue, ...] = ()
@@ -64,20 +61,6 @@ class FlaxXGLMCache:
     def encoder_length(self) -> int | None:
         """Encoder positions held; None without cross-attention."""
         return self.encoder[0][0].shape[2] if self.encoder else None
-
-    def written(self, keys: ByLayer, values: ByLayer, new: int) -> FlaxXGLMCache:
-        """This cache with `new` more positions.
-
-        Args:
-            keys, values: for each layer [batch, heads, capacity, head_dim], or only as far as they are filled.
-            new: how many of these positions are new.
-        """
-        return dataclasses.replace(
-            self,
-            keys=jax.tree.map(functools.partial(_padded, capacity=self.capacity), keys),
-            values=jax.tree.map(functools.partial(_padded, capacity=self.capacity), values),
-            length=self.length + new,
-        )
 
     def get_seq_length(self, layer_idx: int = 0) -> Length:
         """Positions held, the same in all layers; an array while traced."""
@@ -106,17 +89,12 @@ jax.tree_util.register_dataclass(
 )
 
 
-def empty_cache(
-    config: XGLMConfig, batch: int, capacity: int, dtype: Any, *, stacked: bool = False, fixed: bool = False
-) -> FlaxXGLMCache:
-    """A cache that holds nothing yet, with room for `capacity` positions; `stacked` for scanned layers."""
+def empty_cache(config: XGLMConfig, batch: int, capacity: int, dtype: Any, *, fixed: bool = False) -> FlaxXGLMCache:
+    """A cache that holds nothing yet, with room for `capacity` positions."""
     shapes = [(batch, len(config.kept_heads(i)), capacity, config.head_dim) for i in range(config.num_layers)]
-
-    def empty() -> ByLayer:
-        return jnp.zeros((len(shapes), *shapes[0]), dtype) if stacked else tuple(jnp.zeros(s, dtype) for s in shapes)
-
+    keys, values = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
     # A numpy length is known even while the caller is traced.
-    return FlaxXGLMCache(empty(), empty(), jnp.zeros((batch, capacity), bool), np.zeros((), np.int32), fixed=fixed)
+    return FlaxXGLMCache(keys, values, jnp.zeros((batch, capacity), bool), np.zeros((), np.int32), fixed=fixed)
 
 
 def as_cache(past_key_values: Any, config: XGLMConfig, dtype: Any) -> FlaxXGLMCache | None:
@@ -137,40 +115,39 @@ def as_cache(past_key_values: Any, config: XGLMConfig, dtype: Any) -> FlaxXGLMCa
 
 
 def extend_cache(
-    past: FlaxXGLMCache | None, config: XGLMConfig, new: int, mask: jax.Array | None, like: jax.Array, *, stacked: bool
+    past: FlaxXGLMCache | None,
+    keys_and_values: tuple[KeyValue, ...],
+    encoder: tuple[KeyValue, ...] | None,
+    mask: jax.Array | None,
+    encoder_mask: jax.Array | None,
+    new: int,
 ) -> FlaxXGLMCache:
-    """The cache for `new` positions after `past`, to be filled by `FlaxXGLMCache.written`.
+    """The cache after `new` positions.
 
-    Differs: `past` has the room already, see `with_room`, and its length stays until all layers have run.
+    Differs: PyTorch and Keras extend a cache before the blocks run, which write into it. Here each block returns what
+    it wrote, and this makes a cache of it.
 
     Args:
-        past: what was read before, or None.
-        config: the model's configuration.
-        new: positions to add.
+        past: what was read before, with room for the new positions, see `with_room`; or None.
+        keys_and_values: of each layer, of all that `past` has room for; without `past`, of the new positions.
+        encoder: the encoder's, of each layer; None if there is none.
         mask: bool [batch, capacity], or [batch, new] without `past`, False for padding; None if there is none.
-        like: hidden states [batch, new, d_model], for batch size and type.
-        stacked: whether the layers are scanned.
+        encoder_mask: bool [batch, encoder length], or None.
+        new: how many positions are new.
     """
-    if past is None:
-        # A size that `jax.export` leaves open is one for all.
-        capacity = _rounded_up(new) if isinstance(new, int) else new
-        past = empty_cache(config, like.shape[0], capacity, like.dtype, stacked=stacked)
+    keys, values = zip(*keys_and_values, strict=True)
     if mask is None:
-        mask = jnp.ones((like.shape[0], new), bool)
-    return dataclasses.replace(
-        past,
-        keys=by_layer(past.keys, stacked=stacked),
-        values=by_layer(past.values, stacked=stacked),
-        mask=jnp.pad(mask, ((0, 0), (0, past.capacity - mask.shape[1]))),
-    )
+        mask = jnp.ones((keys[0].shape[0], new), bool)
+    if past is not None:
+        return FlaxXGLMCache(keys, values, mask, past.length + new, encoder or (), encoder_mask, past.fixed)
+    cache = FlaxXGLMCache(keys, values, mask, np.zeros((), np.int32) + new, encoder or (), encoder_mask)
+    # A size that `jax.export` leaves open is not rounded.
+    return with_capacity(cache, rounded_up(new, _BLOCK)) if isinstance(new, int) else cache
 
 
-def put(states: jax.Array, new: jax.Array, start: Length) -> jax.Array:
-    """Keys or values [..., capacity, head_dim] with those of new positions from `start` on."""
-    if states.shape[0] == 1 and states.ndim > 2:
-        # XLA would drop this axis later, and then not see that it could write in place.
-        return put(states[0], new[0], start)[None]
-    return jax.lax.dynamic_update_slice_in_dim(states, new, start, axis=states.ndim - 2)
+def write(states: jax.Array, new: jax.Array, start: Length) -> jax.Array:
+    """Keys or values [batch, heads, capacity, head_dim] with those of new positions from `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(states, new, start, axis=2)
 
 
 def with_room(cache: FlaxXGLMCache, new: int) -> FlaxXGLMCache:
@@ -187,34 +164,29 @@ def with_room(cache: FlaxXGLMCache, new: int) -> FlaxXGLMCache:
     if cache.fixed:
         check_cache(length, new, cache.capacity)
         return cache
-    return with_capacity(cache, max(cache.capacity, _rounded_up(length + new)))
+    return with_capacity(cache, max(cache.capacity, rounded_up(length + new, _BLOCK)))
 
 
 def with_capacity(cache: FlaxXGLMCache, capacity: int) -> FlaxXGLMCache:
     """The cache with room for `capacity` positions, not fewer than now; itself if it has that."""
-    if capacity == cache.capacity:
+    more = capacity - cache.capacity
+    if not more:
         return cache
-    return dataclasses.replace(
-        cache,
-        keys=jax.tree.map(functools.partial(_padded, capacity=capacity), cache.keys),
-        values=jax.tree.map(functools.partial(_padded, capacity=capacity), cache.values),
-        mask=jnp.pad(cache.mask, ((0, 0), (0, capacity - cache.capacity))),
-    )
+    fresh = _mapped(cache, lambda states: jnp.pad(states, ((0, 0), (0, 0), (0, more), (0, 0))))
+    return dataclasses.replace(fresh, mask=jnp.pad(cache.mask, ((0, 0), (0, more))))
 
 
 def reordered(cache: FlaxXGLMCache, rows: jax.Array, capacity: int) -> FlaxXGLMCache:
     """A cache of these rows of another one, integers [new rows], with room for `capacity` positions.
 
-    Differs: rows and room in one step, as each copies; and the layers are not stacked, however they were.
+    Differs: PyTorch and Keras make room when they write. Here compiled code does both in one copy.
     """
 
     def taken(array: Any) -> jax.Array:
         return jnp.take(array, rows, axis=0, mode="clip")
 
-    keys, values = (tuple(map(taken, by_layer(items, stacked=False))) for items in (cache.keys, cache.values))
-    encoder, encoder_mask = jax.tree.map(taken, (cache.encoder, cache.encoder_mask))
-    fresh = FlaxXGLMCache(keys, values, taken(cache.mask), cache.length, encoder, encoder_mask)
-    return with_capacity(fresh, capacity)
+    fields = {name: jax.tree.map(taken, getattr(cache, name)) for name in ("mask", "encoder", "encoder_mask")}
+    return with_capacity(dataclasses.replace(_mapped(cache, taken), **fields, fixed=False), capacity)
 
 
 def picked(cache: FlaxXGLMCache, places: jax.Array, mask: jax.Array) -> FlaxXGLMCache:
@@ -225,27 +197,17 @@ def picked(cache: FlaxXGLMCache, places: jax.Array, mask: jax.Array) -> FlaxXGLM
         places: which, integers [batch, length].
         mask: bool [batch, length], False for padding.
     """
-
-    def taken(states: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(states, places[:, None, :, None], axis=2)
-
+    fresh = _mapped(cache, lambda states: jnp.take_along_axis(states, places[:, None, :, None], axis=2))
     length = places.shape[1]
-    keys, values = (tuple(map(taken, by_layer(items, stacked=False))) for items in (cache.keys, cache.values))
-    fresh = FlaxXGLMCache(keys, values, mask, np.asarray(length, np.int32), cache.encoder, cache.encoder_mask)
-    return with_capacity(fresh, _rounded_up(length))
-
-
-def _padded(states: jax.Array, capacity: int) -> jax.Array:
-    """Keys or values [..., positions, head_dim] with room for `capacity` positions."""
-    more = capacity - states.shape[-2]
-    return jnp.pad(states, [(0, 0)] * (states.ndim - 2) + [(0, more), (0, 0)]) if more else states
-
-
-def _rounded_up(length: int) -> int:
-    """The capacity for `length` positions."""
-    return -(-length // _BLOCK) * _BLOCK
+    fresh = dataclasses.replace(fresh, mask=mask, length=np.asarray(length, np.int32), fixed=False)
+    return with_capacity(fresh, rounded_up(length, _BLOCK))
 
 
 def is_traced(value: Any) -> bool:
     """Whether a value is unknown yet, because jit, grad or vmap is looking at the code."""
     return isinstance(value, jax.core.Tracer)
+
+
+def _mapped(cache: FlaxXGLMCache, change: Callable[[jax.Array], jax.Array]) -> FlaxXGLMCache:
+    """A cache with other keys and values, [batch, heads, capacity, head_dim] each."""
+    return dataclasses.replace(cache, keys=tuple(map(change, cache.keys)), values=tuple(map(change, cache.values)))

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
+from xglm_core.calls import DecoderInputs, DecoderResults, Wanted, present, resolve
 from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import check_not_overridden
 from xglm_core.generation.prompts import Prompts
-from xglm_core.generation.surface import GenerationSurface
 from xglm_core.inputs import inputs_as_given
 from xglm_core.loss import LossOptions, LossOutput, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_core.resizing import check_embeddings
 from xglm_core.weight_names import HEAD
-from xglm_flax.attention import FEW_ROWS, dense, few_rows_product, precision
-from xglm_flax.blocks import Remat
 from xglm_flax.cache import FlaxXGLMCache, as_cache
 from xglm_flax.decoder import FlaxXGLMModule
-from xglm_flax.generation import FlaxEngine, compile_engine, seed_of
-from xglm_flax.inputs import check_head_arguments, is_any_traced
+from xglm_flax.generation import FlaxEngine, compile_engine
+from xglm_flax.inputs import check_head_arguments
+from xglm_flax.layers import dense, precision
+from xglm_flax.linen import FlaxXGLMLinenModule
 from xglm_flax.loss import causal_lm_loss, counted_labels
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
 from xglm_flax.scoring import FlaxScorer, compile_scorer
+from xglm_flax.surface import FlaxGenerationSurface
 from xglm_flax.weights import Params, get_parameter
 
 
-class FlaxXGLMForCausalLMModule(nn.Module):
-    """Decoder and head as a Linen module: what `FlaxXGLMForCausalLM` compiles.
+class FlaxXGLMForCausalLMModule(FlaxXGLMLinenModule):
+    """Decoder and head as a Linen module: what `FlaxXGLMForCausalLM` compiles. See `FlaxXGLMLinenModule`."""
 
-    Attributes:
-        config: the architecture.
-        dtype: type of the computation.
-        param_dtype: type of the parameters.
-        scan_layers: whether the blocks run in a `jax.lax.scan`; then the parameters may be those of `stack_layers`.
-        remat: what the backward pass computes again; see `remat_policy`.
-    """
-
-    config: XGLMConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    scan_layers: bool = False
-    remat: Remat = "none"
+    output_class = CausalLMOutputWithCrossAttentions
 
     def setup(self) -> None:
         """Creates the layers, under the checkpoint's names."""
@@ -56,117 +43,52 @@ class FlaxXGLMForCausalLMModule(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = dense(config, config.vocab_size, self.dtype, self.param_dtype, use_bias=False)
 
-    def __call__(
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
-        encoder_hidden_states: jax.Array | None = None,
-        encoder_attention_mask: jax.Array | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        deterministic: bool = True,
-        past_key_values: FlaxXGLMCache | None = None,
-        *,
-        head_mask: jax.Array | None = None,
-        cross_attn_head_mask: jax.Array | None = None,
-        inputs_embeds: jax.Array | None = None,
-        use_cache: bool | None = None,
-        labels: jax.Array | None = None,
-        logits_to_keep: int | jax.Array = 0,
-        num_items_in_batch: int | jax.Array | None = None,
-        return_logits: bool | None = None,
-        loss_options: LossOptions = LossOptions(),  # noqa: B008, which is frozen
-    ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
-        """Runs the decoder and the head on traced values; see `FlaxXGLMModule` and `FlaxXGLMForCausalLM`."""
-        outputs: Any = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            output_attentions,
-            output_hidden_states,
-            return_dict=True,
-            deterministic=deterministic,
-            past_key_values=past_key_values,
-            head_mask=head_mask,
-            cross_attn_head_mask=cross_attn_head_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-        )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None:
-            past = 0 if past_key_values is None else past_key_values.length
-            labels = counted_labels(labels, attention_mask, past)
-            loss = self._loss(hidden_states, labels, num_items_in_batch, options=loss_options).loss
-        if wants_logits(
-            return_logits, has_labels=labels is not None, training=not deterministic, logits_to_keep=logits_to_keep
-        ):
-            logits = self._head(_kept(hidden_states, logits_to_keep))
-        results = CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
-        return results if (self.config.return_dict if return_dict is None else return_dict) else results.to_tuple()
+    def head(self, states: jax.Array) -> jax.Array:
+        """[batch, length, d_model] -> logits [batch, length, vocab_size]."""
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(states)
+        # Differs: PyTorch and Keras have a head in any case; here a tied one is no parameter.
+        matrix = self.model.embed_tokens.embedding.astype(self.dtype)
+        return jnp.einsum("bld,vd->blv", states, matrix, precision=precision())
 
-    def loss(
-        self,
-        labels: jax.Array,
-        num_items_in_batch: jax.Array | None = None,
-        *,
-        options: LossOptions,
-        weights: jax.Array | None = None,
-        shards: int | None = None,
-        **arguments: Any,
-    ) -> LossOutput:
-        """The loss alone, of a call with these arguments; see `causal_lm_loss`."""
-        outputs: Any = self.model(**arguments, use_cache=False, return_dict=True)
-        labels = counted_labels(labels, arguments.get("attention_mask"))
-        return self._loss(
-            outputs.last_hidden_state, labels, num_items_in_batch, options=options, weights=weights, shards=shards
-        )
+    def loss(self, states: jax.Array, labels: jax.Array, *arguments: Any, **options: Any) -> LossOutput:
+        """See `causal_lm_loss`."""
+        matrix, axis = self.matrix()
+        return causal_lm_loss(states, matrix, labels, *arguments, **options, vocabulary_axis=axis)
 
-    def decode(self, input_ids: jax.Array, attention_mask: jax.Array) -> Any:
-        """The decoder's output alone."""
-        return self.model(input_ids, attention_mask, use_cache=False, return_dict=True)
-
-    def logits_of(self, states: jax.Array, begin: jax.Array, count: int) -> jax.Array:
-        """[positions, d_model] -> logits [positions, count] of `count` ids from `begin` on."""
-        matrix, axis = self._matrix()
-        part = jax.lax.dynamic_slice_in_dim(matrix, begin, count, axis).astype(self.dtype)
-        return jnp.einsum("ld,vd->lv" if axis == 0 else "ld,dv->lv", states, part, precision=precision())
-
-    def _matrix(self) -> tuple[jax.Array, int]:
-        """The head, and which of its axes is the vocabulary's."""
+    def matrix(self) -> tuple[jax.Array, int]:
+        """The head's matrix, and which of its axes is the vocabulary's."""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.embedding, 0
         return self.lm_head.variables["params"]["kernel"], 1
 
-    def _loss(self, hidden_states: jax.Array, *arguments: Any, **options: Any) -> LossOutput:
-        if not self.config.tie_word_embeddings and self.is_initializing():
-            self.lm_head(hidden_states[:, :1])  # Which makes the parameter.
-        matrix, axis = self._matrix()
-        return causal_lm_loss(hidden_states, matrix, *arguments, **options, vocabulary_axis=axis)
+    def results(
+        self,
+        inputs: DecoderInputs,
+        cache: FlaxXGLMCache | None,
+        wanted: Wanted,
+        *,
+        deterministic: bool = True,
+        labels: jax.Array | None = None,
+        num_items_in_batch: int | jax.Array | None = None,
+        logits_to_keep: int | jax.Array = 0,
+        return_logits: bool | None = None,
+        loss_options: LossOptions = LossOptions(),  # noqa: B008, which is frozen
+    ) -> dict[str, Any]:
+        """Loss and logits, and what `decode` returns, by the names of the output; see `FlaxXGLMForCausalLM`."""
+        states, *decoded = self.model.decode(inputs, cache, wanted, deterministic=deterministic)
+        results = dict(zip(DecoderResults._fields[1:], decoded, strict=True))
+        has_labels, training = labels is not None, not deterministic
+        is_wanted = wants_logits(return_logits, has_labels=has_labels, training=training, logits_to_keep=logits_to_keep)
+        if is_wanted or self.is_initializing():
+            results["logits"] = self.head(_kept(states, logits_to_keep))
+        if labels is not None:
+            labels = counted_labels(labels, inputs.attention_mask, 0 if cache is None else cache.length)
+            results["loss"] = self.loss(states, labels, num_items_in_batch, options=loss_options).loss
+        return results
 
-    def _head(self, hidden_states: jax.Array) -> jax.Array:
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden_states)
-        # Differs: a tied head is no parameter, so there is nothing to tie again. `nn.Embed.attend` has no precision.
-        embedding = self.model.embed_tokens.embedding.astype(self.dtype)
-        rows = hidden_states.shape[0] * hidden_states.shape[1]
-        if isinstance(rows, int) and 1 < rows <= FEW_ROWS:  # `jax.export` may leave sizes open.
-            return few_rows_product(hidden_states, embedding)
-        return jnp.einsum("bld,vd->blv", hidden_states, embedding, precision=precision())
 
-
-class FlaxXGLMForCausalLM(GenerationSurface, FlaxXGLMPreTrainedModel):
+class FlaxXGLMForCausalLM(FlaxGenerationSurface, FlaxXGLMPreTrainedModel):
     """Decoder and head: logits of the next token. The head is the embedding matrix if `config.tie_word_embeddings`.
 
     See `FlaxXGLMPreTrainedModel` for the arguments. It may be called inside `jax.jit`, `jax.grad` and `jax.vmap`; what
@@ -177,7 +99,6 @@ class FlaxXGLMForCausalLM(GenerationSurface, FlaxXGLMPreTrainedModel):
     """
 
     has_head = True
-    own_arguments = ("params", "prng_key")
     module_class = FlaxXGLMForCausalLMModule
 
     def __init__(self, config: XGLMConfig, *args: Any, **options: Any) -> None:
@@ -221,8 +142,8 @@ class FlaxXGLMForCausalLM(GenerationSurface, FlaxXGLMPreTrainedModel):
             logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
                 all of them. With labels, the loss is that of all positions.
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
-            return_logits: whether to return logits; None means unless there are labels and `train`, as the loss does
-                without, and unless `logits_to_keep` asks for some.
+            return_logits: whether to compute and return logits; None means no in training with labels, as the loss does
+                not need them, unless `logits_to_keep` names some.
 
         Returns:
             The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in
@@ -231,41 +152,24 @@ class FlaxXGLMForCausalLM(GenerationSurface, FlaxXGLMPreTrainedModel):
         Raises:
             InputError: see `FlaxXGLMModel.__call__`; or labels outside the vocabulary.
         """
+        encoder, masks = (encoder_hidden_states, encoder_attention_mask), (head_mask, cross_attn_head_mask)
+        inputs = DecoderInputs(input_ids, attention_mask, position_ids, *encoder, *masks, inputs_embeds)
         check_head_arguments(self.config, input_ids if inputs_embeds is None else inputs_embeds, labels, logits_to_keep)
-        return self._call(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            train=train,
-            params=params,
-            past_key_values=past_key_values,
-            dropout_rng=dropout_rng,
-            head_mask=head_mask,
-            cross_attn_head_mask=cross_attn_head_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            labels=labels,
-            num_items_in_batch=num_items_in_batch,
-            **_traced_or_static(
-                logits_to_keep,
-                return_logits=wants_logits(
-                    return_logits, has_labels=labels is not None, training=train, logits_to_keep=logits_to_keep
-                ),
-                loss_options=self.loss_options,
-            ),
-        )
+        checked = self._checked_call(inputs, past_key_values, params, train, dropout_rng)
+        wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
+        items = None if num_items_in_batch is None else jnp.asarray(num_items_in_batch)
+        of_head = {"labels": labels, "num_items_in_batch": items, "loss_options": self.loss_options}
+        kept = {"logits_to_keep": logits_to_keep, "return_logits": return_logits}
+        results = self._results(*checked, wanted=wanted, deterministic=not train, **of_head, **kept)
+        return present(CausalLMOutputWithCrossAttentions, self.config, return_dict, **results)
 
     def prepare_inputs_for_generation(
         self, input_ids: jax.Array, max_length: int, attention_mask: jax.Array | None = None
     ) -> dict[str, Any]:
         """The arguments, besides the tokens, of the first call of a decoding loop, whose shapes never change.
 
-        Differs: compiled loops carry a cache of fixed capacity, and a mask for all of it.
+        Differs: PyTorch and Keras ask for this at each step. Here compiled loops carry a cache of fixed capacity, and a
+        mask for all of it.
 
         Args:
             input_ids: prompts [rows, length].
@@ -325,41 +229,6 @@ class FlaxXGLMForCausalLM(GenerationSurface, FlaxXGLMPreTrainedModel):
         else:
             self._make_module()
 
-    @inputs_as_given()
-    def generate(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        generation_config: GenerationConfig | None = None,
-        *,
-        params: Params | None = None,
-        prng_key: jax.Array | None = None,
-        **arguments: Any,
-    ) -> Any:
-        """Continues each row; see `GenerationSurface.generate`.
-
-        Args:
-            input_ids, attention_mask, generation_config, arguments: see there.
-            params: the parameters; None means the model's.
-            prng_key: a key of JAX, to sample by in place of `seed`. Differs: PyTorch and Keras hold the state of their
-                generators; JAX has none.
-        """
-        return super().generate(
-            input_ids, attention_mask, generation_config, params=params, prng_key=prng_key, **arguments
-        )
-
-    @inputs_as_given()
-    def score(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        *,
-        return_likeliest: bool = False,
-        params: Params | None = None,
-    ) -> Any:
-        """The log-probability of each token; see `GenerationSurface.score`. Without `params`, the model's are used."""
-        return super().score(input_ids, attention_mask, return_likeliest=return_likeliest, params=params)
-
     def _engine(
         self, past: FlaxXGLMCache | None, prompts: Prompts, options: dict[str, Any], *, params: Any = None, **own: Any
     ) -> FlaxEngine:
@@ -374,24 +243,6 @@ class FlaxXGLMForCausalLM(GenerationSurface, FlaxXGLMPreTrainedModel):
     def _as_cache(self, past_key_values: Any) -> FlaxXGLMCache | None:
         return as_cache(past_key_values, self.config, self.dtype)
 
-    def _to_numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array)
-
-    def _from_numpy(self, array: np.ndarray, like: Any) -> jax.Array:
-        # In 32 bits unless JAX is told to have more.
-        return jnp.asarray(array.astype(jax.dtypes.canonicalize_dtype(array.dtype)))
-
-    def _is_traced(self, *values: Any) -> bool:
-        return is_any_traced(*values)
-
-    def _seeded(
-        self, generation: GenerationConfig, options: dict[str, Any], *, prng_key: Any = None, **own: Any
-    ) -> GenerationConfig:
-        """The options, with the seed that a key of JAX stands for."""
-        if prng_key is None:
-            return generation
-        return dataclasses.replace(generation, seed=seed_of(prng_key, generation, options))
-
     def _make_module(self) -> None:
         super()._make_module()
         self.compiled_engine = compile_engine(self.module)
@@ -403,10 +254,3 @@ def _kept(states: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:
     if isinstance(logits_to_keep, int):
         return states[:, -logits_to_keep:]
     return jnp.take(states, logits_to_keep, axis=1)
-
-
-def _traced_or_static(logits_to_keep: int | jax.Array, **static: Any) -> dict[str, Any]:
-    """A count is part of what is compiled, as is the rest; positions are not."""
-    if isinstance(logits_to_keep, int):
-        return {"static": {**static, "logits_to_keep": logits_to_keep}}
-    return {"static": static, "logits_to_keep": logits_to_keep}

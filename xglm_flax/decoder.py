@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -11,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from xglm_core.calls import DecoderInputs, DecoderResults, Wanted, present, resolve
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import inputs_as_given
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_flax.attention import attention_mask_for
-from xglm_flax.blocks import BlockInputs, FlaxXGLMDecoderLayers, Remat, layer_norm
-from xglm_flax.cache import ByLayer, FlaxXGLMCache, Length, extend_cache
-from xglm_flax.dropout import FlaxXGLMDropout
+from xglm_flax.blocks import BlockInputs, BlockResults, FlaxXGLMDecoderLayers, OwnInputs
+from xglm_flax.cache import FlaxXGLMCache, Length, extend_cache
+from xglm_flax.fast.dropout import FlaxXGLMDropout
 from xglm_flax.initialization import embedding_init
+from xglm_flax.layers import FlaxXGLMLayerNorm
+from xglm_flax.linen import FlaxXGLMLinenModule
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
 from xglm_flax.weights import Params
 
@@ -27,8 +29,8 @@ from xglm_flax.weights import Params
 class FlaxXGLMSinusoidalPositionalEmbedding(nn.Module):
     """Looks up rows of the position table, which is always computed and always float32.
 
-    Differs: the table is a constant of the compiled code. That costs one more copy per compilation, less than 0.4% of
-    the weights of any published size, and keeps it out of the parameters.
+    Differs: PyTorch and Keras keep the table beside the weights. Here it is a constant of the compiled code: one more
+    copy for each compilation, which is less than 0.4% of the weights of any published size.
     """
 
     config: XGLMConfig
@@ -42,22 +44,10 @@ class FlaxXGLMSinusoidalPositionalEmbedding(nn.Module):
         return jnp.take(self.weights, position_ids + POSITION_OFFSET, axis=0, mode="fill", fill_value=jnp.nan)
 
 
-class FlaxXGLMModule(nn.Module):
-    """The bare decoder as a Linen module: what `FlaxXGLMModel` compiles.
+class FlaxXGLMModule(FlaxXGLMLinenModule):
+    """The bare decoder as a Linen module: what `FlaxXGLMModel` compiles. See `FlaxXGLMLinenModule`."""
 
-    Attributes:
-        config: the architecture.
-        dtype: type of the computation.
-        param_dtype: type of the parameters.
-        scan_layers: whether the blocks run in a `jax.lax.scan`; then the parameters may be those of `stack_layers`.
-        remat: what the backward pass computes again; see `remat_policy`.
-    """
-
-    config: XGLMConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    scan_layers: bool = False
-    remat: Remat = "none"
+    output_class = BaseModelOutputWithPastAndCrossAttentions
 
     def setup(self) -> None:
         """Creates the layers, under the checkpoint's names."""
@@ -72,95 +62,65 @@ class FlaxXGLMModule(nn.Module):
         )
         self.embed_positions = FlaxXGLMSinusoidalPositionalEmbedding(config)
         self.layers = FlaxXGLMDecoderLayers(config, self.dtype, self.param_dtype, self.scan_layers, self.remat)
-        self.layer_norm = layer_norm(self.dtype, self.param_dtype)
+        self.layer_norm = FlaxXGLMLayerNorm(self.dtype, self.param_dtype)
         self.dropout = FlaxXGLMDropout(config.dropout)
 
-    def __call__(
-        self,
-        input_ids: jax.Array | None = None,
-        attention_mask: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
-        encoder_hidden_states: jax.Array | None = None,
-        encoder_attention_mask: jax.Array | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        deterministic: bool = True,
-        past_key_values: FlaxXGLMCache | None = None,
-        *,
-        head_mask: jax.Array | None = None,
-        cross_attn_head_mask: jax.Array | None = None,
-        inputs_embeds: jax.Array | None = None,
-        use_cache: bool | None = None,
-    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]:
-        """Runs the decoder on traced values: nothing is checked, and a cache has to have room; see `FlaxXGLMModel`.
+    def decode(
+        self, inputs: DecoderInputs, cache: FlaxXGLMCache | None, wanted: Wanted, *, deterministic: bool = True
+    ) -> DecoderResults:
+        """The inner door: runs the decoder on what was checked, or needs no check.
 
         Args:
-            input_ids, position_ids, encoder_hidden_states, encoder_attention_mask, output_attentions,
-                output_hidden_states, return_dict, head_mask, cross_attn_head_mask, inputs_embeds, use_cache: see
-                `FlaxXGLMModel.__call__`.
-            attention_mask: as there, or for all positions that `past_key_values` has room for.
-            deterministic: whether dropout is off.
-            past_key_values: the cache of an earlier call.
-        """
-        config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if inputs_embeds is None:
-            hidden_states = self.embed_tokens(input_ids) * self.embed_scale
-        else:
-            hidden_states = jnp.asarray(inputs_embeds, self.dtype)
-        batch, length, _ = hidden_states.shape
-        past = 0 if past_key_values is None else past_key_values.length
-        mask = _key_mask(attention_mask, past_key_values, batch, length)
-        if position_ids is None:
-            position_ids = _position_ids(mask, past, length)
+            inputs: what to read; the mask may cover all positions that a cache has room for.
+            cache: a cache to go on from, with room, which stays as it is; or None.
+            wanted: what to return besides the states; static.
+            deterministic: whether dropout is off; else there is a "dropout" key.
 
-        hidden_states = hidden_states + self.embed_positions(position_ids).astype(hidden_states.dtype)
-        hidden_states = self.dropout(hidden_states, deterministic)
-        own = BlockInputs(
-            head_mask=_of_kept_heads(head_mask, config),
-            cross_attn_head_mask=cross_attn_head_mask,
-        )
-        cache = None
-        if use_cache or past_key_values is not None:
-            cache = extend_cache(past_key_values, config, length, mask, hidden_states, stacked=self.scan_layers)
-            if encoder_attention_mask is not None:
-                cache = dataclasses.replace(cache, encoder_mask=encoder_attention_mask.astype(bool))
-            encoder_attention_mask = cache.encoder_mask
-            if past_key_values is not None:
-                own = own._replace(keys=cache.keys, values=cache.values)
-            if cache.encoder:
-                keys, values = zip(*cache.encoder, strict=True)
-                own = own._replace(encoder_keys=keys, encoder_values=values)
-            # Compiled code cannot raise, and would overwrite the last positions: NaN is better than wrong.
-            hidden_states = jnp.where(past + length <= cache.capacity, hidden_states, jnp.nan)
-        hidden_states, results = self.layers(
-            hidden_states,
-            attention_mask_for(mask, past, length),
-            own,
-            wanted=_wanted_fields(cache is not None, output_attentions, output_hidden_states),
-            past=past,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_mask=None if encoder_attention_mask is None else encoder_attention_mask.astype(bool)[:, None, None],
-            output_attentions=output_attentions,
-            deterministic=deterministic,
-        )
-        hidden_states = self.layer_norm(hidden_states)
+        Returns:
+            The states, in the type of the computation, and what is wanted.
+        """
+        embeddings = inputs.inputs_embeds
+        states = self.embed_tokens(inputs.input_ids) * self.embed_scale if embeddings is None else embeddings
+        states = jnp.asarray(states, self.dtype)
+        length, start = states.shape[1], 0 if cache is None else cache.length
+        mask = key_mask(inputs.attention_mask, cache, states.shape[0], length)
+        positions = position_ids_for(mask, start, length) if inputs.position_ids is None else inputs.position_ids
+        states = states + self.embed_positions(positions).astype(states.dtype)
+        states = self.dropout(states, deterministic)
+        encoder_mask = inputs.encoder_attention_mask
         if cache is not None:
-            cache = cache.written(results.keys, results.values, length)
-            if results.encoder_keys is not None:
-                encoder = tuple(zip(results.encoder_keys, results.encoder_values, strict=True))
-                cache = dataclasses.replace(cache, encoder=encoder)
-        outputs = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
-            hidden_states=(*results.hidden_states, hidden_states) if output_hidden_states else None,
-            attentions=_as_tuple(results.attentions),
-            cross_attentions=_as_tuple(results.cross_attentions),
+            encoder_mask = cache.encoder_mask if encoder_mask is None else encoder_mask
+            # Compiled code cannot raise, and would overwrite the last positions: NaN is better than wrong.
+            states = jnp.where(start + length <= cache.capacity, states, jnp.nan)
+        encoder_mask = None if encoder_mask is None else encoder_mask.astype(bool)
+        for_blocks = BlockInputs(
+            attention_mask_for(mask, start, length),
+            start,
+            inputs.encoder_hidden_states,
+            None if encoder_mask is None else encoder_mask[:, None, None],
+            deterministic,
         )
-        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+        own = [_own_inputs(self.config, index, cache, inputs) for index in range(self.config.num_layers)]
+        # A scan would stack all results, so those that are not wanted do not leave the blocks.
+        fields = ("cached", "encoder") * wanted.cache + ("attentions", "cross_attentions") * wanted.attentions
+        states, blocks = self.layers(states, own, for_blocks, fields + ("hidden_states",) * wanted.hidden_states)
+        states = self.layer_norm(states)
+        keys_and_values, encoder = _of_blocks(blocks, "cached"), _of_blocks(blocks, "encoder")
+        new = extend_cache(cache, keys_and_values, encoder, mask, encoder_mask, length) if wanted.cache else None
+        before = _of_blocks(blocks, "hidden_states")
+        return DecoderResults(
+            states,
+            new,
+            None if before is None else (*before, states),
+            _of_blocks(blocks, "attentions"),
+            _of_blocks(blocks, "cross_attentions"),
+        )
+
+    def results(
+        self, inputs: DecoderInputs, cache: FlaxXGLMCache | None, wanted: Wanted, *, deterministic: bool = True
+    ) -> dict[str, Any]:
+        """What `decode` returns, by the names of the output."""
+        return self.decode(inputs, cache, wanted, deterministic=deterministic)._asdict()
 
 
 class FlaxXGLMModel(FlaxXGLMPreTrainedModel):
@@ -231,50 +191,15 @@ class FlaxXGLMModel(FlaxXGLMPreTrainedModel):
                 vocabulary or a position past the limit; there are more tokens than the cache has room for, no
                 parameters, or no `dropout_rng`.
         """
-        return self._call(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            train=train,
-            params=params,
-            past_key_values=past_key_values,
-            dropout_rng=dropout_rng,
-            head_mask=head_mask,
-            cross_attn_head_mask=cross_attn_head_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            static={},
-        )
+        encoder, masks = (encoder_hidden_states, encoder_attention_mask), (head_mask, cross_attn_head_mask)
+        inputs = DecoderInputs(input_ids, attention_mask, position_ids, *encoder, *masks, inputs_embeds)
+        checked = self._checked_call(inputs, past_key_values, params, train, dropout_rng)
+        wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
+        results = self._results(*checked, wanted=wanted, deterministic=not train)
+        return present(BaseModelOutputWithPastAndCrossAttentions, self.config, return_dict, **results)
 
 
-def _wanted_fields(cache: bool, attentions: bool, hidden_states: bool) -> tuple[str, ...]:
-    """The fields of `BlockResults` to keep: a scan would stack the others, too."""
-    return (
-        *(("keys", "values", "encoder_keys", "encoder_values") if cache else ()),
-        *(("attentions", "cross_attentions") if attentions else ()),
-        *(("hidden_states",) if hidden_states else ()),
-    )
-
-
-def _as_tuple(items: ByLayer | None) -> tuple[jax.Array, ...] | None:
-    return None if items is None else tuple(items)
-
-
-def _of_kept_heads(head_mask: jax.Array | None, config: XGLMConfig) -> ByLayer | None:
-    """The factors of the heads that each block has."""
-    if head_mask is None or not config.pruned_heads:
-        return head_mask
-    return tuple(head_mask[index, np.array(config.kept_heads(index))] for index in range(config.num_layers))
-
-
-def _key_mask(
-    attention_mask: jax.Array | None, past: FlaxXGLMCache | None, batch: int, length: int
-) -> jax.Array | None:
+def key_mask(attention_mask: jax.Array | None, past: FlaxXGLMCache | None, batch: int, length: int) -> jax.Array | None:
     """The mask over the new positions, or over all that the cache has room for; None if nothing is padding.
 
     Positions after the new ones may be marked or not: none of the new ones sees them.
@@ -286,9 +211,26 @@ def _key_mask(
     return jax.lax.dynamic_update_slice_in_dim(past.mask, jnp.ones((batch, length), bool), past.length, axis=1)
 
 
-def _position_ids(mask: jax.Array | None, past: Length, length: int) -> jax.Array:
+def position_ids_for(mask: jax.Array | None, start: Length, length: int) -> jax.Array:
     """Counts each row's tokens that are not padding: [batch or 1, length]; padding repeats the position before it."""
     if mask is None:
         return jnp.arange(length)[None]
     counts = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    return jax.lax.dynamic_slice_in_dim(counts, past, length, axis=1)
+    return jax.lax.dynamic_slice_in_dim(counts, start, length, axis=1)
+
+
+def _own_inputs(config: XGLMConfig, index: int, cache: FlaxXGLMCache | None, inputs: DecoderInputs) -> OwnInputs:
+    """What a block reads alone."""
+    of_heads, of_cross = inputs.head_mask, inputs.cross_attn_head_mask
+    return OwnInputs(
+        None if cache is None else (cache.keys[index], cache.values[index]),
+        cache.encoder[index] if cache is not None and cache.encoder else None,
+        None if of_heads is None else of_heads[index, np.array(config.kept_heads(index))],
+        None if of_cross is None else of_cross[index],
+    )
+
+
+def _of_blocks(results: list[BlockResults], name: str) -> Any:
+    """A result of all blocks as a tuple, or None."""
+    found = tuple(getattr(one, name) for one in results)
+    return None if found[0] is None else found

@@ -1,4 +1,4 @@
-"""Weights that lie in several processes, for one to write, though all of them have to take part in reading each."""
+"""Saving weights that are spread over processes: all of them gather each weight, and the first one writes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _DONE, _FAILED = -1, -2
 
 @contextlib.contextmanager
 def first_process_reads(params: Params, names: Sequence[str], read: Read) -> Iterator[Read | None]:
-    """Gives the first process a way to read weights by name, and lets the others help until it has finished.
+    """Lets the first process read weights by name; the others help until it has finished.
 
-    Differs: what the processes tell each other are numbers.
+    Differs: in PyTorch the processes send each other names, and here the places of names.
 
     Args:
-        params: if each process has all of them to itself, `read` is given to every process as it is.
+        params: if each process has all of them, every process gets `read` as it is.
         names: of the weights, in the same order in all processes.
-        read: reads a weight; if it lies in several processes only if all of them call it, in the same order.
+        read: reads a weight. If the weight is spread over processes, all of them have to call it, in the same order.
 
     Yields:
         How to read; None in the processes that help.
@@ -40,17 +40,17 @@ def first_process_reads(params: Params, names: Sequence[str], read: Read) -> Ite
         return
     if jax.process_index() != 0:
         yield None
-        while (said := _said_by_first(0)) >= 0:
-            read(names[said])
-        if said == _FAILED:
+        while (place := _sent_by_first(0)) >= 0:
+            read(names[place])
+        if place == _FAILED:
             raise CheckpointError("the first process could not write the checkpoint; its own error says why")
         return
 
-    alone = threading.Lock()  # Weights are written by several threads, and gathered in one order.
+    lock = threading.Lock()  # Several threads write, but all processes gather in the same order.
 
     def asking(name: str) -> np.ndarray:
-        with alone:
-            _said_by_first(names.index(name))
+        with lock:
+            _sent_by_first(names.index(name))
             return read(name)
 
     last = _FAILED
@@ -58,8 +58,8 @@ def first_process_reads(params: Params, names: Sequence[str], read: Read) -> Ite
         yield asking
         last = _DONE
     finally:
-        _said_by_first(last)
+        _sent_by_first(last)
 
 
-def _said_by_first(number: int) -> int:
+def _sent_by_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

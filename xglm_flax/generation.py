@@ -1,10 +1,10 @@
-"""The generation engine: reading, one token at a time, and selection on the device."""
+"""The generation engine: reads prompts, then takes up to 16 steps at a time, with selection, on the device."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,25 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xglm_core.errors import InputError
-from xglm_core.generation.config import GenerationConfig
+from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.generation.engine import BLOCK, Processor, check_processed
 from xglm_core.generation.rules import Rules
 from xglm_core.generation.selection import DeviceRules
 from xglm_core.rounding import rounded_up
-from xglm_flax.attention import FEW_ROWS, few_rows_product
 from xglm_flax.cache import FlaxXGLMCache, picked, reordered, with_capacity
+from xglm_flax.fast import few_rows
 from xglm_flax.selection import device_rules, selection
 from xglm_flax.stacking import unstack_layers
 from xglm_flax.weights import Params
 
-_QUICK = "transposed_kernel"
-_MANY_STEPS = 8  # In as many the transposition has paid for itself.
-
 
 @dataclasses.dataclass(frozen=True)
 class CompiledEngine:
-    """The compiled functions of one module. They take its parameters as an argument, so that there is no second copy.
+    """The compiled functions of one module. Its parameters are an argument: as constants they would be copied.
 
     Attributes:
         prefill, feed, advance: see `_prefill`, `_feed` and `_advance`, without their first argument; they consume
@@ -58,12 +54,12 @@ def compile_engine(module: nn.Module) -> CompiledEngine:
 class FlaxEngine:
     """Implements `xglm_core.generation.engine.Engine`.
 
-    Differs: everything is compiled for fixed shapes, so prompts and capacities are multiples of `bucket`, and the steps
-    are a loop in compiled code.
+    Differs: PyTorch compiles nothing. Here, as in Keras, all is compiled for fixed shapes: prompts and capacities are
+    multiples of `bucket`, and the steps are a loop in compiled code.
 
     Args:
-        compiled: the functions of the model that continues the texts.
-        params: its parameters; stacked blocks are taken apart, which takes their memory again.
+        compiled: the functions of the model.
+        params: its parameters; stacked blocks are taken apart, in a copy.
         past: a cache to go on from, which stays as it is; None to begin.
     """
 
@@ -73,7 +69,7 @@ class FlaxEngine:
     def __init__(self, compiled: CompiledEngine, params: Params, past: FlaxXGLMCache | None = None) -> None:
         self._compiled = compiled
         self._params = unstack_layers(params)
-        self._quick: Params | None = None
+        self._transposed: Params | None = None
         self._steps = 0
         self._cache = past
         self._seen: jax.Array | None = None
@@ -87,10 +83,12 @@ class FlaxEngine:
             # A copy, as what follows is written in place.
             rows = np.arange(len(tokens)) if cache.batch == len(tokens) else np.zeros(len(tokens), int)  # One for all.
             cache = _copied(cache, rows, capacity=capacity)
-        given = {"inputs_embeds": tokens} if tokens.ndim == 3 else {"input_ids": tokens.astype(np.int32)}
-        self.logits, self._cache = self._compiled.prefill(
-            self._params, given, attention_mask.astype(bool), cache=cache, capacity=capacity
-        )
+        mask = attention_mask.astype(bool)
+        if tokens.ndim == 3:
+            inputs = DecoderInputs(inputs_embeds=tokens, attention_mask=mask)
+        else:
+            inputs = DecoderInputs(tokens.astype(np.int32), mask)
+        self.logits, self._cache = self._compiled.prefill(self._params, inputs, cache=cache, capacity=capacity)
         if seen is not None:
             self._seen = _mark_seen(jnp.zeros(self.logits.shape, bool), seen)
 
@@ -147,16 +145,14 @@ class FlaxEngine:
     def cache(self, places: np.ndarray, mask: np.ndarray) -> FlaxXGLMCache:
         """See `Engine.cache`."""
         assert self._cache is not None  # As the prompts were read.
-        return picked(_unpacked(self._cache), jnp.asarray(places.astype(np.int32)), jnp.asarray(mask))
+        return picked(self._cache, jnp.asarray(places.astype(np.int32)), jnp.asarray(mask))
 
     def _params_of_steps(self, rows: int, steps: int) -> Params:
-        """The parameters for that many more steps; of few rows but many steps on a CPU, those of `_transposed`."""
+        """The parameters for that many more steps."""
         self._steps += steps
-        if self._steps < _MANY_STEPS or not 1 < rows <= FEW_ROWS or jax.default_backend() != "cpu":
-            return self._params
-        if self._quick is None:
-            self._quick = _transposed(self._params)
-        return self._quick
+        if self._transposed is None and few_rows.is_worth_transposing(rows, self._steps):
+            self._transposed = few_rows.transposed(self._params)
+        return self._params if self._transposed is None else self._transposed
 
     def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
         """See `Engine.process`."""
@@ -168,27 +164,19 @@ class FlaxEngine:
 
 
 def _prefill(
-    module: Any,
-    params: Params,
-    tokens: dict[str, jax.Array],
-    attention_mask: jax.Array,
-    cache: FlaxXGLMCache | None,
-    *,
-    capacity: int,
+    module: Any, params: Params, inputs: DecoderInputs, cache: FlaxXGLMCache | None, *, capacity: int
 ) -> tuple[jax.Array, FlaxXGLMCache]:
     """Reads prompts; returns logits [rows, vocab_size] and a cache with room for `capacity` positions."""
-    past = None if cache is None else _unpacked(cache)
-    logits, cache = _read(module, params, past, attention_mask=attention_mask, **tokens)
-    return logits, _packed(with_capacity(cache, capacity))
+    logits, cache = _read(module, params, inputs, cache)
+    return logits, with_capacity(cache, capacity)
 
 
 def _feed(
     module: Any, params: Params, tokens: jax.Array, cache: FlaxXGLMCache, seen: jax.Array | None
 ) -> tuple[jax.Array, FlaxXGLMCache, jax.Array | None]:
-    """Reads ids [rows]; returns logits [rows, vocab_size], the cache, and what the texts now contain."""
+    """Reads ids [rows]; returns logits [rows, vocab_size], the cache, and which ids the sequences now contain."""
     seen = None if seen is None else selection.mark_seen(seen, tokens[:, None])
-    logits, cache = _read(module, params, _unpacked(cache), input_ids=tokens[:, None])
-    return logits, _packed(cache), seen
+    return *_read(module, params, DecoderInputs(tokens[:, None]), cache), seen
 
 
 def _advance(
@@ -224,61 +212,17 @@ def _advance(
 
 
 def _read(
-    module: Any, params: Params, cache: FlaxXGLMCache | None, **arguments: jax.Array
+    module: Any, params: Params, inputs: DecoderInputs, cache: FlaxXGLMCache | None
 ) -> tuple[jax.Array, FlaxXGLMCache]:
-    """Runs the module; returns the logits of the last token of each row, and the cache."""
-    with nn.intercept_methods(_dense):
-        outputs = module.apply(
-            {"params": params}, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=True, **arguments
-        )
-    return outputs.logits[:, 0], outputs.past_key_values
+    """Runs decoder and head; returns the logits of the last token of each row, and the cache."""
 
+    def read(module: Any) -> tuple[jax.Array, FlaxXGLMCache]:
+        results = module.model.decode(inputs, cache, Wanted(cache=True))
+        return module.head(results.last_hidden_state[:, -1:])[:, 0], results.past_key_values
 
-def _transposed(params: Params) -> Params:
-    """The parameters with the kernels of the blocks as `few_rows_product` wants them, under another name.
-
-    Differs: XLA reads them twice as fast so. They take the memory of the blocks again while a text is generated, and
-    half of the time of each step from then on.
-    """
-    decoder = params["model"]
-    layers = {index: _turned(block) for index, block in decoder["layers"].items()}
-    return {**params, "model": {**decoder, "layers": layers}}
-
-
-@jax.jit
-def _turned(tree: Any) -> Any:
-    """A block with its kernels transposed."""
-    if not isinstance(tree, dict):
-        return tree
-    return {_QUICK if k == "kernel" else k: v.T if k == "kernel" else _turned(v) for k, v in tree.items()}
-
-
-def _dense(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
-    """What `nn.Dense` computes, also from a kernel of `_transposed`."""
-    module: Any = context.module
-    if (
-        not isinstance(module, nn.Dense)
-        or context.method_name != "__call__"
-        or _QUICK not in module.variables["params"]
-    ):
-        return call(*args, **kwargs)
-    (states,), own = args, module.variables["params"]
-    product = few_rows_product(states.astype(module.dtype), own[_QUICK].astype(module.dtype))
-    return product + own["bias"].astype(module.dtype)[None, None]
-
-
-def _packed(cache: FlaxXGLMCache) -> FlaxXGLMCache:
-    """The cache as it goes from step to step: that of one row without the axis of rows, see `put`."""
-    return _reshaped(cache, lambda states: states.squeeze(0)) if cache.batch == 1 else cache
-
-
-def _unpacked(cache: FlaxXGLMCache) -> FlaxXGLMCache:
-    """The cache with the axis of rows again."""
-    return _reshaped(cache, lambda states: states[None]) if cache.batch == 1 else cache
-
-
-def _reshaped(cache: FlaxXGLMCache, change: Callable[[jax.Array], jax.Array]) -> FlaxXGLMCache:
-    return dataclasses.replace(cache, keys=jax.tree.map(change, cache.keys), values=jax.tree.map(change, cache.values))
+    with few_rows.products():
+        logits_and_cache: tuple[jax.Array, FlaxXGLMCache] = module.apply({"params": params}, method=read)
+    return logits_and_cache
 
 
 _mark_seen = jax.jit(selection.mark_seen, donate_argnames="seen")
@@ -286,12 +230,12 @@ _mark_seen = jax.jit(selection.mark_seen, donate_argnames="seen")
 
 @functools.partial(jax.jit, static_argnames="capacity")
 def _copied(cache: FlaxXGLMCache, rows: jax.Array, *, capacity: int) -> FlaxXGLMCache:
-    return _packed(reordered(cache, rows, capacity))
+    return reordered(cache, rows, capacity)
 
 
 @jax.jit
 def _reordered(cache: FlaxXGLMCache, rows: jax.Array) -> FlaxXGLMCache:
-    return _packed(reordered(_unpacked(cache), rows, cache.capacity))
+    return reordered(cache, rows, cache.capacity)
 
 
 @jax.jit
@@ -309,27 +253,3 @@ def _candidates(
 @jax.jit
 def _scores(logits: jax.Array, seen: jax.Array | None, rules: DeviceRules) -> jax.Array:
     return selection.filtered_logits(selection.apply_penalties(logits, seen, rules), rules)
-
-
-def seed_of(prng_key: jax.Array, generation: GenerationConfig, options: Mapping[str, Any]) -> int:
-    """The seed that a key stands for.
-
-    Args:
-        prng_key: a key of JAX, or its words, uint32 [any].
-        generation: the options of the call.
-        options: those that were given beside the key.
-
-    Raises:
-        InputError: it is no key, a seed is given as well, or nothing is drawn.
-    """
-    if options.get("seed") is not None:
-        raise InputError("seed and prng_key are both given, expected one of the two")
-    if not generation.do_sample:
-        raise InputError("prng_key has no effect without do_sample=True")
-    is_key = jnp.issubdtype(getattr(prng_key, "dtype", np.int64), jax.dtypes.prng_key)
-    words = np.asarray(jax.random.key_data(prng_key) if is_key else prng_key)
-    if words.dtype != np.uint32 or words.ndim != 1:
-        raise InputError(
-            f"prng_key is {words.dtype} {list(words.shape)}, expected a single key, such as jax.random.key(0)"
-        )
-    return int.from_bytes(words.astype("<u4").tobytes(), "little")

@@ -28,8 +28,8 @@ def embedding_init(config: XGLMConfig) -> Initializer:
 def initializer_of(config: XGLMConfig) -> Callable[[WeightSpec], Initializer]:
     """Gives each weight its initialiser.
 
-    Differs: initialising the Linen module would run all of its blocks. This compiles one function per shape, so that
-    deep models take little longer than shallow ones, and another model of the same sizes compiles nothing.
+    Differs: PyTorch and Keras draw weights without compiling. Linen's `init` would compile all blocks; this compiles
+    one function for each shape, which other models use again.
     """
     kernel, embedding, ones, zeros = _compiled(config.init_std, config.pad_token_id)
 

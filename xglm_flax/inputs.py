@@ -1,6 +1,6 @@
 """What a model call does before compiled code takes over: the checks of `xglm_core.inputs`, and fixed shapes.
 
-Differs: PyTorch checks values on the way. Compiled code has shapes but no values, so here all checks come first.
+Compiled code has shapes but no values. So all checks come before it, and what is traced has its shapes checked alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from xglm_core.calls import DecoderInputs
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.inputs import (
@@ -23,47 +24,45 @@ from xglm_core.inputs import (
 )
 from xglm_flax.cache import FlaxXGLMCache, is_traced, with_room
 
-Arguments = dict[str, Any]  # By name; None is not given.
 
-
-def prepared_arguments(config: XGLMConfig, past: FlaxXGLMCache | None, arguments: Arguments) -> Arguments:
-    """Checks the arguments of the decoder and brings them into the shapes that the compiled code knows.
+def checked_inputs(
+    config: XGLMConfig, inputs: DecoderInputs, past: FlaxXGLMCache | None
+) -> tuple[DecoderInputs, FlaxXGLMCache | None]:
+    """Checks the inputs of the decoder and brings them into the shapes that the compiled code knows.
 
     Returns:
-        The arguments; the mask, if there is one, is over all that the cache has room for; and the cache, with room.
+        The inputs, in which the mask covers all that the cache has room for; and the cache, with room.
 
     Raises:
         InputError: see `xglm_core.inputs`.
     """
-    seen = check_arguments(config, past, **arguments)
-    length = _tokens(arguments).shape[1]
-    mask = arguments["attention_mask"]
+    seen = check_arguments(config, inputs, past)
+    length, mask = np.shape(_tokens(inputs))[1], inputs.attention_mask
     if past is not None:
         past = with_room(past, length)
         if mask is not None and has_values(mask):
             # Without this, each further token would be another shape, and another compilation.
             mask = np.asarray(mask) != 0
             mask = np.pad(mask, ((0, 0), (0, past.capacity - mask.shape[1])))
-    check_position_ids(config, arguments["position_ids"], mask, past, seen, length)
-    return {**arguments, "attention_mask": mask, "past_key_values": past}
+    check_position_ids(config, inputs.position_ids, mask, past, seen, length)
+    return inputs._replace(attention_mask=mask), past
 
 
-def check_arguments(config: XGLMConfig, past: FlaxXGLMCache | None, **arguments: Any) -> int:
-    """Checks which arguments of the decoder are given, their shapes, and the ids; returns the cached positions.
+def check_arguments(config: XGLMConfig, inputs: DecoderInputs, past: FlaxXGLMCache | None) -> int:
+    """Checks which inputs of the decoder are given, their shapes, and the ids; returns the cached positions.
 
     Raises:
         InputError: see `xglm_core.inputs`.
     """
-    shapes = {name: known_shape(array) for name, array in arguments.items() if array is not None}
+    shapes = {name: known_shape(array) for name, array in inputs._asdict().items() if array is not None}
     tokens = shapes.get("input_ids", shapes.get("inputs_embeds", ()))
-    length = np.shape(_tokens(arguments))[1] if len(tokens) > 1 else 0
+    length = np.shape(_tokens(inputs))[1] if len(tokens) > 1 else 0
     seen, covered = _cached(past, length, mask=shapes.get("attention_mask"))
     check_shapes(config, shapes, past=covered, encoder_length=None if past is None else past.encoder_length)
     if past is not None:
         check_cache_batch(known_shape(past.mask)[0], tokens[0])
-    input_ids = arguments["input_ids"]
-    if input_ids is not None and has_values(input_ids):
-        check_input_ids(np.asarray(input_ids), config)
+    if inputs.input_ids is not None and has_values(inputs.input_ids):
+        check_input_ids(np.asarray(inputs.input_ids), config)
     return seen
 
 
@@ -103,7 +102,10 @@ def check_head_arguments(config: XGLMConfig, tokens: Any, labels: Any, logits_to
 
 
 def check_dropout(config: XGLMConfig, train: bool, dropout_rng: jax.Array | None) -> None:
-    """Raises `InputError` if dropout is to act without a key. Differs: the others keep one behind the scenes."""
+    """Raises `InputError` if dropout is to act without a key.
+
+    Differs: PyTorch and Keras hold the state of their random generators themselves.
+    """
     rates = (config.dropout, config.attention_dropout, config.activation_dropout, config.layerdrop)
     if train and dropout_rng is None and any(rates):
         raise InputError("train is True but dropout_rng is None, expected a key: dropout_rng=jax.random.key(0)")
@@ -119,13 +121,8 @@ def has_values(array: Any) -> bool:
     return not is_traced(array)
 
 
-def is_any_traced(*trees: Any) -> bool:
-    """Whether JAX traces some of the arrays in these trees."""
-    return any(map(is_traced, jax.tree.leaves(trees)))
-
-
-def _tokens(arguments: Arguments) -> Any:
-    return arguments["inputs_embeds"] if arguments["input_ids"] is None else arguments["input_ids"]
+def _tokens(inputs: DecoderInputs) -> Any:
+    return inputs.inputs_embeds if inputs.input_ids is None else inputs.input_ids
 
 
 def _cached(past: FlaxXGLMCache | None, length: int, mask: tuple[int | None, ...] | None) -> tuple[int, int]:

@@ -12,19 +12,20 @@ from jax.custom_derivatives import SymbolicZero
 
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput, chunk_positions
-from xglm_flax.attention import computed, precision
 from xglm_flax.cache import Length
+from xglm_flax.fast.barriers import barrier
+from xglm_flax.layers import precision
 
 _PLAIN = LossOptions()
 # XLA computes a term of a sum before it adds it. So logits take half of the room that there is for them, and what a
-# chunk adds to the gradient of the head is computed in parts. One CPU takes some words at a time, which lie together.
-# Where several devices may divide the words, it is some columns, a quarter of the room but no fewer than 32, which
-# would be slow. On accelerators all columns have room, and products of some take three times as long.
+# chunk adds to the gradient of the head is computed in parts. One CPU takes some tokens at a time, which lie together.
+# Where several devices may divide the vocabulary, each takes some columns: a quarter of the room, but at least 32, as
+# fewer would be slow. Accelerators have room for all columns, and would take three times as long for some.
 _LOGITS, _TERM, _COLUMNS, _WORDS = 2, 4, 32, 1024
 
 
 class _Static(NamedTuple):
-    """What is compiled: the options, positions of a chunk in each group, and see `causal_lm_loss`."""
+    """What is part of the program: the options, positions of a chunk in each group, and see `causal_lm_loss`."""
 
     options: LossOptions
     chunk: int
@@ -33,10 +34,10 @@ class _Static(NamedTuple):
 
 
 class _Data(NamedTuple):
-    """What has no gradients: targets int32 and factors float32, each [groups, positions], and chunks to compute."""
+    """What has no gradients: targets int32 and their weights float32 [groups, positions], and how many chunks count."""
 
     targets: jax.Array
-    factors: jax.Array
+    loss_weights: jax.Array
     chunks: jax.Array
 
 
@@ -53,8 +54,8 @@ def causal_lm_loss(
 ) -> LossOutput:
     """Cross-entropy of each next token, in float32, without holding all logits.
 
-    Differs: no backward pass but a rule for both modes of differentiation. The gradients are computed where the loss
-    is, if any are wanted; the tangent of the loss is their product with those of the states and the head.
+    Differs: PyTorch and Keras define a backward pass, and this a rule for both modes of differentiation. The gradients
+    are computed with the loss, if wanted; its tangent is their product with the tangents of states and head.
 
     Args:
         hidden_states: [batch, length, d_model]; their type is that of the products.
@@ -76,27 +77,30 @@ def causal_lm_loss(
     # The last position stays, with nothing to predict: there is one at least.
     targets = jnp.pad(labels[:, 1:], after, constant_values=IGNORED_LABEL).astype(jnp.int32)
     counts = targets != IGNORED_LABEL
-    factors = counts.astype(jnp.float32)
+    loss_weights = counts.astype(jnp.float32)
     if weights is not None:
-        factors = jnp.where(counts, jnp.pad(jax.lax.stop_gradient(weights)[:, 1:].astype(jnp.float32), after), 0)
-    targets = jnp.where(counts, targets, 0)  # In a vocabulary of 99 words, -100 would be no place of any.
-    count = factors.sum()
+        weights = jnp.pad(jax.lax.stop_gradient(weights)[:, 1:].astype(jnp.float32), after)
+        loss_weights = jnp.where(counts, weights, 0)
+    targets = jnp.where(counts, targets, 0)  # In a vocabulary of 99 tokens, -100 would not be a place of any.
+    count = loss_weights.sum()
     total = count if num_items_in_batch is None else jnp.asarray(num_items_in_batch, jnp.float32)
     scale = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
 
-    groups = math.gcd(jax.device_count(), len(labels)) if shards is None else shards
+    rows = labels.shape[0]  # Which `jax.export` may leave open.
+    groups = shards or (math.gcd(jax.device_count(), rows) if isinstance(rows, int) else 1)
     states = hidden_states.reshape(groups, -1, hidden_states.shape[2])
-    targets, factors = targets.reshape(groups, -1), factors.reshape(groups, -1)
+    targets, loss_weights = targets.reshape(groups, -1), loss_weights.reshape(groups, -1)
     positions = targets.shape[1]
-    room = _room(head.shape[vocabulary_axis]) // _LOGITS
-    chunk = min(positions, max(1, room // (groups if shards is None else 1)))
+    room = max(1, _room(head.shape[vocabulary_axis]) // _LOGITS // (groups if shards is None else 1))
+    chunk = min(positions, room) if isinstance(positions, int) else room
+    padding = -positions % chunk if isinstance(positions, int) else chunk
     # What counts comes first in each group; chunks after that are not computed.
-    order = jnp.argsort(factors == 0, axis=1, stable=True)
-    chunks = -(-(factors != 0).sum(axis=1).max() // chunk)
-    places = jnp.pad(order, ((0, 0), (0, -positions % chunk)))
-    factors = jnp.where(jnp.arange(places.shape[1])[None] < positions, _taken(factors, places), 0)
+    order = jnp.argsort(loss_weights == 0, axis=1, stable=True)
+    chunks = -(-(loss_weights != 0).sum(axis=1).max() // chunk)
+    places = jnp.pad(order, ((0, 0), (0, padding)))
+    loss_weights = jnp.where(jnp.arange(places.shape[1])[None] < positions, _taken(loss_weights, places), 0)
     static = _Static(options, chunk, vocabulary_axis, shards is not None)
-    data = _Data(_taken(targets, places), factors * scale, chunks)
+    data = _Data(_taken(targets, places), loss_weights * scale, chunks)
     loss, surprisal, correct = _sums(static, _taken(states, places), head, data)
     return LossOutput(loss, surprisal * total, correct * total, count)
 
@@ -104,9 +108,10 @@ def causal_lm_loss(
 def counted_labels(labels: jax.Array, attention_mask: jax.Array | None, past: Length = 0) -> jax.Array:
     """See `xglm_core.loss.counted_labels`.
 
-    Differs: behind the new positions, which begin at `past`, the mask may go on to all that a cache has room for.
+    Differs: in PyTorch and Keras the mask ends with the new positions. Here they begin at `past`, and the mask may
+    cover all that a cache has room for.
     """
-    labels = jnp.asarray(labels, jnp.int32)  # Which a label of 8 bits without a sign needs to become -100.
+    labels = jnp.asarray(labels, jnp.int32)  # Unsigned integers of 8 bits cannot become -100.
     if attention_mask is None:
         return labels
     is_token = jax.lax.dynamic_slice_in_dim(attention_mask, past, labels.shape[1], axis=1).astype(bool)
@@ -129,109 +134,122 @@ def _taken(arrays: jax.Array, places: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sums(static: _Static, states: jax.Array, head: jax.Array, data: _Data) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over positions of states [groups, positions, d_model]: losses, surprisals, and how many are correct."""
-    return _in_chunks(static, states, head, data, of_states=False, of_head=False)[0]
+    return _in_chunks(static, states, head, data)[0]
 
 
 @functools.partial(_sums.defjvp, symbolic_zeros=True)
 def _sums_and_tangents(static: _Static, primals: Any, tangents: Any) -> tuple[Any, Any]:
     wanted = [not isinstance(tangent, SymbolicZero) for tangent in tangents[:2]]
-    sums, *gradients = _in_chunks(static, *primals, of_states=wanted[0], of_head=wanted[1])
-    slope = nothing = jnp.zeros_like(sums[0])
+    sums, *gradients = _in_chunks(static, *primals, with_grad_states=wanted[0], with_grad_head=wanted[1])
+    tangent_of_loss = nothing = jnp.zeros_like(sums[0])
     for gradient, tangent in zip(gradients, tangents, strict=False):
         if gradient is not None:
-            slope = slope + jnp.sum(gradient * tangent.astype(jnp.float32))
-    return sums, (slope, nothing, nothing)
+            tangent_of_loss = tangent_of_loss + jnp.sum(gradient * tangent.astype(jnp.float32))
+    return sums, (tangent_of_loss, nothing, nothing)
 
 
 def _in_chunks(
-    static: _Static, states: jax.Array, head: jax.Array, data: _Data, *, of_states: bool, of_head: bool
+    static: _Static,
+    states: jax.Array,
+    head: jax.Array,
+    data: _Data,
+    *,
+    with_grad_states: bool = False,
+    with_grad_head: bool = False,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array | None, jax.Array | None]:
-    """The sums of `_sums`, and the gradients of the first of them, in the types of states and head, or None."""
+    """The sums of `_sums`, and the gradients of the first of them by states and head, float32, or None."""
     options, size, axis, _ = static
     matrix = head.astype(states.dtype)
-    vocabulary, letters = head.shape[axis], ("vd", "dv")[axis]
-    of_others = options.label_smoothing / vocabulary
+    letters = ("vd", "dv")[axis]
     # float16 has no room for the gradients of single logits, which are divided by the number of targets: later, then.
-    unit = jnp.abs(data.factors).max().clip(1e-30) if states.dtype == jnp.float16 else 1
+    unit = jnp.abs(data.loss_weights).max().clip(1e-30) if states.dtype == jnp.float16 else 1
 
     def step(index: jax.Array, state: Any) -> Any:
-        sums, states_gradient, head_gradient = state
+        sums, grad_states, grad_head = state
         parts = (jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=1) for array in (states, *data[:2]))
         # Flat, as XLA would transpose what has more than two axes.
-        chunk, targets, factors = (array.reshape(-1, *array.shape[2:]) for array in parts)
+        chunk, targets, loss_weights = (array.reshape(-1, *array.shape[2:]) for array in parts)
         # The vocabulary comes first, for which none of the three products needs a transposed copy.
         logits = _product(f"{letters},nd->vn", matrix, chunk)
-        largest = logits.max(axis=0)
-        total = largest + jnp.log(jnp.exp(logits - largest[None]).sum(axis=0))
-        of_target = jnp.take_along_axis(logits, targets[None], axis=0)[0]
-        surprisal = total - of_target
-        losses = surprisal + options.z_loss * total**2
-        if options.label_smoothing:
-            losses = losses + options.label_smoothing * of_target - of_others * logits.sum(axis=0)
-        correct = (of_target == largest).astype(jnp.float32)
-        sums += (jnp.stack([losses, surprisal, correct]) * factors[None]).sum(axis=1)
-        if of_states or of_head:
-            is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) == targets[None]
-            slopes = jnp.exp(logits - total[None]) * (1 + 2 * options.z_loss * total)[None]
-            slopes = slopes - jnp.where(is_target, 1 - options.label_smoothing + of_others, of_others)
-            slopes = computed((slopes * (factors / unit)[None]).astype(states.dtype))
-        if of_states:
-            new = _product(f"vn,{letters}->nd", slopes, matrix).reshape(len(states), size, -1)
-            states_gradient = jax.lax.dynamic_update_slice_in_dim(states_gradient, new, index * size, axis=1)
-        if of_head:
-            head_gradient = _added(static, head_gradient, slopes, chunk)
-        return sums, states_gradient, head_gradient
+        per_position, log_sum_exp = _of_positions(options, logits, targets)
+        sums += (per_position * loss_weights[None]).sum(axis=1)
+        if with_grad_states or with_grad_head:
+            grad_logits = _grad_logits(options, logits, targets, log_sum_exp) * (loss_weights / unit)[None]
+            grad_logits = barrier(grad_logits.astype(states.dtype))
+        if with_grad_states:
+            new = _product(f"vn,{letters}->nd", grad_logits, matrix).reshape(len(states), size, -1)
+            grad_states = jax.lax.dynamic_update_slice_in_dim(grad_states, new, index * size, axis=1)
+        if with_grad_head:
+            grad_head = _added(static, grad_head, grad_logits, chunk)
+        return sums, grad_states, grad_head
 
     shape = (len(states), *head.shape) if static.sharded else head.shape
     # Sums differ among devices, which `jax.shard_map` asks for, where anything that is added does.
-    zero: Any = sum(jnp.zeros_like(array, jnp.float32, shape=()) for array in (states, head, data.factors))
+    zero: Any = sum(jnp.zeros_like(array, jnp.float32, shape=()) for array in (states, head, data.loss_weights))
     start = (
         jnp.broadcast_to(zero, (3,)),
-        jnp.broadcast_to(zero, states.shape) if of_states else None,
-        jnp.broadcast_to(zero, shape) if of_head else None,
+        jnp.broadcast_to(zero, states.shape) if with_grad_states else None,
+        jnp.broadcast_to(zero, shape) if with_grad_head else None,
     )
-    sums, states_gradient, head_gradient = jax.lax.fori_loop(0, data.chunks, step, start)
-    if head_gradient is not None and static.sharded:
-        head_gradient = head_gradient.sum(axis=0)
-    by_states, by_head = (
-        gradient if gradient is None else gradient * unit for gradient in (states_gradient, head_gradient)
-    )
-    return tuple(sums), by_states, by_head
+    sums, grad_states, grad_head = jax.lax.fori_loop(0, data.chunks, step, start)
+    if grad_head is not None and static.sharded:
+        grad_head = grad_head.sum(axis=0)
+    grad_states, grad_head = (None if array is None else array * unit for array in (grad_states, grad_head))
+    return tuple(sums), grad_states, grad_head
 
 
-def _added(static: _Static, gradient: jax.Array, slopes: jax.Array, states: jax.Array) -> jax.Array:
-    """The gradient of the head and what a chunk adds to it.
+def _of_positions(options: LossOptions, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of logits [vocab_size, positions]: loss, surprisal and whether it is correct [3, positions], and log sum exp."""
+    max_logit = logits.max(axis=0)
+    log_sum_exp = max_logit + jnp.log(jnp.exp(logits - max_logit[None]).sum(axis=0))
+    of_target = jnp.take_along_axis(logits, targets[None], axis=0)[0]
+    surprisal = log_sum_exp - of_target
+    losses = surprisal + options.z_loss * log_sum_exp**2
+    if options.label_smoothing:
+        losses = losses + options.label_smoothing * (of_target - logits.sum(axis=0) / len(logits))
+    return jnp.stack([losses, surprisal, (of_target == max_logit).astype(jnp.float32)]), log_sum_exp
+
+
+def _grad_logits(options: LossOptions, logits: jax.Array, targets: jax.Array, log_sum_exp: jax.Array) -> jax.Array:
+    """The gradients of the losses of `_of_positions` by the logits."""
+    of_others = options.label_smoothing / len(logits)
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) == targets[None]
+    gradients = jnp.exp(logits - log_sum_exp[None]) * (1 + 2 * options.z_loss * log_sum_exp)[None]
+    return gradients - jnp.where(is_target, 1 - options.label_smoothing + of_others, of_others)
+
+
+def _added(static: _Static, grad_head: jax.Array, grad_logits: jax.Array, states: jax.Array) -> jax.Array:
+    """The gradient of the head, and what a chunk adds to it, part by part.
 
     Args:
         static: see there.
-        gradient: as the head, or with a first axis of groups if `static.sharded`; float32.
-        slopes: the gradient of the logits [vocab_size, groups * chunk].
+        grad_head: as the head, or with a first axis of groups if `static.sharded`; float32.
+        grad_logits: [vocab_size, groups * chunk].
         states: [groups * chunk, d_model].
     """
     letters, terms = ("vd", "dv")[static.vocabulary_axis], "n"
-    d_model = states.shape[1]
     if static.sharded:
         letters, terms = f"g{letters}", "gn"
-        slopes = slopes.reshape(len(slopes), len(gradient), -1)
-        states = states.reshape(len(gradient), -1, d_model)
-    words = _on_cpu() and jax.device_count() == 1 and not static.sharded
-    axis, whole = (letters.index("v"), slopes) if words else (letters.index("d"), states)
-    size = whole.shape[0 if words else -1]
-    width = min(size, _WORDS if words else max(_COLUMNS, _room(len(slopes)) // (_TERM if _on_cpu() else 1)))
+        groups, d_model = len(grad_head), states.shape[1]
+        grad_logits, states = grad_logits.reshape(len(grad_logits), groups, -1), states.reshape(groups, -1, d_model)
+    by_tokens = _on_cpu() and jax.device_count() == 1 and not static.sharded
+    axis, whole = (letters.index("v"), grad_logits) if by_tokens else (letters.index("d"), states)
+    size = whole.shape[0 if by_tokens else -1]
+    columns = max(_COLUMNS, _room(len(grad_logits)) // (_TERM if _on_cpu() else 1))
+    width = min(size, _WORDS if by_tokens else columns)
 
-    def step(index: jax.Array, gradient: jax.Array) -> jax.Array:
+    def step(index: jax.Array, grad_head: jax.Array) -> jax.Array:
         # The last part is a full one, too, and has some of the one before, to which it adds nothing.
         begin = jnp.minimum(index * width, size - width)
-        part = jax.lax.dynamic_slice_in_dim(whole, begin, width, 0 if words else -1)
+        part = jax.lax.dynamic_slice_in_dim(whole, begin, width, 0 if by_tokens else -1)
         new = begin + jnp.arange(width) >= index * width
-        part = jnp.where(jnp.expand_dims(new, (1,) if words else tuple(range(part.ndim - 1))), part, 0)
-        factors = (part, states) if words else (slopes, part)
-        sums = jax.lax.dynamic_slice_in_dim(gradient, begin, width, axis) + _product(
-            f"v{terms},{terms}d->{letters}", *factors
-        )
-        return jax.lax.dynamic_update_slice_in_dim(gradient, sums, begin, axis)
+        part = jnp.where(jnp.expand_dims(new, (1,) if by_tokens else tuple(range(part.ndim - 1))), part, 0)
+        factors = (part, states) if by_tokens else (grad_logits, part)
+        added = _product(f"v{terms},{terms}d->{letters}", *factors)
+        added = jax.lax.dynamic_slice_in_dim(grad_head, begin, width, axis) + added
+        return jax.lax.dynamic_update_slice_in_dim(grad_head, added, begin, axis)
 
-    return jax.lax.fori_loop(0, -(-size // width), step, gradient)
+    return jax.lax.fori_loop(0, -(-size // width), step, grad_head)
 
 
 def _product(formula: str, first: jax.Array, second: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import unflatten_dict
 
+from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.checkpoint.dtypes import float_type
 from xglm_core.checkpoint.loading import Loading, plan_loading
 from xglm_core.checkpoint.writing import save_checkpoint
@@ -25,10 +26,10 @@ from xglm_core.keywords import writes
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
-from xglm_flax.blocks import Remat, remat_policy
 from xglm_flax.cache import FlaxXGLMCache, as_cache, empty_cache, is_traced
 from xglm_flax.gathering import first_process_reads
-from xglm_flax.inputs import Arguments, check_dropout, prepared_arguments
+from xglm_flax.inputs import check_dropout, checked_inputs
+from xglm_flax.remat import Remat, remat_policy
 from xglm_flax.stacking import check_stackable, stack_layers, unstack_layers
 from xglm_flax.weights import (
     Params,
@@ -46,7 +47,7 @@ from xglm_flax.weights import (
 
 
 class FlaxXGLMPreTrainedModel(ModelSurface):
-    """Base of the model classes. Differs: they are no modules, but hold one and, apart from it, its parameters.
+    """Base of the model classes. Differs: in PyTorch and Keras they are modules; here they hold one.
 
     Args:
         config: the architecture.
@@ -109,7 +110,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
             copy.copy(self.config), self.dtype, self.param_dtype, scan_layers=self.scan_layers, remat=self.remat
         )
         # Compiled once for each combination of shapes and static arguments.
-        self._apply = jax.jit(functools.partial(_apply, self.module), static_argnames=_STATIC)
+        self._apply = jax.jit(functools.partial(_apply, self.module), static_argnums=5)
 
     @property
     def params(self) -> Params | None:
@@ -244,7 +245,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
                     self.generation_config.save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> jax.Array:
-        """The token embedding [vocab_size, d_model]. Differs: parameters are no part of a module, so it is an array."""
+        """The token embedding [vocab_size, d_model]. Differs: an array; in PyTorch and Keras it is a layer."""
         return get_parameter(self._params_or_own(None), self._specs()[EMBEDDING])
 
     def set_input_embeddings(self, new_embeddings: jax.Array) -> None:
@@ -313,7 +314,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         self.params = params if before is own else stack_layers(params)
 
     def to_bf16(self, params: Params, mask: Any = None) -> Params:
-        """A tree with parameters in bfloat16. Differs: here one model may run with any tree.
+        """A tree with parameters in bfloat16.
 
         Args:
             params: the parameters, which are left alone.
@@ -339,7 +340,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
 
         The part for encoder states is filled by the first call that gives some.
         """
-        return empty_cache(self.config, batch_size, max_length, self.dtype, stacked=self.scan_layers, fixed=True)
+        return empty_cache(self.config, batch_size, max_length, self.dtype, fixed=True)
 
     @property
     def dummy_inputs(self) -> dict[str, jax.Array]:
@@ -347,7 +348,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         return {"input_ids": jnp.array(DUMMY_IDS, jnp.int32)}
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters; a tied head counts once. Differs: all of them are trainable."""
+        """Number of parameters; a tied head counts once. Differs: PyTorch knows which are trained; here it is all."""
         count = sum(leaf.size for leaf in jax.tree.leaves(self._params_or_own(None)))
         return count - self.get_input_embeddings().size if exclude_embeddings else count
 
@@ -387,47 +388,41 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         with_head = self.has_head and not self.config.tie_word_embeddings
         return {spec.name: spec for spec in weight_specs(self.config, with_head=with_head)}
 
-    def _call(
-        self,
-        *,
-        params: Params | None,
-        train: bool,
-        dropout_rng: jax.Array | None,
-        past_key_values: Any,
-        use_cache: bool | None,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-        return_dict: bool | None,
-        static: dict[str, Any],
-        **arguments: Any,
-    ) -> Any:
-        """What both models do in a call: checks, compiled code, and the results in the form asked for.
-
-        Differs: the configuration is asked here, as compiled code would go on with what it said at first.
+    def _checked_call(
+        self, inputs: DecoderInputs, past_key_values: Any, params: Params | None, train: bool, key: jax.Array | None
+    ) -> tuple[Params, DecoderInputs, FlaxXGLMCache | None, jax.Array | None]:
+        """What a call is to run, once it is certain that it can: parameters, inputs, a cache with room, and a key.
 
         Args:
-            params, train, dropout_rng, past_key_values, use_cache, output_attentions, output_hidden_states,
-                return_dict: see `FlaxXGLMModel.__call__`.
-            static: further arguments of the module that are part of what is compiled.
-            arguments: its other arguments, arrays or None.
+            inputs, past_key_values, params, train: see `FlaxXGLMModel.__call__`.
+            key: its `dropout_rng`.
         """
-        config, params = self.config, self._params_or_own(params, checked=False)
-        past = as_cache(past_key_values, config, self.dtype)
-        arguments = prepared_arguments(config, past, arguments)
-        check_dropout(config, train, dropout_rng)
+        params = self._params_or_own(params, checked=False)
+        inputs, cache = checked_inputs(self.config, inputs, as_cache(past_key_values, self.config, self.dtype))
+        check_dropout(self.config, train, key)
+        return params, inputs, cache, key if train else None
+
+    def _results(
+        self,
+        params: Params,
+        inputs: DecoderInputs,
+        cache: FlaxXGLMCache | None,
+        key: jax.Array | None,
+        *,
+        wanted: Wanted,
+        **arguments: Any,
+    ) -> dict[str, Any]:
+        """What the module computes of a call, in compiled code.
+
+        Args:
+            params, inputs, cache, key: of `_checked_call`.
+            wanted: what to return.
+            arguments: what else the module's `results` takes. Arrays are traced; the rest is part of what is compiled.
+        """
+        traced = {name: value for name, value in arguments.items() if hasattr(value, "shape")}
+        static = {"wanted": wanted} | {name: value for name, value in arguments.items() if name not in traced}
         try:
-            outputs = self._apply(
-                params,
-                arguments,
-                dropout_rng,
-                train=train,
-                use_cache=config.use_cache if use_cache is None else use_cache,
-                output_attentions=config.output_attentions if output_attentions is None else output_attentions,
-                output_hidden_states=config.output_hidden_states
-                if output_hidden_states is None
-                else output_hidden_states,
-                **static,
-            )
+            results: dict[str, Any] = self._apply(params, inputs, cache, key, traced, tuple(static.items()))
         except Exception:
             # Only now is a tree that does not fit looked for, as it costs some time.
             try:
@@ -435,10 +430,10 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
             except InputError as misfit:
                 raise misfit from None
             raise
-        if past is not None and outputs.attentions is not None and not is_traced(past.length):
-            keys = int(past.length) + outputs.attentions[0].shape[2]
-            outputs = outputs._replace(attentions=tuple(layer[..., :keys] for layer in outputs.attentions))
-        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
+        if cache is not None and wanted.attentions and not is_traced(cache.length):
+            keys = int(cache.length) + results["attentions"][0].shape[2]
+            results["attentions"] = tuple(layer[..., :keys] for layer in results["attentions"])
+        return results
 
     def _params_or_own(self, params: Any, *, checked: bool = True) -> Params:
         """`params`, or the model's own if it is None.
@@ -460,21 +455,15 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         return param_shapes(tuple(self._specs().values()), bare=not self.has_head)
 
 
-_STATIC = (
-    *("train", "use_cache", "output_attentions", "output_hidden_states"),
-    *("logits_to_keep", "return_logits", "loss_options"),
-)
-
-
 def _apply(
     module: nn.Module,
     params: Params,
-    arguments: Arguments,
-    dropout_rng: jax.Array | None,
-    *,
-    train: bool,
-    **static: Any,
+    inputs: DecoderInputs,
+    cache: FlaxXGLMCache | None,
+    key: jax.Array | None,
+    traced: dict[str, Any],
+    static: tuple[tuple[str, Any], ...],
 ) -> Any:
-    """What a model call compiles."""
-    rngs = {"dropout": dropout_rng} if train and dropout_rng is not None else {}
-    return module.apply({"params": params}, **arguments, **static, return_dict=True, deterministic=not rngs, rngs=rngs)
+    """What a call compiles."""
+    rngs = {} if key is None else {"dropout": key}
+    return module.apply({"params": params}, inputs, cache, method="results", rngs=rngs, **traced, **dict(static))

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.scoring import engine
+from xglm_flax.layers import precision
 from xglm_flax.weights import Params
 
 CompiledScorer = Callable[..., tuple[jax.Array, jax.Array]]
@@ -23,7 +25,7 @@ def compile_scorer(module: nn.Module) -> CompiledScorer:
 
 
 class FlaxScorer:
-    """Implements `xglm_core.scoring.engine.ScoringEngine`. Differs: everything is compiled for fixed shapes."""
+    """Implements `xglm_core.scoring.engine.ScoringEngine`. Differs: PyTorch compiles nothing and has free shapes."""
 
     bucket = 64
 
@@ -52,8 +54,9 @@ def _log_probabilities(
     filled: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """See `ScoringEngine.log_probabilities`; [chunks, chunk], of which the first `filled` chunks count."""
-    outputs = module.apply({"params": params}, input_ids, attention_mask, method="decode")
-    states = outputs.last_hidden_state.reshape(-1, module.config.d_model)
+    inputs, variables = DecoderInputs(input_ids, attention_mask), {"params": params}
+    results = module.apply(variables, method=lambda module: module.model.decode(inputs, None, Wanted()))
+    states = results.last_hidden_state.reshape(-1, module.config.d_model)
 
     def step(index: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         scores, likeliest = _of_targets(module, params, states[sources[index]], targets[index])
@@ -64,33 +67,35 @@ def _log_probabilities(
 
 
 def _of_targets(module: Any, params: Params, states: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The numbers log softmax(head(states))[target], float32 [positions], for states [positions, d_model].
+    """The log-probability of each target, float32 [positions], after states [positions, d_model].
 
-    And the ids with the largest logits, the first ones of equals, int32 [positions].
+    And the id with the largest logit there, the lowest of equals, int32 [positions].
     """
+    matrix, axis = module.apply({"params": params}, method="matrix")
     vocabulary = module.config.vocab_size
-    block = min(engine.TILE_VOCABULARY, vocabulary)
+    tile = min(engine.TILE_VOCABULARY, vocabulary)
 
     def step(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        total, of_targets, highest, likeliest = sums
-        # The last block is a full one, too, and repeats some of the one before.
-        begin = jnp.minimum(index * block, vocabulary - block).astype(jnp.int32)
-        ids = begin + jnp.arange(block, dtype=jnp.int32)[None]
-        logits = module.apply({"params": params}, states, begin, block, method="logits_of").astype(jnp.float32)
+        log_sum, of_targets, max_logit, likeliest = sums
+        # The last tile is a full one, too, and repeats some of the one before.
+        begin = jnp.minimum(index * tile, vocabulary - tile).astype(jnp.int32)
+        ids = begin + jnp.arange(tile, dtype=jnp.int32)[None]
+        part = jax.lax.dynamic_slice_in_dim(matrix, begin, tile, axis).astype(module.dtype)
+        logits = jnp.einsum(f"ld,{'dv' if axis else 'vd'}->lv", states, part, precision=precision()).astype(jnp.float32)
         of_targets = jnp.where(
-            (targets >= begin) & (targets < begin + block),
-            jnp.take_along_axis(logits, jnp.clip(targets - begin, 0, block - 1)[:, None], axis=1)[:, 0],
+            (targets >= begin) & (targets < begin + tile),
+            jnp.take_along_axis(logits, jnp.clip(targets - begin, 0, tile - 1)[:, None], axis=1)[:, 0],
             of_targets,
         )
-        logits = jnp.where(ids >= index * block, logits, -jnp.inf)
-        of_block = logits.max(axis=1)
+        logits = jnp.where(ids >= index * tile, logits, -jnp.inf)
+        max_of_tile = logits.max(axis=1)
         # Not `argmax`, which XLA does not vectorise on CPUs.
-        first = jnp.where(logits == of_block[:, None], ids, vocabulary).min(axis=1)
-        likeliest = jnp.where(of_block > highest, first, likeliest)
-        total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=1))
-        return total, of_targets, jnp.maximum(highest, of_block), likeliest
+        first = jnp.where(logits == max_of_tile[:, None], ids, vocabulary).min(axis=1)
+        likeliest = jnp.where(max_of_tile > max_logit, first, likeliest)
+        log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(logits, axis=1))
+        return log_sum, of_targets, jnp.maximum(max_logit, max_of_tile), likeliest
 
-    nothing, blocks = jnp.zeros(targets.shape, jnp.float32), -(-vocabulary // block)
+    nothing, tiles = jnp.zeros(targets.shape, jnp.float32), -(-vocabulary // tile)
     start = (nothing - jnp.inf, nothing, nothing - jnp.inf, jnp.zeros(targets.shape, jnp.int32))
-    total, of_targets, _, likeliest = jax.lax.fori_loop(0, blocks, step, start)
-    return of_targets - total, likeliest
+    log_sum, of_targets, _, likeliest = jax.lax.fori_loop(0, tiles, step, start)
+    return of_targets - log_sum, likeliest

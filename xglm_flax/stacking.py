@@ -34,8 +34,8 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
     layers = _layers(params)
     if not is_stacked(layers):
         return params
-    count = len(jax.tree.leaves(layers)[0])
-    return _with_layers(params, {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count)})
+    blocks = unstacked(layers, len(jax.tree.leaves(layers)[0]))
+    return _with_layers(params, {str(i): block for i, block in enumerate(blocks)})
 
 
 def is_stacked(layers: Any) -> bool:
@@ -45,16 +45,17 @@ def is_stacked(layers: Any) -> bool:
 
 def stacked_blocks(layers: Any) -> Any:
     """One stacked block from a tree of blocks; itself if it is that."""
-    if is_stacked(layers):
-        return layers
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[str(i)] for i in range(len(layers))))
+    return layers if is_stacked(layers) else stacked([layers[str(i)] for i in range(len(layers))])
 
 
-def by_layer(items: Any, *, stacked: bool) -> Any:
-    """One array for each layer, from a tuple of them or one that is stacked, as a tuple or stacked."""
-    if isinstance(items, tuple) == (not stacked):
-        return items
-    return jnp.stack(items) if stacked else tuple(items)
+def stacked(trees: list[Any]) -> Any:
+    """One tree from those of all blocks: each leaf has a first axis [num_layers, ...]."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstacked(tree: Any, count: int) -> list[Any]:
+    """The trees of `count` blocks, from one whose leaves have them along the first axis."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
 
 
 def check_stackable(config: XGLMConfig) -> None:

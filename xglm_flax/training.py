@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
+from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL, check_input_ids, check_labels, check_labels_shape, check_shapes
 from xglm_core.loss import LossOutput, check_trainable_type
@@ -29,7 +30,7 @@ _FIELDS = ("input_ids", "attention_mask", "position_ids", "labels", "weights")
 
 
 class FlaxXGLMTrainState(TrainState):
-    """Flax's own training state with the key of chance: a pytree, which every checkpointing library knows.
+    """Flax's own training state with a PRNG key: a pytree, which every checkpointing library knows.
 
     Attributes:
         dropout_key: raw key data, uint32, which stay the same: a step folds its number into them, so that a run that
@@ -68,16 +69,15 @@ def make_loss_fn(
         check_batch(model, batch)
         check_dropout(model.config, train, rng)
         rngs = {"dropout": rng} if train and rng is not None else {}
-        output: Any = module.apply(
-            {"params": params},
-            num_items_in_batch=num_items_in_batch,
-            options=options,
-            shards=shards,
-            deterministic=not rngs,
-            rngs=rngs,
-            method="loss",
-            **batch,
-        )
+
+        def loss(module: Any) -> LossOutput:
+            inputs = DecoderInputs(*map(batch.get, ("input_ids", "attention_mask", "position_ids")))
+            states = module.model.decode(inputs, None, Wanted(), deterministic=not rngs).last_hidden_state
+            labels = counted_labels(batch["labels"], inputs.attention_mask)
+            weights = batch.get("weights")
+            return module.loss(states, labels, num_items_in_batch, options=options, weights=weights, shards=shards)
+
+        output: Any = module.apply({"params": params}, method=loss, rngs=rngs)
         return (output.loss, output) if has_aux else output.loss
 
     return loss_fn
@@ -98,8 +98,8 @@ def make_train_step(
         model: what to train; its `loss_options` are read here.
         optimizer: any `optax.GradientTransformation`; one that asks for it is given the loss as `value`, the gradients
             as `grad`, and the loss of other parameters on the same batch as `value_fn`.
-        accumulation_steps: into how many parts a batch is divided, to be computed one after the other. The result is
-            that of the whole batch: each label counts the same, wherever it is.
+        accumulation_steps: how many parts of a batch to compute one after the other. The result is that of the whole
+            batch: each label counts the same, wherever it is.
         seed: of dropout.
         params: the parameters to begin with, of which the state takes the memory: they are gone after the first step.
             None takes a copy of the model's, which stay as they are.
@@ -304,35 +304,37 @@ def _gradients(
     loss_fn: Callable[..., Any], params: Params, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[LossOutput, Params]:
     """The loss of a batch and its gradients, part by part."""
-    compute = jax.value_and_grad(loss_fn, has_aux=True)
-    if parts == 1:
-        (_, output), gradients = compute(params, batch, key)
+    differentiated = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def compute(*part: Any) -> Any:
+        (_, output), gradients = differentiated(params, *part)
         return output, gradients
-    divided, items = _divided(batch, parts)
 
-    def add(state: Any, part: Any) -> tuple[Any, None]:
-        rows, index = part
-        (_, output), gradients = compute(params, rows, jax.random.fold_in(key, index), items)
-        return jax.tree.map(lambda total, new: total + new.astype(total.dtype), state, (output, gradients)), None
-
-    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (LossOutput(*[jnp.zeros(())] * 4), params))
-    (output, gradients), _ = jax.lax.scan(add, start, (divided, jnp.arange(parts)))
+    output, gradients = _summed(compute, batch, key, parts)
     return output, jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), gradients, params)
 
 
 def _loss(loss_fn: Callable[..., Any], params: Params, batch: Batch, key: jax.Array, parts: int) -> jax.Array:
     """The loss of `_gradients` alone, for optimizers that try other parameters."""
+    loss: jax.Array = _summed(lambda *part: loss_fn(params, *part)[0], batch, key, parts)
+    return loss
+
+
+def _summed(compute: Callable[..., Any], batch: Batch, key: jax.Array, parts: int) -> Any:
+    """The sums, float32, of what a function of rows, a key and the number of labels returns for each part."""
     if parts == 1:
-        loss: jax.Array = loss_fn(params, batch, key)[0]
-        return loss
+        return compute(batch, key, None)
     divided, items = _divided(batch, parts)
 
     @jax.checkpoint
-    def add(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
+    def add(sums: Any, part: Any) -> tuple[Any, None]:
         rows, index = part
-        return total + loss_fn(params, rows, jax.random.fold_in(key, index), items)[0], None
+        new = compute(rows, jax.random.fold_in(key, index), items)
+        return jax.tree.map(lambda total, one: total + one.astype(total.dtype), sums, new), None
 
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (divided, jnp.arange(parts)))[0]
+    shapes = jax.eval_shape(compute, jax.tree.map(lambda array: array[0], divided), key, items)
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    return jax.lax.scan(add, start, (divided, jnp.arange(parts)))[0]
 
 
 def _divided(batch: Batch, parts: int) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -22,7 +22,7 @@ from xglm_core.weight_names import WeightSpec
 from xglm_flax.initialization import initializer_of
 from xglm_flax.stacking import is_stacked
 
-# Differs: parameters are no part of a module but a tree beside it, as in params["model"]["layers"]["3"]["fc1"]["bias"].
+# Differs: in PyTorch and Keras modules hold them. Here they are a tree: params["model"]["layers"]["3"]["fc1"]["bias"].
 Params = dict[str, Any]
 
 _NAMED = 5  # How many parameters of a kind an error names.
@@ -37,7 +37,7 @@ def load_weights(plan: LoadPlan, *, bare: bool) -> Params:
     """
     params: Params = {}
     for spec in plan.specs:
-        # Differs: a kernel is the transpose of what most files have, so few parameters are views of the file.
+        # Differs: PyTorch takes views of the file. Here kernels are the transposes of what most files hold: copies.
         array = plan.aligned(spec, transposed=spec.transposed)
         *path, name = _path(spec, bare=bare)
         owner = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path, params)
@@ -89,7 +89,7 @@ def write_weight(params: Params, spec: WeightSpec, value: np.ndarray, dtype: Flo
         params: the parameters, which are left alone.
         spec: which one.
         value: in canonical shape and in `dtype.storage`.
-        dtype: the type of its numbers.
+        dtype: the type of its elements.
     """
     array = value.T if spec.transposed else value
     copy = aligned_empty(array.shape, array.dtype)
@@ -98,7 +98,7 @@ def write_weight(params: Params, spec: WeightSpec, value: np.ndarray, dtype: Flo
 
 
 def weights_dtype(params: Params, spec: WeightSpec | None = None) -> FloatType:
-    """The type of a parameter, or one that holds all of them. Differs: users may cast a part of the tree."""
+    """The type of a parameter, or one that holds all of them, as users may cast a part of the tree."""
     leaves = jax.tree.leaves(params) if spec is None else [get_parameter(params, spec)]
     names = {str(leaf.dtype) for leaf in leaves}
     return DTYPES[names.pop()] if len(names) == 1 else FLOAT32

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xglm_flax.dropout import FlaxXGLMDropout
+from xglm_flax.fast.dropout import FlaxXGLMDropout
 
 
 def dropped(states, rate, deterministic=False):

@@ -54,6 +54,16 @@ class TestExport:
             ids = np.resize(IDS, (rows, 11)).astype(np.int32)
             np.testing.assert_allclose(program.call(model.params, ids), model(ids).logits, **SAME)
 
+    def test_of_a_loss_and_its_gradients(self, model):
+        batch, length = export.symbolic_shape("batch, length")
+        ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        call = jax.value_and_grad(lambda params, ids: model(ids, labels=ids, params=params).loss)
+        program = exported(call, shapes_of(model.params), ids)
+        for rows, size in ((2, 11), (3, 29)):
+            ids = np.resize(IDS, (rows, size)).astype(np.int32)
+            ours, expected = program.call(model.params, ids), call(model.params, ids)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SAME), ours, expected)
+
     def test_of_the_bare_linen_module(self):
         model = FlaxXGLMModel(changed(CONFIG, num_layers=1))
         batch, length = export.symbolic_shape("batch, length")
