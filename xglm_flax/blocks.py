@@ -65,6 +65,8 @@ class OwnInputs(NamedTuple):
 class BlockResults(NamedTuple):
     """What one block returns besides the states; None where there is nothing, or nothing was wanted.
 
+    Differs: PyTorch and TF return plain tuples; a scan of blocks needs one structure for all.
+
     Attributes:
         cached: `OwnInputs.cached` with the new keys and values; without it, these alone.
         encoder: keys and values of the encoder.

@@ -155,6 +155,8 @@ def with_room(cache: FlaxXGLMCache, new: int) -> FlaxXGLMCache:
 
     A traced length has no value to look at: then the caller sees to the room.
 
+    Differs: TF makes room in `extend_cache`; PyTorch's caches grow by themselves.
+
     Raises:
         InputError: the capacity is fixed and too small.
     """
@@ -204,7 +206,10 @@ def picked(cache: FlaxXGLMCache, places: jax.Array, mask: jax.Array) -> FlaxXGLM
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is unknown yet, because jit, grad or vmap is looking at the code."""
+    """Whether a value is unknown yet, because jit, grad or vmap is looking at the code.
+
+    Differs: PyTorch and TF have this in `inputs.py`.
+    """
     return isinstance(value, jax.core.Tracer)
 
 

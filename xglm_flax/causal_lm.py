@@ -32,7 +32,10 @@ from xglm_flax.weights import Params, get_parameter
 
 
 class FlaxXGLMForCausalLMModule(FlaxXGLMLinenModule):
-    """Decoder and head as a Linen module: what `FlaxXGLMForCausalLM` compiles. See `FlaxXGLMLinenModule`."""
+    """Decoder and head as a Linen module: what `FlaxXGLMForCausalLM` compiles. See `FlaxXGLMLinenModule`.
+
+    Differs: in PyTorch and TF the model class is the module itself.
+    """
 
     output_class = CausalLMOutputWithCrossAttentions
 

@@ -45,7 +45,10 @@ class FlaxXGLMSinusoidalPositionalEmbedding(nn.Module):
 
 
 class FlaxXGLMModule(FlaxXGLMLinenModule):
-    """The bare decoder as a Linen module: what `FlaxXGLMModel` compiles. See `FlaxXGLMLinenModule`."""
+    """The bare decoder as a Linen module: what `FlaxXGLMModel` compiles. See `FlaxXGLMLinenModule`.
+
+    Differs: in PyTorch and TF the model class is the module itself.
+    """
 
     output_class = BaseModelOutputWithPastAndCrossAttentions
 

@@ -138,9 +138,9 @@ class FlaxEngine:
         """See `Engine.recorded`."""
         return self.logits
 
-    def ids(self, texts: np.ndarray) -> jax.Array:
+    def ids(self, sequences: np.ndarray) -> jax.Array:
         """See `Engine.ids`."""
-        return jnp.asarray(texts.astype(np.int32))
+        return jnp.asarray(sequences.astype(np.int32))
 
     def cache(self, places: np.ndarray, mask: np.ndarray) -> FlaxXGLMCache:
         """See `Engine.cache`."""
@@ -154,9 +154,9 @@ class FlaxEngine:
             self._transposed = few_rows.transposed(self._params)
         return self._params if self._transposed is None else self._transposed
 
-    def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
+    def process(self, processors: Sequence[Processor], sequences: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids, logits = self.ids(texts), self.recorded()
+        ids, logits = self.ids(sequences), self.recorded()
         for place, processor in enumerate(processors):
             logits = processor(ids, logits)
             check_processed(logits, self.logits.shape, place)

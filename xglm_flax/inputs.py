@@ -30,6 +30,8 @@ def checked_inputs(
 ) -> tuple[DecoderInputs, FlaxXGLMCache | None]:
     """Checks the inputs of the decoder and brings them into the shapes that the compiled code knows.
 
+    Differs: PyTorch and TF check only; they need no fixed shapes outside of generation.
+
     Returns:
         The inputs, in which the mask covers all that the cache has room for; and the cache, with room.
 
@@ -74,7 +76,10 @@ def check_position_ids(
     seen: int,
     length: int,
 ) -> None:
-    """Checks the positions, given or counted, unless they are being traced."""
+    """Checks the positions, given or counted, unless they are being traced.
+
+    Differs: PyTorch and TF do this in `check_arguments`; here, training steps also check parts of a batch.
+    """
     if position_ids is not None:
         if has_values(position_ids):
             check_positions(int(np.min(position_ids)), int(np.max(position_ids)), config)
@@ -112,7 +117,10 @@ def check_dropout(config: XGLMConfig, train: bool, dropout_rng: jax.Array | None
 
 
 def known_shape(array: Any) -> tuple[int | None, ...]:
-    """A shape, with None where `jax.export` leaves a size open."""
+    """A shape, with None where `jax.export` leaves a size open.
+
+    Differs: PyTorch's shapes are always known, and TF's have None by themselves.
+    """
     return tuple(size if isinstance(size, int) else None for size in np.shape(array))
 
 

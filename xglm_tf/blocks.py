@@ -115,5 +115,8 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
 
 
 def layer_norm(name: str, dtype: Any) -> keras.layers.LayerNormalization:
-    """The norm of all blocks, which computes in float32."""
+    """The norm of all blocks, which computes in float32.
+
+    Differs: PyTorch has `nn.LayerNorm` here, and Flax `FlaxXGLMLayerNorm`.
+    """
     return keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPS, dtype=dtype, name=name)
