@@ -136,17 +136,17 @@ class TFEngine:
         """See `Engine.recorded`."""
         return self.logits
 
-    def ids(self, texts: np.ndarray) -> tf.Tensor:
+    def ids(self, sequences: np.ndarray) -> tf.Tensor:
         """See `Engine.ids`."""
-        return tf.constant(texts)
+        return tf.constant(sequences)
 
     def cache(self, places: np.ndarray, mask: np.ndarray) -> TFXGLMCache:
         """See `Engine.cache`."""
         return picked(self._cache, self._tensor(places), tf.constant(mask))
 
-    def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
+    def process(self, processors: Sequence[Processor], sequences: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids, logits = self.ids(texts), self.recorded()
+        ids, logits = self.ids(sequences), self.recorded()
         for place, processor in enumerate(processors):
             logits = processor(ids, logits)
             check_processed(logits, tuple(self.logits.shape), place)

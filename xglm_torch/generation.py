@@ -117,9 +117,9 @@ class TorchEngine:
         """See `Engine.recorded`."""
         return self.logits.clone()
 
-    def ids(self, texts: np.ndarray) -> torch.Tensor:
+    def ids(self, sequences: np.ndarray) -> torch.Tensor:
         """See `Engine.ids`."""
-        return self._tensor(texts)
+        return self._tensor(sequences)
 
     @torch.no_grad()
     def cache(self, places: np.ndarray, mask: np.ndarray) -> XGLMCache | None:
@@ -130,9 +130,9 @@ class TorchEngine:
         return picked(self._cache, self._tensor(places), torch.from_numpy(mask).to(self._device))
 
     @torch.no_grad()
-    def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
+    def process(self, processors: Sequence[Processor], sequences: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids, logits = self.ids(texts), self.recorded()  # Which a hook may write into.
+        ids, logits = self.ids(sequences), self.recorded()  # Which a hook may write into.
         for place, processor in enumerate(processors):
             logits = processor(ids, logits)
             check_processed(logits, tuple(self.logits.shape), place)

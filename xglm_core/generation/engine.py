@@ -99,7 +99,7 @@ class Engine(Protocol):
     def recorded(self) -> Any:
         """The latest logits for the user: a tensor of the framework that never changes."""
 
-    def ids(self, texts: np.ndarray) -> Any:
+    def ids(self, sequences: np.ndarray) -> Any:
         """Token ids int64 [rows, length] as a tensor of the framework, for the user's functions."""
 
     def cache(self, places: np.ndarray, mask: np.ndarray) -> Any:
@@ -111,12 +111,12 @@ class Engine(Protocol):
             mask: which of them hold a token of the result, bool [rows, length].
         """
 
-    def process(self, processors: Sequence[Processor], texts: np.ndarray) -> None:
+    def process(self, processors: Sequence[Processor], sequences: np.ndarray) -> None:
         """Applies a user's hooks to a copy of the logits, and keeps what they return.
 
         Args:
             processors: the hooks, in order.
-            texts: the tokens so far, int64 [rows, length], padded on the left.
+            sequences: the tokens so far, int64 [rows, length], padded on the left.
 
         Raises:
             InputError: see `check_processed`.
