@@ -1,4 +1,4 @@
-"""How `jax.export` writes down caches and outputs, which are types of ours."""
+"""How `jax.export` serializes caches and outputs, which are our own types."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How parameters and batches are spread over a mesh of devices, with the axes "data" and "tensor".
 
-Each group of devices along "data" computes some rows of the batch; within a group, "tensor" divides the heads, the
-inner units and the vocabulary, as `xglm_core.parallel` says. XLA adds what has to cross the devices.
+Each group of devices along "data" computes some rows of the batch. Within a group, "tensor" divides the heads, the
+feed-forward units and the vocabulary, see `xglm_core.parallel`. XLA adds the communication between devices.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def partition_specs(config: XGLMConfig, *, stacked: bool = False, bare: bool = F
 def specs_like(tree: Any, params: Params, config: XGLMConfig) -> Any:
     """The `PartitionSpec` of each leaf of a tree that has something for each parameter, as an optimizer's state has.
 
-    A leaf lies as the parameter whose path its own path ends with, if it has that shape, perhaps with further axes
-    before: so optimizers may wrap, mask and divide the parameters. Any other leaf is on all devices. `tree` may hold
-    shapes in place of arrays.
+    A leaf is divided like the parameter whose path its own path ends with, if it has that parameter's shape, perhaps
+    after further axes. So optimizers may wrap, mask and divide the parameters. All other leaves are on all devices.
+    `tree` may hold shapes in place of arrays.
     """
     layers = params.get("model", params).get("layers", {})
     specs = partition_specs(config, stacked=is_stacked(layers), bare="model" not in params)
@@ -143,7 +143,7 @@ def data_shards(mesh: Mesh | None) -> int | None:
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The same mesh, with XLA to find out what lies where; `jax.make_mesh` leaves that to each operation by default."""
+    """The same mesh with automatic axes: XLA decides what lies where. Those of `jax.make_mesh` are explicit."""
     kinds = _automatic(len(mesh.axis_names))
     if not kinds or mesh.axis_types == kinds["axis_types"]:
         return mesh
@@ -151,7 +151,7 @@ def automatic(mesh: Mesh) -> Mesh:
 
 
 def within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context of what is computed on a mesh, in place of one that a user has set for the whole program."""
+    """The context for computing on a mesh, in place of a mesh that the user has set for the whole program."""
     enter = getattr(jax, "set_mesh", None)  # JAX 0.5 has none.
     context: contextlib.AbstractContextManager[Any] = (
         contextlib.nullcontext() if mesh is None or enter is None else enter(mesh)
@@ -171,6 +171,6 @@ def _axes(spec: WeightSpec) -> tuple[str | None, ...]:
 
 
 def _automatic(axes: int) -> dict[str, Any]:
-    """That XLA finds out what lies where: JAX 0.5 knows no other way, later versions want to be told."""
+    """Options for automatic axes: JAX 0.5 has no others, later versions have to be told."""
     kinds = getattr(jax.sharding, "AxisType", None)
     return {} if kinds is None else {"axis_types": (kinds.Auto,) * axes}

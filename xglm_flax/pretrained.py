@@ -63,8 +63,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
             blocks), or a policy of `jax.checkpoint_policies`.
 
     Attributes:
-        config: the architecture. What a call returns unless it says so itself (`output_attentions`, `use_cache`, ...)
-            may be changed here.
+        config: the architecture. The defaults of calls (`output_attentions`, `use_cache`, ...) may be changed here.
         dtype: type of the computation.
         module: the Linen module; another one after a change of the architecture.
         key: of the parameters that were drawn.
@@ -99,9 +98,9 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         self._params = self.init_weights(self.key, input_shape) if _do_init else None
 
     def _make_module(self) -> None:
-        """Makes the module, and what is compiled of it, as the configuration now is.
+        """Makes the module and its compiled functions for the present configuration.
 
-        The module has a copy: what is compiled must not depend on what may change.
+        The module has a copy, as compiled code must not depend on what may change.
         """
         self.config.validate()
         if self.scan_layers:
@@ -424,7 +423,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         try:
             results: dict[str, Any] = self._apply(params, inputs, cache, key, traced, tuple(static.items()))
         except Exception:
-            # Only now is a tree that does not fit looked for, as it costs some time.
+            # Parameters are checked only now, as that takes some time.
             try:
                 self._checked(params)
             except InputError as misfit:

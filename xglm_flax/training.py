@@ -33,8 +33,8 @@ class FlaxXGLMTrainState(TrainState):
     """Flax's own training state with a PRNG key: a pytree, which every checkpointing library knows.
 
     Attributes:
-        dropout_key: raw key data, uint32, which stay the same: a step folds its number into them, so that a run that
-            was resumed goes on as it would have.
+        dropout_key: raw key data, uint32, which never change: each step folds its number into them. So a resumed run
+            goes on as if it had not stopped.
     """
 
     dropout_key: jax.Array
@@ -236,7 +236,7 @@ def check_batch(model: FlaxXGLMForCausalLM, batch: Batch) -> None:
 
 
 def _known_parts(array: Any) -> list[np.ndarray]:
-    """What this process can see of an array."""
+    """The parts of an array that this process holds; none of a traced one."""
     if is_traced(array):
         return []
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
@@ -245,7 +245,7 @@ def _known_parts(array: Any) -> list[np.ndarray]:
 
 
 def _for_devices(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
-    """What the compiled code gets."""
+    """The batch as compiled code takes it."""
     rows, positions = len(batch["input_ids"]), batch.get("position_ids")
     if positions is not None and len(positions) != rows:  # One row serves all, but cannot be divided as they are.
         batch = {**batch, "position_ids": np.broadcast_to(np.asarray(positions), (rows, np.shape(positions)[1]))}
