@@ -20,7 +20,7 @@ from xglm_core.keywords import writes
 from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
 from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
-from xglm_torch.fast.linear import FastLinear
+from xglm_torch.fast.linear import FastLinear, make_plain
 from xglm_torch.gathering import first_process_reads, reshard
 from xglm_torch.weights import (
     as_array,
@@ -64,6 +64,12 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         self.gradient_checkpointing_kwargs: dict[str, Any] = {"use_reentrant": False}
         self.gradient_checkpointing_every, self.gradient_checkpointing_offload = 1, False
         self._input_grads: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `torch.ao.quantization` sets this of a model before it looks for layers, which it knows by their exact type.
+        if name == "qconfig":
+            make_plain(self)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(
