@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.config import XGLMConfig
-from xglm_torch.fast.attention import attends_with_dropout, attention_with_dropout
-from xglm_torch.fast.dropout import dropped
+from xglm_torch.dropout import dropped
 from xglm_torch.fast.linear import linear_layer
 from xglm_torch.recording import is_transformed
 
@@ -65,16 +64,14 @@ class XGLMAttention(nn.Module):
         is_causal = self.is_causal and mask is None and bool(query.shape[2] > 1)  # Traced, a comparison is no bool.
         factors = None if head_mask is None else head_mask[self.heads].to(query)[:, None, None]
         dropout = self.dropout if self.training else 0.0
-        if dropout and not output_attentions and attends_with_dropout(query, dropout):
-            context = attention_with_dropout(query, key, value, mask, dropout, is_causal=is_causal)
         # Transforms do not see through fused kernels. On a CPU there is none with dropout.
-        elif output_attentions or (dropout and query.device.type == "cpu") or is_transformed():
+        if output_attentions or (dropout and query.device.type == "cpu") or is_transformed():
             if is_causal:
                 mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
             weights = _probabilities(query, key, mask)
             # What is returned is what acts, so that it has a gradient.
             weights, factors = weights if factors is None else weights * factors, None
-            context = (dropped(weights, dropout) if dropout else weights) @ value
+            context = dropped(weights, dropout) @ value
         else:
             context = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
         if factors is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from xglm_core.config import LAYER_NORM_EPS, XGLMConfig
 from xglm_torch.attention import XGLMAttention
 from xglm_torch.cache import KeyValue, XGLMCache
-from xglm_torch.fast.dropout import dropped
+from xglm_torch.dropout import dropped
 from xglm_torch.fast.linear import linear_layer
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

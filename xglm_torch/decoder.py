@@ -19,7 +19,7 @@ from xglm_torch.attention import attention_mask_for
 from xglm_torch.blocks import BlockInputs, XGLMDecoderLayer
 from xglm_torch.cache import XGLMCache, as_cache, extend_cache
 from xglm_torch.checkpointing import run_in_training
-from xglm_torch.fast.dropout import dropped
+from xglm_torch.dropout import dropped
 from xglm_torch.foreign_cache import update_foreign
 from xglm_torch.inputs import as_tensor, check_arguments, with_inner_door
 from xglm_torch.pretrained import XGLMPreTrainedModel

@@ -12,7 +12,6 @@ from tests.helpers.models import CONFIG, IDS, LEFT, SAME, changed
 from xglm_core.compare import oracle
 from xglm_torch import XGLMForCausalLM
 from xglm_torch.fast import linear
-from xglm_torch.fast.dropout import dropped
 
 CERTAIN = changed(CONFIG, dropout=0.0, attention_dropout=0.0)
 READ = random_weights(CERTAIN, seed=1).__getitem__
@@ -51,15 +50,3 @@ def test_gradients(model):
     wanted, expected = loss_and_gradients(CERTAIN, READ, IDS, IDS, LEFT)
     assert loss.item() == pytest.approx(wanted, rel=LOSS)
     assert_gradients_equal({name: each.grad.numpy() for name, each in model.named_parameters()}, expected)
-
-
-def test_dropout(model):
-    torch.manual_seed(0)
-    states = dropped(torch.ones(40_000), 0.25)
-    # The share of 40,000 draws has a standard deviation of 0.0022.
-    assert abs((states != 0).double().mean().item() - 0.75) < 0.015
-    torch.testing.assert_close(states[states != 0], torch.full((int((states != 0).sum()),), 1 / 0.75))
-    noisy = XGLMForCausalLM(CONFIG).train()
-    loss = noisy(torch.from_numpy(IDS), labels=torch.from_numpy(IDS)).loss
-    loss.backward()
-    assert all(torch.isfinite(each.grad).all() for each in noisy.parameters())
