@@ -114,7 +114,9 @@ class XGLMForCausalLM(TorchGeneration):
         check_arguments(self.config, inputs, cache)
         has_labels = labels is not None
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states, uncached=self.uncached)
-        inputs, head = with_one_gradient(self, inputs) if has_labels else (inputs, self.lm_head)
+        head: nn.Module | torch.Tensor = self.lm_head
+        if has_labels:
+            inputs, head = with_one_gradient(self, inputs)
         results = results_by_name(self.model(inputs, cache, wanted), wanted, past_key_values)
         states, loss, logits = results.pop("last_hidden_state"), None, None
         if labels is not None:

@@ -6,7 +6,6 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run_in_training(
-    model: XGLMModel, layer: nn.Module, states: torch.Tensor, cache: XGLMCache | None, inputs: BlockInputs
+    model: XGLMModel, layer: Any, states: torch.Tensor, cache: XGLMCache | None, inputs: BlockInputs
 ) -> Any:
     """What a block returns under gradient checkpointing and layerdrop, if the model has them.
 
@@ -39,7 +38,7 @@ def run_in_training(
 
 
 def _checkpointed(
-    model: XGLMModel, layer: nn.Module, states: torch.Tensor, cache: XGLMCache | None, inputs: BlockInputs
+    model: XGLMModel, layer: Any, states: torch.Tensor, cache: XGLMCache | None, inputs: BlockInputs
 ) -> Any:
     """Runs a block, and again in the backward pass, rather than keeping what is inside it."""
 

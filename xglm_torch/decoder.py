@@ -197,7 +197,7 @@ class XGLMModel(XGLMPreTrainedModel):
         for layer in self.layers:
             if wanted.hidden_states:
                 all_states.append(states)
-            block = functools.partial(run_in_training, self, layer) if self.training else layer
+            block: Any = functools.partial(run_in_training, self, layer) if self.training else layer
             states, attentions, cross_attentions = block(states, cache, for_blocks)
             if attentions is not None:
                 all_attentions.append(attentions)

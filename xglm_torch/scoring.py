@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) ->
 def _logit_blocks(head: nn.Module, states: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Fresh float32 logits [positions, block] of one part of the vocabulary after the other, with its first id."""
     if has_plain_weight(head):
-        product = linear if isinstance(head, FastLinear) else F.linear
+        product: Any = linear if isinstance(head, FastLinear) else F.linear
         for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
             yield begin, product(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()
     else:

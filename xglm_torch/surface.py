@@ -50,7 +50,7 @@ class TorchGeneration(GenerationSurface, XGLMPreTrainedModel):
             tokens = {"input_ids": input_ids[:, read:]}
         return {**options, **tokens, "past_key_values": past_key_values, "attention_mask": attention_mask}
 
-    def _engine(self, past: Any, prompts: Prompts, options: dict[str, Any], **own: Any) -> TorchEngine:
+    def _engine(self: Any, past: Any, prompts: Prompts, options: dict[str, Any], **own: Any) -> TorchEngine:
         """See `GenerationSurface._engine`."""
         resolve(self.config, True, None, None, uncached=self.uncached)
         if not is_overridden(self, TorchGeneration) and has_inner_door(self):
@@ -58,7 +58,7 @@ class TorchGeneration(GenerationSurface, XGLMPreTrainedModel):
         cached = torch.from_numpy(prompts.columns[:, : prompts.past]).to(self.device)
         return TorchEngine(self, past, Preparation(self, cached, options))
 
-    def _scorer(self, **own: Any) -> TorchScorer:
+    def _scorer(self: Any, **own: Any) -> TorchScorer:
         return TorchScorer(self)
 
     def _as_cache(self, past_key_values: Any) -> XGLMCache | None:
