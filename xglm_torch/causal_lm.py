@@ -94,8 +94,8 @@ class XGLMForCausalLM(TorchGeneration):
             logits_to_keep: only this many last positions reach the head, or those in this vector of positions; 0 means
                 all of them. With labels, the loss is that of all positions.
             num_items_in_batch: what to divide the loss by, for batches in several parts; None counts the labels.
-            return_logits: whether to compute and return logits; None means no in training with labels, as the loss does
-                not need them, unless `logits_to_keep` names some.
+            return_logits: whether to compute and return logits. None: True, except in training with labels, where the
+                loss does not need them, unless `logits_to_keep` names some.
 
         Returns:
             The output, or the tuple of its results that are not None: logits are [batch, kept positions, vocab_size] in

@@ -1,4 +1,4 @@
-"""Weights of a sharded model for one process to write, though all of them have to take part in reading each."""
+"""Lets one process write the weights of a sharded model. All processes take part in reading each weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Read = Callable[[str], np.ndarray]
 
 
 def reshard(model: nn.Module) -> None:
-    """Has FSDP let go of weights that it has gathered for a call, perhaps in another type; else does nothing."""
+    """Has FSDP release the weights that it gathered for a call, perhaps in another type. Else it does nothing."""
     for module in model.modules():
         release: Any = getattr(module, "reshard", None)
         if release is not None:
@@ -26,7 +26,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def first_process_reads(model: nn.Module, read: Read) -> Iterator[Read | None]:
-    """Gives the first process a way to read weights by name, and lets the others help until it has finished.
+    """Gives the first process a function that reads weights by name. The others help until it has finished.
 
     Args:
         model: if it is not sharded, `read` is given to every process as it is.

@@ -39,8 +39,8 @@ def causal_lm_loss(
 
     Args:
         hidden_states: what the head reads [batch, length, d_model].
-        head: gives logits [..., vocab_size]; or its matrix [vocab_size, d_model], which is all that is used of a plain
-            `nn.Linear` without bias. It may be a DTensor that is split by the vocabulary. Any other head, such as an
+        head: gives logits [..., vocab_size]; or its matrix [vocab_size, d_model], which may be a DTensor that is split
+            by the vocabulary. Of a plain linear layer without bias, only the matrix is read. Any other head, such as an
             adapted one, is called chunk by chunk, and again in the backward pass.
         labels: the tokens themselves, integers [batch, length]: position i is judged by label i + 1, the last by none;
             -100 does not count.

@@ -1,7 +1,7 @@
 """Training on many devices, by PyTorch's own engines: FSDP2, tensor parallelism, and both on a mesh.
 
-A sharded model is called like any other, and always as a whole: the loss is computed inside `forward`, where weights
-are there. Make the optimizer after sharding. What is split, and how, is `xglm_core.parallel`'s to say.
+Call a sharded model like any other, and always as a whole: weights are there inside `forward`, which computes the loss.
+Make the optimizer after sharding. `xglm_core.parallel` says what is split, and how.
 """
 
 from __future__ import annotations

@@ -20,19 +20,19 @@ _GIVEN = ("input_ids", "past_key_values", "attention_mask", "inputs_embeds", "us
 
 
 class Preparation:
-    """Asks the method, step by step, what to call the model with, as `generate` of transformers does.
+    """Asks the method at each step which arguments to call the model with, as `generate` of transformers does.
 
     Args:
         model: whose method it is.
         cached: the ids that a given cache holds, integers [rows, past].
-        options: options of the call; those that the method names are taken out and given to it.
+        options: options of the call. Those that the method names are removed, and given to it.
     """
 
     def __init__(self, model: XGLMForCausalLM, cached: torch.Tensor, options: dict[str, Any]) -> None:
         self._model = model
         self._ids = cached
         self._options: dict[str, Any] = {}
-        self._rows: dict[str, torch.Tensor] = {}  # What has a row for each text.
+        self._rows: dict[str, torch.Tensor] = {}  # What has a row for each sequence.
         named = inspect.signature(model.prepare_inputs_for_generation).parameters
         for name in [name for name in options if name in named and name not in _GIVEN]:
             value = options.pop(name)

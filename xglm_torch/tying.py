@@ -59,7 +59,7 @@ def _is_plain(embedding: nn.Module) -> bool:
 
 
 class _BothUses(torch.autograd.Function):
-    """A matrix, twice. What arrives as the gradient of the second is the caller's alone, and written to."""
+    """Returns a matrix twice. The backward pass overwrites the gradient of the second, which nobody else holds."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
