@@ -191,23 +191,21 @@ class XGLMModel(XGLMPreTrainedModel):
             inputs.cross_attn_head_mask,
             wanted.attentions,
         )
-        all_states: list[torch.Tensor] = []
-        all_attentions: list[torch.Tensor] = []
-        all_cross_attentions: list[torch.Tensor] = []
+        kept = []
         for layer in self.layers:
-            if wanted.hidden_states:
-                all_states.append(states)
             block: Any = functools.partial(run_in_training, self, layer) if self.training else layer
-            states, attentions, cross_attentions = block(states, cache, for_blocks)
-            if attentions is not None:
-                all_attentions.append(attentions)
-            if cross_attentions is not None:
-                all_cross_attentions.append(cross_attentions)
+            after, *weights = block(states, cache, for_blocks)
+            kept.append((states if wanted.hidden_states else None, *weights))
+            states = after
         states = self.layer_norm(states)
-        if wanted.hidden_states:
-            all_states.append(states)
-        weights = tuple(all_attentions) or None, tuple(all_cross_attentions) or None
-        return DecoderResults(states, cache, tuple(all_states) or None, *weights)
+        all_states, attentions, cross_attentions = zip(*kept, strict=True)
+        return DecoderResults(
+            states,
+            cache,
+            (*all_states, states) if wanted.hidden_states else None,
+            attentions if wanted.attentions else None,
+            cross_attentions if cross_attentions[0] is not None else None,
+        )
 
 
 def key_mask(
