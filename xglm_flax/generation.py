@@ -19,6 +19,7 @@ from xglm_core.generation.selection import DeviceRules
 from xglm_core.rounding import rounded_up
 from xglm_flax.cache import FlaxXGLMCache, picked, reordered, with_capacity
 from xglm_flax.fast import few_rows
+from xglm_flax.fast.one_row import packed, unpacked
 from xglm_flax.selection import device_rules, selection
 from xglm_flax.stacking import unstack_layers
 from xglm_flax.weights import Params
@@ -145,7 +146,7 @@ class FlaxEngine:
     def cache(self, places: np.ndarray, mask: np.ndarray) -> FlaxXGLMCache:
         """See `Engine.cache`."""
         assert self._cache is not None  # As the prompts were read.
-        return picked(self._cache, jnp.asarray(places.astype(np.int32)), jnp.asarray(mask))
+        return picked(unpacked(self._cache), jnp.asarray(places.astype(np.int32)), jnp.asarray(mask))
 
     def _params_of_steps(self, rows: int, steps: int) -> Params:
         """The parameters for that many more steps."""
@@ -167,8 +168,8 @@ def _prefill(
     module: Any, params: Params, inputs: DecoderInputs, cache: FlaxXGLMCache | None, *, capacity: int
 ) -> tuple[jax.Array, FlaxXGLMCache]:
     """Reads prompts; returns logits [rows, vocab_size] and a cache with room for `capacity` positions."""
-    logits, cache = _read(module, params, inputs, cache)
-    return logits, with_capacity(cache, capacity)
+    logits, cache = _read(module, params, inputs, None if cache is None else unpacked(cache))
+    return logits, packed(with_capacity(cache, capacity))
 
 
 def _feed(
@@ -176,7 +177,8 @@ def _feed(
 ) -> tuple[jax.Array, FlaxXGLMCache, jax.Array | None]:
     """Reads ids [rows]; returns logits [rows, vocab_size], the cache, and which ids the sequences now contain."""
     seen = None if seen is None else selection.mark_seen(seen, tokens[:, None])
-    return *_read(module, params, DecoderInputs(tokens[:, None]), cache), seen
+    logits, cache = _read(module, params, DecoderInputs(tokens[:, None]), unpacked(cache))
+    return logits, packed(cache), seen
 
 
 def _advance(
@@ -230,12 +232,12 @@ _mark_seen = jax.jit(selection.mark_seen, donate_argnames="seen")
 
 @functools.partial(jax.jit, static_argnames="capacity")
 def _copied(cache: FlaxXGLMCache, rows: jax.Array, *, capacity: int) -> FlaxXGLMCache:
-    return reordered(cache, rows, capacity)
+    return packed(reordered(cache, rows, capacity))
 
 
 @jax.jit
 def _reordered(cache: FlaxXGLMCache, rows: jax.Array) -> FlaxXGLMCache:
-    return reordered(cache, rows, cache.capacity)
+    return packed(reordered(unpacked(cache), rows, cache.capacity))
 
 
 @jax.jit
