@@ -97,7 +97,9 @@ def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _is_split(head: nn.Module | torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether the head's matrix is split by the vocabulary; the hooks that gather its logits are then passed by."""
-    return type(head) in (nn.Linear, FastLinear) and head.bias is None and hasattr(head.weight, "device_mesh")
+    if not isinstance(head, nn.Linear) or type(head) not in (nn.Linear, FastLinear):
+        return False
+    return head.bias is None and hasattr(head.weight, "device_mesh")
 
 
 def _by_weight(

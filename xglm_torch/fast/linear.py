@@ -33,10 +33,9 @@ def linear_layer(width: int, new_width: int, bias: bool = True) -> nn.Linear:
 
 def make_plain(model: nn.Module) -> None:
     """Makes all fast layers of a model plain ones, for tools that know linear layers by their exact type."""
-    module: Any
     for module in model.modules():
         if type(module) is FastLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 class FastLinear(nn.Linear):
