@@ -113,6 +113,7 @@ class TestLayerdrop:
         first = fw.call(kept, IDS[:, :6], use_cache=True).past_key_values
         np.testing.assert_allclose(fw.numpy(outputs.past_key_values[0][0]), fw.numpy(first[0][0]), **SAME)
 
+    @pytest.mark.slow
     def test_how_often(self, fw, load):
         model = load(changed(NONE, layerdrop=0.3))
         dropped = 0

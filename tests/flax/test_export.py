@@ -28,6 +28,7 @@ def shapes_of(tree):
 
 
 class TestExport:
+    @pytest.mark.slow
     def test_of_any_batch_and_length(self, model):
         batch, length = export.symbolic_shape("batch, length")
         ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)

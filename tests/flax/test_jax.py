@@ -39,6 +39,7 @@ def of_layer(params, name="0"):
 
 
 class TestInitialisation:
+    @pytest.mark.slow
     def test_distribution_is_that_of_the_module(self):
         model = FlaxXGLMForCausalLM(
             changed(CROSS_CONFIG, vocab_size=1013, num_layers=1, tie_word_embeddings=False), seed=5
@@ -114,6 +115,7 @@ class TestTransformations:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **SAME), eager, compiled)
         assert eager[0] == model(TOKENS, LEFT, labels=TOKENS).loss
 
+    @pytest.mark.slow
     def test_checkpoint(self, model):
         def loss(params):
             return model(TOKENS, labels=TOKENS, params=params).loss
@@ -124,6 +126,7 @@ class TestTransformations:
             jax.grad(loss)(model.params),
         )
 
+    @pytest.mark.slow
     def test_forward_mode(self, model):
         def loss(params):
             return model(TOKENS, labels=TOKENS, params=params).loss
@@ -141,6 +144,7 @@ class TestTransformations:
         logits = jax.vmap(rows)(TOKENS, LEFT)
         np.testing.assert_allclose(logits, model(TOKENS, LEFT).logits[:, 6:], **SAME)
 
+    @pytest.mark.slow
     def test_vmap_over_dropout_keys(self, model):
         keys = jax.random.split(jax.random.key(0), 3)
 
@@ -173,6 +177,7 @@ class TestTransformations:
             **SAME,
         )
 
+    @pytest.mark.slow
     def test_pmap(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         code = f"""
@@ -341,6 +346,7 @@ class TestTraces:
         assert (model.module.config.vocab_size, before.config.vocab_size) == (140, 131)
 
 
+@pytest.mark.slow
 class TestNNX:
     def test_bridge(self, model):
         bridged = nnx.bridge.ToNNX(FlaxXGLMForCausalLMModule(TWO_BLOCKS), rngs=nnx.Rngs(0)).lazy_init(TOKENS)

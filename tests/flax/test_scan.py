@@ -118,6 +118,7 @@ class TestResults:
         options = {"max_new_tokens": 20, "stop_at_eos": False}
         assert np.array_equal(scanned.generate(TOKENS, LEFT, **options), plain.generate(TOKENS, LEFT, **options))
 
+    @pytest.mark.slow
     def test_gradients(self, plain, scanned):
         def loss(params, model):
             return model(TOKENS, LEFT, labels=TOKENS, encoder_hidden_states=ENCODER, params=params).loss

@@ -69,6 +69,7 @@ class TestTextsPastTheLimit:
         assert_same(other.params, state.params)
 
 
+@pytest.mark.slow
 class TestOptimizers:
     def test_polyak_sgd_wants_the_loss(self, model, differentiated):
         """Its step is loss / |gradient|^2, at most the rate."""

@@ -121,6 +121,7 @@ class TestLoss:
             # The gradients of the logits, and those of the states, are rounded to 11 bits.
             np.testing.assert_allclose(one, other, rtol=2**-10, atol=2**-10 * float(jnp.abs(other).max()))
 
+    @pytest.mark.slow
     def test_gradients_of_each_example(self, shallow, differentiated):
         loss_fn = make_loss_fn(shallow)
 
@@ -133,6 +134,7 @@ class TestLoss:
             _, expected = differentiated(shallow.params, one)
             assert_same(jax.tree.map(lambda leaf, row=row: leaf[row], each), expected)
 
+    @pytest.mark.slow
     def test_forward_over_reverse(self, shallow, differentiated):
         """The product with the Hessian, against a difference of gradients."""
 

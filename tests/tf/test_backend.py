@@ -252,6 +252,7 @@ class TestReplacedWeights:
         gc.collect()
         assert head() is None
 
+    @pytest.mark.slow
     def test_generation_follows(self, folder, tmp_path):
         model = TFXGLMForCausalLM.from_pretrained(folder)
         model.generate(IDS, max_new_tokens=3)

@@ -119,6 +119,7 @@ def test_int8_is_close(model):
     np.testing.assert_allclose(model(IDS).logits, before, rtol=0, atol=0.2)
 
 
+@pytest.mark.slow
 def test_adapters_of_a_quantized_model_are_trained(model):
     model.quantize("int8")
     model.enable_lora(2)
