@@ -18,7 +18,11 @@ def python_blocks():
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("backend", backends_under_test())
+@pytest.mark.parametrize(
+    "backend",
+    # The examples of one backend are as those of the next, but for names.
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "torch")) for name in backends_under_test()],
+)
 def test_examples_of_the_readme(backend):
     first, *others = python_blocks()
     (own,) = [block for block in others if _NEEDS[backend] in block]

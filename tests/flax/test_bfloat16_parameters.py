@@ -25,6 +25,7 @@ def strictly():
 
 
 @pytest.mark.usefixtures("strictly")
+@pytest.mark.slow
 class TestStrictPromotion:
     def test_a_call_is_that_of_the_rounded_numbers(self, params):
         model = FlaxXGLMForCausalLM(SMALL, _do_init=False)

@@ -55,6 +55,7 @@ class TestExport:
             ids = np.resize(IDS, (rows, 11)).astype(np.int32)
             np.testing.assert_allclose(program.call(model.params, ids), model(ids).logits, **SAME)
 
+    @pytest.mark.slow
     def test_of_a_loss_and_its_gradients(self, model):
         batch, length = export.symbolic_shape("batch, length")
         ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)

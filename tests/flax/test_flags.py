@@ -26,12 +26,11 @@ def expected(tmp_path_factory):
     "flags",
     [
         {"JAX_ENABLE_X64": "1"},
-        pytest.param(
-            {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}, marks=pytest.mark.slow
-        ),
+        {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict"},
     ],
     ids=["x64", "no promotion"],
 )
+@pytest.mark.slow
 def test_numbers_and_types_are_the_same(expected, flags):
     folder, texts = expected
     run = subprocess.run(

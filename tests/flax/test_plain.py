@@ -27,6 +27,7 @@ def both(monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.slow
 def test_generated_texts(both, tied, rows):
     options = {"max_new_tokens": 20, "stop_at_eos": False}
     fast, plain = both(lambda model: model.generate(IDS[:rows], **options), tie_word_embeddings=tied)

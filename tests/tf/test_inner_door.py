@@ -84,6 +84,7 @@ def test_a_loss_of_a_subclass_is_what_fit_computes():
     assert np.array_equal(model.model.layer_norm.gamma, before)  # Its gradient is 0.
 
 
+@pytest.mark.slow
 def test_plain_forms_give_the_same(monkeypatch):
     """Of few rows' logits, dropout and sums in place."""
 
