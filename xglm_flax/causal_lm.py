@@ -158,12 +158,12 @@ class FlaxXGLMForCausalLM(FlaxGenerationSurface, FlaxXGLMPreTrainedModel):
         encoder, masks = (encoder_hidden_states, encoder_attention_mask), (head_mask, cross_attn_head_mask)
         inputs = DecoderInputs(input_ids, attention_mask, position_ids, *encoder, *masks, inputs_embeds)
         check_head_arguments(self.config, input_ids if inputs_embeds is None else inputs_embeds, labels, logits_to_keep)
-        checked = self._checked_call(inputs, past_key_values, params, train, dropout_rng)
+        params, inputs, cache, key = self._checked_call(inputs, past_key_values, params, train, dropout_rng)
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
         items = None if num_items_in_batch is None else jnp.asarray(num_items_in_batch)
-        of_head = {"labels": labels, "num_items_in_batch": items, "loss_options": self.loss_options}
-        kept = {"logits_to_keep": logits_to_keep, "return_logits": return_logits}
-        results = self._results(*checked, wanted=wanted, deterministic=not train, **of_head, **kept)
+        of_head: dict[str, Any] = {"labels": labels, "num_items_in_batch": items, "loss_options": self.loss_options}
+        of_head |= {"logits_to_keep": logits_to_keep, "return_logits": return_logits, "deterministic": not train}
+        results = self._results(params, inputs, cache, key, wanted=wanted, **of_head)
         return present(CausalLMOutputWithCrossAttentions, self.config, return_dict, **results)
 
     def prepare_inputs_for_generation(
@@ -240,8 +240,8 @@ class FlaxXGLMForCausalLM(FlaxGenerationSurface, FlaxXGLMPreTrainedModel):
         check_not_overridden(self, FlaxXGLMForCausalLM, *loop)
         return FlaxEngine(self.compiled_engine, self._params_or_own(params), past)
 
-    def _scorer(self, params: Params | None = None) -> FlaxScorer:
-        return FlaxScorer(self.compiled_scorer, self._params_or_own(params))
+    def _scorer(self, **own: Any) -> FlaxScorer:
+        return FlaxScorer(self.compiled_scorer, self._params_or_own(own.get("params")))
 
     def _as_cache(self, past_key_values: Any) -> FlaxXGLMCache | None:
         return as_cache(past_key_values, self.config, self.dtype)

@@ -48,7 +48,7 @@ class FlaxGenerationSurface(GenerationSurface):
         )
 
     @inputs_as_given()
-    def score(
+    def score(  # type: ignore[override]  # `params` is all that `own` may be.
         self,
         input_ids: Any,
         attention_mask: Any = None,

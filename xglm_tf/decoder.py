@@ -137,9 +137,11 @@ class TFXGLMMainLayer(keras.layers.Layer):
             if wanted.attentions and cross_attentions is not None:
                 all_cross_attentions.append(cross_attentions)
         hidden_states = self.layer_norm(hidden_states)
+        if cache is not None:
+            cache = dataclasses.replace(cache, layers=tuple(parts), length=past + length)
         return DecoderResults(
             hidden_states,
-            dataclasses.replace(cache, layers=tuple(parts), length=past + length) if wanted.cache else None,
+            cache if wanted.cache else None,
             (*all_states, hidden_states) if wanted.hidden_states else None,
             tuple(all_attentions) or None,
             tuple(all_cross_attentions) or None,

@@ -193,6 +193,7 @@ class Training(keras.Model):
         (count,) = summed(tf.reduce_sum(targets_and_weights(y, weights)[1]))
         items = tf.cast(x.get("num_items_in_batch", count), tf.float32)
         results, output = decode_with_loss(self, inputs, cache, Wanted(), y, items, weights, training=training)
+        assert output is not None  # As there are labels.
         loss, surprisal, correct = summed(tf.stop_gradient(output.loss), output.surprisal, output.correct)
         # Every replica has the sums of all, and Keras adds up what the replicas have.
         sums = (loss * items, surprisal, correct, count)
