@@ -18,6 +18,7 @@ import tensorflow as tf
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import check_past_key_values
 from xglm_core.rounding import rounded_up
+from xglm_tf.fast.one_row import slice_update
 
 _BLOCK = 64  # Positions by which storage grows, so that shapes rarely change from one token to the next.
 
@@ -196,7 +197,7 @@ def _write(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tuple[tf.Ten
         positions = start + tf.range(tf.shape(new)[2])
         return _write(upstream, tf.zeros_like(new), start), tf.gather(upstream, positions, axis=2), None
 
-    return keras.ops.slice_update(storage, (0, 0, start, 0), new), gradient
+    return slice_update(storage, new, start), gradient
 
 
 # TensorFlow never forgets a graph in which it met a custom gradient. Here it meets a small one: the caller's would keep

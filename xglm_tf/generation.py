@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,6 +16,7 @@ from xglm_core.generation.rules import Rules
 from xglm_core.generation.selection import DeviceRules
 from xglm_core.rounding import rounded_up
 from xglm_tf.cache import TFXGLMCache, empty_cache, picked, reordered, with_capacity
+from xglm_tf.fast.one_row import packed, unpacked
 from xglm_tf.selection import device_rules, selection
 
 if TYPE_CHECKING:
@@ -221,16 +222,21 @@ def _advance(
     def step(
         index: tf.Tensor, tokens: tf.Tensor, selected: tf.Tensor, _: tf.Tensor, cache: TFXGLMCache, seen: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, TFXGLMCache, tf.Tensor]:
-        logits, cache, seen = _feed(model, tokens, cache, seen)
+        logits, cache, seen = _feed(model, tokens, _with_layers(cache, unpacked), seen)
         chosen = _select(logits, seen, rules, tf.gather(keys, index, axis=1))
         selected = tf.where(columns == index, chosen[:, None], selected)
         # A code stands for no token.
-        return index + 1, tf.maximum(chosen, 0), selected, logits, cache, seen
+        return index + 1, tf.maximum(chosen, 0), selected, logits, _with_layers(cache, packed), seen
 
     rows = tokens.shape[0]
-    begin = (0, tokens, tf.zeros((rows, BLOCK), tf.int32), logits, cache, seen)
+    begin = (0, tokens, tf.zeros((rows, BLOCK), tf.int32), logits, _with_layers(cache, packed), seen)
     _, _, selected, logits, cache, seen = tf.while_loop(lambda index, *_: index < steps, step, begin)
-    return selected, logits, cache, seen
+    return selected, logits, _with_layers(cache, unpacked), seen
+
+
+def _with_layers(cache: TFXGLMCache, change: Callable[[Any], Any]) -> TFXGLMCache:
+    """The cache with its layers packed or unpacked."""
+    return dataclasses.replace(cache, layers=change(cache.layers))
 
 
 def _candidates(
