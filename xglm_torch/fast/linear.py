@@ -2,8 +2,9 @@
 
 Hardware: AMD processors, and few rows on Intel's. With AVX-512, MKL reaches 40 to 46% of oneDNN's speed on AMD.
 Gain: on an Intel Xeon (Sapphire Rapids, two cores, 2026-11-28) decoding of eight rows takes 6.1 to 6.8 s in place of
-9.4 to 9.8. One row is left to MKL, which took 3.5 to 3.6 s where oneDNN took 3.9 to 4.2. A training step of 2 x 256
-tokens takes 5.4 s on two cores of an AMD EPYC (Zen 5), where transformers takes 14.5 through MKL.
+9.4 to 9.8. There, one row is left to MKL, which took 3.5 to 3.6 s where oneDNN took 3.9 to 4.2; on an AMD EPYC MKL took
+6.5 to 7.2 s where oneDNN took 4.8 to 5.1. A training step of 2 x 256 tokens takes 5.4 s
+on two cores of an AMD EPYC (Zen 5), where transformers takes 14.5 through MKL.
 Command: `python bench/speed.py torch decode8 CHECKPOINT`, with and without `XGLM_PLAIN=1`.
 """
 
@@ -43,9 +44,22 @@ class FastLinear(nn.Linear):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        # Decoding of one row only reads the weights, which MKL does at least as fast.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or states.numel() == states.shape[-1]:  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return F.linear(states, self.weight, self.bias)
+        if states.numel() == states.shape[-1] and torch.is_inference_mode_enabled():  # A decoding step of one row.
+            weight = self.weight
+            if (
+                _is_faster()
+                and type(states) in _PLAIN
+                and type(weight) in _PLAIN
+                and states.dtype == weight.dtype == torch.float32
+                and states.is_cpu
+                and weight.is_cpu
+                and not torch.is_autocast_enabled("cpu")
+                and torch._C._functorch.peek_interpreter_stack() is None
+            ):
+                return torch.ops.mkldnn._linear_pointwise(states, weight, self.bias, "none", [], "")
+            return F.linear(states, weight, self.bias)
         return linear(states, self.weight, self.bias)
 
 
