@@ -54,6 +54,11 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
 
     has_head = True
 
+    # Inside of a `tf.function` they raise one line, of which autograph would make a listing of code.
+    generate = tf.autograph.experimental.do_not_convert(GenerationSurface.generate)
+    score = tf.autograph.experimental.do_not_convert(GenerationSurface.score)
+    stream = tf.autograph.experimental.do_not_convert(GenerationSurface.stream)
+
     def __init__(self, config: XGLMConfig, *, dtype: Any = None, plan: LoadPlan | None = None, **kwargs: Any) -> None:
         # The loss takes the head as it is, in float32 in mixed precision, where Keras would convert it.
         super().__init__(config, dtype=dtype, autocast=False, **kwargs)
