@@ -47,6 +47,7 @@ class FastLinear(nn.Linear):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return F.linear(states, self.weight, self.bias)
         if states.numel() == states.shape[-1] and torch.is_inference_mode_enabled():  # A decoding step of one row.
+            # Spelt out: `linear` would take several calls for each layer of each token.
             weight = self.weight
             if (
                 _is_faster()
