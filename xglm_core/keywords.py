@@ -38,7 +38,10 @@ _AFTER_LOADING = "load the model first, then"
 _ACCELERATE = f"{_AFTER_LOADING} call dispatch_model, cpu_offload or disk_offload of accelerate"
 _ADAPTERS = f"{_AFTER_LOADING} give it to PeftModel.from_pretrained of peft"
 _PARALLEL = "see xglm_torch.parallel, which spreads a model over the processes of a device mesh"
-_QUANTIZED = f"{_AFTER_LOADING} quantize it: torchao's quantize_ in PyTorch, model.quantize in Keras"
+_QUANTIZED = (
+    "for int8 in PyTorch give quantization='int8'; for other types "
+    f"{_AFTER_LOADING} quantize it: torchao's quantize_ in PyTorch, model.quantize in Keras"
+)
 
 # Refused keywords: the values, beside None and False, at which they have no effect, and what to do instead.
 LOADED_NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -58,6 +61,7 @@ LOADED_NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "offload_buffers": ((), _ACCELERATE),
     "offload_folder": ((), _ACCELERATE),
     "proxies": (({},), "set the environment variable HTTPS_PROXY"),
+    "quantization": ((), "PyTorch computes with int8; here, a checkpoint of int8 is loaded as floats"),
     "quantization_config": ((), _QUANTIZED),
     "state_dict": ((), "set the parameters after the model was made, or load them in PyTorch and save"),
     "tp_plan": ((), _PARALLEL),

@@ -188,7 +188,8 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         """
         loading = Loading.of(options, dtype=dtype, weights=weights)
         wanted = "float32" if param_dtype is None else param_dtype
-        plan = plan_loading(loading.open(pretrained_model_name_or_path), with_head=cls.has_head, dtype=wanted)
+        checkpoint = loading.open(pretrained_model_name_or_path)
+        plan = plan_loading(checkpoint, with_head=cls.has_head, dtype=wanted, int8=False)
         model = cls(
             plan.config,
             dtype=loading.dtype or "float32",

@@ -184,7 +184,8 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         is_policy = isinstance(dtype, keras.DTypePolicy) or (isinstance(dtype, str) and dtype.startswith("mixed_"))
         policy = keras.dtype_policies.get(dtype) if is_policy else None
         held = dtype if policy is None else policy.variable_dtype
-        plan = plan_loading(loading.open(pretrained_model_name_or_path), with_head=cls.has_head, dtype=held)
+        checkpoint = loading.open(pretrained_model_name_or_path)
+        plan = plan_loading(checkpoint, with_head=cls.has_head, dtype=held, int8=False)
         model = cls(plan.config, dtype=policy or plan.dtype.name, plan=plan)
         if cls.has_head:
             model.generation_config = plan.generation

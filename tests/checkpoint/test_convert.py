@@ -183,8 +183,8 @@ class TestInput:
             convert_checkpoint(source, tmp_path / "new", to="fairseq")
 
     def test_unknown_type(self, source, tmp_path):
-        with pytest.raises(InputError, match="dtype is 'int8', expected one of"):
-            convert_checkpoint(source, tmp_path / "new", to="torch", dtype="int8")
+        with pytest.raises(InputError, match="dtype is 'int4', expected one of"):
+            convert_checkpoint(source, tmp_path / "new", to="torch", dtype="int4")
 
     def test_bfloat16_in_hdf5(self, source, tmp_path):
         with pytest.raises(InputError, match=r"tf_model\.h5 cannot hold bfloat16, only float32, float16, float64"):
@@ -415,7 +415,7 @@ class TestCommand:
         [
             (["--to", "onnx"], "argument --to: invalid choice: 'onnx'"),
             ([], "the following arguments are required: --to"),
-            (["--to", "torch", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+            (["--to", "torch", "--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
             (["--to", "torch", "--weights", "tf"], "no tf_model.h5 here, found weights in the formats safetensors"),
             (["--to", "torch", "--max-shard-size", "5 apples"], "max_shard_size is '5 apples', expected a number"),
             (["--to", "safetensors"], "already holds weights in the format safetensors"),

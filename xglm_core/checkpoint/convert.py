@@ -10,9 +10,10 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import FLOAT8, FloatType, float_type
+from xglm_core.checkpoint.dtypes import DTYPES, FLOAT8, INT8, FloatType, float_type
 from xglm_core.checkpoint.folder import Checkpoint, open_source
 from xglm_core.checkpoint.formats import FORMATS, Format, present_formats, shortened
+from xglm_core.checkpoint.int8 import is_int8, stored_types, with_method
 from xglm_core.checkpoint.loading import plan_loading
 from xglm_core.checkpoint.tensor_file import Buffers
 from xglm_core.checkpoint.tensor_writing import Advance
@@ -61,10 +62,11 @@ class Conversion:
     @property
     def changed_types(self) -> set[str]:
         """The types to which weights are converted."""
+        names = {weight: _source_name(weight.spec.name, self.config) for weight in self.weights}
         return {
             weight.dtype.name
-            for weight in self.weights
-            if weight.dtype is not self.source.info(_source_name(weight.spec.name, self.config)).dtype
+            for weight, name in names.items()
+            if name in self.source.names and weight.dtype is not self.source.info(name).dtype
         }
 
     @property
@@ -110,7 +112,8 @@ def convert_checkpoint(
         destination: the folder to write. It has no weights yet, or is the source itself, which then has both formats.
         to: the format to write, one of "safetensors", "torch", "flax", "tf".
         weights: the format to read; see `open_checkpoint`.
-        dtype: the type to store, as a name or a framework's type; None keeps the type of each weight.
+        dtype: the type to store, as a name or a framework's type; None keeps the type of each weight. "int8" is for
+            safetensors alone: matrices become int8, and other weights keep their type.
         max_shard_size: the largest size of a file, in bytes or as in "500MB"; a larger tensor has a file of its own.
         hub: see `HubOptions`.
 
@@ -139,7 +142,7 @@ def plan_conversion(
     if to not in WRITABLE:
         raise InputError(f"to is {to!r}, expected one of {', '.join(WRITABLE)}")
     format, limit = FORMATS[to], parse_size(max_shard_size)
-    target = None if dtype is None else float_type(dtype)
+    target = None if dtype is None else float_type(dtype, {**DTYPES, INT8.name: INT8})
     destination = Path(destination)
     files = find_source(source, **hub)
     checkpoint = open_source(files, weights)
@@ -148,16 +151,20 @@ def plan_conversion(
     _check_destination(checkpoint.folder, destination, format)
     # A bare decoder stays one. Without a head, the file does not say whether the model is tied.
     config = plan_loading(checkpoint, with_head=HEAD in checkpoint.names).config
+    int8 = checkpoint.is_int8 if target is None else target is INT8
+    if int8 != is_int8(config) and _same_folder(checkpoint.folder, destination):
+        raise InputError(f"{destination}: {CONFIG_FILE} says whether weights are int8, so both kinds cannot be here")
+    config = with_method(config, int8=int8)
+    target = None if target is INT8 else target  # Vectors keep their type.
     for key in _TYPE_KEYS:
         if target is not None and key in config:
             setattr(config, key, target.name)
     assert format.writer is not None
     tied = config.tie_word_embeddings
     has_head = format.writer.untied_head if tied else HEAD in checkpoint.names
-    new = tuple(
-        NewWeight(spec, target or checkpoint.info(_source_name(spec.name, config)).dtype)
-        for spec in weight_specs(config, with_head=has_head)
-    )
+    specs = weight_specs(config, with_head=has_head)
+    types = [target or checkpoint.info(_source_name(spec.name, config)).dtype for spec in specs]
+    new = tuple(NewWeight(*weight) for weight in stored_types(specs, types, int8=int8))
     _check_types(checkpoint.folder, {weight.dtype for weight in new}, format)
     return Conversion(checkpoint, destination, format, config, new, limit)
 

@@ -7,6 +7,7 @@ does numpy have the two types of 8 bits. These can only be read: models do not u
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +42,11 @@ FLOAT8_E5M2 = FloatType("float8_e5m2", "F8_E5M2", np.dtype("u1"))
 DTYPES = {dtype.name: dtype for dtype in (FLOAT32, FLOAT16, BFLOAT16)}
 STORED = {**DTYPES, FLOAT64.name: FLOAT64}
 FLOAT8 = (FLOAT8_E4M3, FLOAT8_E5M2)
-# The types of tensors that are not weights: counters, masks, lists of positions.
+# The types of tensors that are not weights: counters, masks, lists of positions. int8 is one of weights beside scales.
+INT8 = FloatType("int8", "I8", np.dtype("i1"))
 INTEGERS = (
-    *(FloatType(f"int{8 * size}", f"I{8 * size}", np.dtype(f"<i{size}")) for size in (8, 4, 2, 1)),
+    *(FloatType(f"int{8 * size}", f"I{8 * size}", np.dtype(f"<i{size}")) for size in (8, 4, 2)),
+    INT8,
     FloatType("uint8", "U8", np.dtype("u1")),
     FloatType("bool", "BOOL", np.dtype("?")),
 )
@@ -52,18 +55,18 @@ BY_CODE = {dtype.code: dtype for dtype in (*STORED.values(), *FLOAT8, *INTEGERS)
 _BLOCK = 2**16  # Values to convert at a time: temporaries stay in the processor's cache.
 
 
-def float_type(dtype: Any) -> FloatType:
+def float_type(dtype: Any, types: Mapping[str, FloatType] = DTYPES) -> FloatType:
     """The type that a user names by a string or by a framework's own type (`torch.bfloat16`, `jnp.float32`, ...).
 
     Raises:
-        InputError: it is none of float32, float16, bfloat16.
+        InputError: it is none of `types`, which are float32, float16, bfloat16.
     """
     # torch.float32, np.dtype("float32"), tf.float32 and jnp.float32 all share the word, somewhere.
     name = dtype if isinstance(dtype, str) else getattr(dtype, "name", getattr(dtype, "__name__", str(dtype)))
     name = str(name).rpartition(".")[2]
-    if name not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in types:
+        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(types)}")
+    return types[name]
 
 
 def convert(array: np.ndarray, source: FloatType, target: FloatType) -> np.ndarray:

@@ -91,7 +91,7 @@ class FlaxFile(TensorFile):
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored type: a copy-on-write view of the file, or a copy if it is stored in pieces."""
-        info = self.tensors[name]
+        info = self.info(name)
         if name not in self._pieces:
             return super().read(name)
         values = self._values(name, 0, math.prod(info.shape))
@@ -99,7 +99,7 @@ class FlaxFile(TensorFile):
 
     def blocks(self, name: str, buffers: Buffers, *, transposed: bool) -> Iterator[np.ndarray]:
         """See `TensorFile.blocks`. A large matrix in pieces is joined block by block."""
-        info = self.tensors[name]
+        info = self.info(name)
         if name not in self._pieces or info.strides is not None or not is_large(info.shape):
             yield from super().blocks(name, buffers, transposed=transposed)
             return
@@ -111,7 +111,7 @@ class FlaxFile(TensorFile):
 
     def _values(self, name: str, begin: int, end: int) -> np.ndarray:
         """A copy of some values of a tensor that is stored in pieces."""
-        dtype = self.tensors[name].dtype.storage
+        dtype = self.info(name).dtype.storage
         result = np.empty(end - begin, dtype)
         position = 0
         for piece in self._pieces[name]:

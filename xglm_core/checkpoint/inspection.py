@@ -140,6 +140,7 @@ def _describe_weights(result: Inspection, checkpoint: Checkpoint) -> None:
         CheckpointError: they do not fit the configuration.
     """
     infos = [checkpoint.info(name) for name in sorted(checkpoint.names)]
+    infos += [info for info in checkpoint.scale_infos.values() if info is not None]
     result.tensors = dict(Counter(info.dtype.name for info in infos).most_common())
     result.tensor_bytes = sum(info.nbytes for info in infos)
     if HEAD not in checkpoint.names or EMBEDDING not in checkpoint.names:
@@ -154,7 +155,9 @@ def _describe_weights(result: Inspection, checkpoint: Checkpoint) -> None:
         )
     elif result.head == "equal" and not config.tie_word_embeddings:
         result.notes.append(f"tie_word_embeddings is false, but the stored {HEAD} equals {EMBEDDING}: there are two")
-    if len(result.tensors) > 1:
+    if checkpoint.is_int8:
+        result.notes.append("the matrices are int8, with a scale for each row: PyTorch computes with them as they are")
+    elif len(result.tensors) > 1:
         types = ", ".join(f"{count} in {dtype}" for dtype, count in result.tensors.items())
         result.notes.append(f"the tensors are of different types: {types}")
     if stored := sorted(checkpoint.names & IGNORED):

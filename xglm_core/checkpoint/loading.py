@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, FloatType, convert, float_type
+from xglm_core.checkpoint.dtypes import DTYPES, FLOAT32, INT8, FloatType, float_type
 from xglm_core.checkpoint.folder import Checkpoint, open_checkpoint
+from xglm_core.checkpoint.int8 import SCALE, converted_by_rows, with_method
 from xglm_core.checkpoint.tensor_file import Buffers, aligned_empty, copy_values, is_aligned
 from xglm_core.checkpoint.tensor_writing import equal_values
 from xglm_core.config import XGLMConfig
@@ -105,14 +106,17 @@ class LoadPlan:
     """A checkpoint that fits a model, ready to be read weight by weight.
 
     Attributes:
-        config: the checkpoint's configuration, with `tie_word_embeddings` as the stored weights have it.
+        config: the checkpoint's configuration, with `tie_word_embeddings` as the stored weights have it, and with
+            `quantization_config` if `int8`.
         specs: the model's weights; the checkpoint holds each of them in its shape.
         dtype: the type of the model's weights.
+        int8: whether the model's matrices are int8, see `read_int8`.
     """
 
     config: XGLMConfig
     specs: tuple[WeightSpec, ...]
     dtype: FloatType
+    int8: bool
     _checkpoint: Checkpoint
 
     @property
@@ -130,6 +134,10 @@ class LoadPlan:
         """A weight in canonical shape and `dtype.storage`: a copy-on-write view of the file if the type allows one."""
         return self._checkpoint.read(spec.name, self.dtype)
 
+    def read_int8(self, spec: WeightSpec) -> tuple[np.ndarray, np.ndarray]:
+        """A matrix as int8 [out, in], a view of the file if that has it so, and its scales, float32 [out, 1]."""
+        return self._checkpoint.read(spec.name, INT8), self._checkpoint.scales(spec.name)
+
     def aligned(self, spec: WeightSpec, *, transposed: bool = False) -> np.ndarray:
         """A weight in row-major order and `dtype.storage`, at a memory address that is a multiple of 64 bytes.
 
@@ -141,6 +149,7 @@ class LoadPlan:
             transposed: whether to transpose it.
         """
         source = self._checkpoint.info(spec.name).dtype
+        scales = self._checkpoint.scales(spec.name) if source is INT8 else None
         stored = self._checkpoint.read(spec.name)
         turned = transposed
         if stored.ndim == 2 and stored.T.flags.c_contiguous:  # In the file's order.
@@ -152,7 +161,7 @@ class LoadPlan:
 
         def fill(begin: int) -> None:
             rows = slice(begin, begin + step)
-            block = convert(stored[rows], source, self.dtype)
+            block = converted_by_rows(stored[rows], source, self.dtype, None if scales is None else scales[rows])
             copy_values(result[:, rows] if turned else result[rows], block.T if turned else block)
 
         begins = range(0, len(stored), step)
@@ -172,23 +181,27 @@ class LoadPlan:
         self._checkpoint.release(spec.name)
 
 
-def plan_loading(checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float32") -> LoadPlan:
+def plan_loading(
+    checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float32", int8: bool | None = None
+) -> LoadPlan:
     """Checks that the checkpoint holds exactly the weights of the model that its configuration describes.
 
     Args:
         checkpoint: an open checkpoint.
         with_head: whether the model is a causal LM; the bare decoder ignores a stored head.
         dtype: the type of the model's weights, as a name or a framework's type; "auto" is that of the stored embedding.
+        int8: whether the model's matrices are int8, whatever those of the checkpoint are; None: as those are.
 
     Returns:
         The plan. If the stored head differs from the embedding, the model is not tied; a warning says so if the
-        configuration ties the two.
+        configuration ties the two, and another one if matrices of int8 become floats.
 
     Raises:
         CheckpointError: weights are missing, unexpected or of another shape; the message lists all of them.
         InputError: `dtype` is unknown.
     """
-    config = XGLMConfig.from_dict(checkpoint.config.to_dict())
+    is_int8 = checkpoint.is_int8 if int8 is None else int8
+    config = with_method(XGLMConfig.from_dict(checkpoint.config.to_dict()), int8=is_int8)
     if with_head and config.tie_word_embeddings and not is_tied(checkpoint):
         config.tie_word_embeddings = False
         warnings.warn(
@@ -205,7 +218,15 @@ def plan_loading(checkpoint: Checkpoint, *, with_head: bool, dtype: Any = "float
     stored = checkpoint.info(EMBEDDING).dtype
     # Models do not use float64.
     wanted = DTYPES.get(stored.name, FLOAT32) if isinstance(dtype, str) and dtype == "auto" else float_type(dtype)
-    return LoadPlan(config, specs, wanted, checkpoint)
+    if checkpoint.is_int8 and not is_int8:
+        count = sum(math.prod(spec.shape) for spec in specs)
+        warnings.warn(
+            f"{checkpoint.folder}: matrices of int8 become {wanted.name} here: they take "
+            f"{count * wanted.storage.itemsize / 1e9:.2f} GB in place of {count / 1e9:.2f} GB, and the time of "
+            f"{wanted.name}; PyTorch keeps int8",
+            stacklevel=3,
+        )
+    return LoadPlan(config, specs, wanted, is_int8, checkpoint)
 
 
 def compare_weights(
@@ -236,8 +257,17 @@ def compare_weights(
         for name, shape in expected.items()
         if name in checkpoint.names and (found := checkpoint.info(name).shape) != shape
     ]
+    missing = [name for name in expected if name not in checkpoint.names]
+    for name, scale in checkpoint.scale_infos.items():
+        rows = checkpoint.info(name).shape[0]
+        if scale is None:
+            missing.append(name + SCALE)
+        elif (scale.dtype, scale.shape) != (FLOAT32, (rows, 1)):
+            misshaped.append(
+                f"{name + SCALE} is {list(scale.shape)} of {scale.dtype.name}, expected {[rows, 1]} of float32"
+            )
     return specs, {
-        "missing": [name for name in expected if name not in checkpoint.names],
+        "missing": missing,
         # A head is never unexpected: a bare decoder does not use it, and a tied head repeats the embedding.
         "unexpected": sorted(
             [*(checkpoint.names - expected.keys() - IGNORED - {HEAD})]
@@ -253,6 +283,8 @@ def is_tied(checkpoint: Checkpoint) -> bool:
         return True
     head, embedding = checkpoint.info(HEAD), checkpoint.info(EMBEDDING)
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        return False
+    if head.dtype is INT8 and not np.array_equal(checkpoint.scales(HEAD), checkpoint.scales(EMBEDDING)):
         return False
     return equal_values(
         checkpoint.blocks(HEAD, head.dtype, Buffers()), checkpoint.blocks(EMBEDDING, head.dtype, Buffers())

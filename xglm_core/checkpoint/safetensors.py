@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
-from xglm_core.checkpoint.dtypes import BY_CODE
+from xglm_core.checkpoint.dtypes import BY_CODE, INT8, STORED
 from xglm_core.checkpoint.file_layout import Entry, Layout, Writer
 from xglm_core.checkpoint.tensor_file import ALIGNMENT, TensorFile, TensorInfo, are_sizes, is_shape, shown
 from xglm_core.errors import CheckpointError
@@ -117,4 +117,4 @@ def _lay_out(file: BinaryIO, entries: Sequence[Entry], sharded: bool) -> Layout:
     return Layout([[(start + header[entry.name]["data_offsets"][0], entry.nbytes)] for entry in entries])
 
 
-SAFETENSORS_WRITER = Writer(_lay_out, stored_name=lambda spec: spec.name)
+SAFETENSORS_WRITER = Writer(_lay_out, stored_name=lambda spec: spec.name, types=(*STORED.values(), INT8))

@@ -101,9 +101,13 @@ class TensorFile:
         """The name in `tensors` for a name in an index file."""
         return name
 
+    def info(self, name: str) -> TensorInfo:
+        """What is known of a tensor."""
+        return self.tensors[name] if name in self.tensors else self.others[name]
+
     def read(self, name: str) -> np.ndarray:
         """The tensor as a copy-on-write view of the file, in its stored type (bfloat16 as uint16 bit patterns)."""
-        info = self.tensors[name]
+        info = self.info(name)
         storage = info.dtype.storage
         strides = None if info.strides is None else tuple(stride * storage.itemsize for stride in info.strides)
         return np.ndarray(info.shape, storage, self._map, info.begin, strides)
@@ -113,7 +117,7 @@ class TensorFile:
         array, count = self.read(name), 0
         owner: Any = array.base  # The mapped file, unless the reader made a copy.
         if is_large(array.shape) and array.T.flags.c_contiguous and owner is self._map:
-            yield from self._blocks_across(self.tensors[name], buffers, transposed=transposed)
+            yield from self._blocks_across(self.info(name), buffers, transposed=transposed)
             return
         for block in row_blocks(array, buffers, transposed=transposed):
             yield block
@@ -147,7 +151,7 @@ class TensorFile:
 
         Only for readers that copied the tensor: changes to a view of it are lost.
         """
-        info = self.tensors[name]
+        info = self.info(name)
         self._release(info.begin, info.end)
 
     def _release(self, begin: int, end: int) -> None:

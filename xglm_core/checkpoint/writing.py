@@ -19,6 +19,7 @@ import numpy as np
 from xglm_core.checkpoint.dtypes import FloatType
 from xglm_core.checkpoint.file_layout import Writer
 from xglm_core.checkpoint.formats import FORMATS, Format
+from xglm_core.checkpoint.int8 import stored_types, with_method
 from xglm_core.checkpoint.tensor_file import Buffers, is_large, row_blocks
 from xglm_core.checkpoint.tensor_writing import Advance, equal_values, in_threads, write_values
 from xglm_core.config import CONFIG_FILE, XGLMConfig
@@ -54,6 +55,8 @@ def save_checkpoint(
     dtype: FloatType,
     read: Callable[[str], np.ndarray],
     max_shard_size: int | str = "5GB",
+    *,
+    int8: bool = False,
 ) -> None:
     """Writes a checkpoint as safetensors, which transformers can load, too; two tensors are in memory at a time.
 
@@ -68,6 +71,7 @@ def save_checkpoint(
         read: returns a weight by canonical name, in canonical shape and `dtype.storage`. Two threads call it, and twice
             for each weight.
         max_shard_size: the largest size of a file, in bytes or as in "500MB"; a larger tensor has a file of its own.
+        int8: whether matrices are int8; `read` returns their scales, too. See `xglm_core.checkpoint.int8`.
 
     Raises:
         InputError: `max_shard_size` is not a size.
@@ -78,9 +82,9 @@ def save_checkpoint(
     write_checkpoint(
         Path(folder),
         FORMATS["safetensors"],
-        [NewWeight(spec, dtype) for spec in specs],
+        [NewWeight(*weight) for weight in stored_types(specs, [dtype for _ in specs], int8=int8)],
         lambda name, transposed: row_blocks(read(name), buffers, transposed=transposed),
-        {CONFIG_FILE: config.to_json_string().encode()},
+        {CONFIG_FILE: with_method(config, int8=int8).to_json_string().encode()},
         parse_size(max_shard_size),
     )
 
@@ -193,7 +197,7 @@ def _verify(
     assert format.writer is not None
     writer = format.writer
     written = format.open(Path(file.name))
-    found = {name: (info.dtype, info.shape) for name, info in written.tensors.items()}
+    found = {name: (info.dtype, info.shape) for name, info in (*written.tensors.items(), *written.others.items())}
     if found != {weight.spec.name: (weight.dtype, weight.spec.shape) for weight in weights}:
         raise CheckpointError(f"{path}: was written with other names, types or shapes than it should have")
     buffers = Buffers()

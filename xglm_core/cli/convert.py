@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from xglm_core.checkpoint.convert import WRITABLE, Conversion, plan_conversion
-from xglm_core.checkpoint.dtypes import DTYPES
+from xglm_core.checkpoint.dtypes import DTYPES, INT8
 from xglm_core.checkpoint.formats import FORMATS
 from xglm_core.cli import EXIT_FAILED, add_checkpoint
 from xglm_core.cli.progress import Progress
@@ -20,7 +20,7 @@ from xglm_core.errors import BackendError
 
 _TOKENS = 16  # The length of the two rows that --verify reads.
 # The largest relative change of a weight when it is rounded to a type; models compute in float32.
-_ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+_ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-7}
 # The largest difference of a logit, in units of the largest logit times the rounding of a weight.
 _ROUNDINGS = 10
 
@@ -38,7 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", required=True, choices=WRITABLE, help="the format to write")
     parser.add_argument("--weights", choices=FORMATS, help="the format to read, where there are several")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the written weights (that of each stored one)")
+    parser.add_argument(
+        "--dtype", choices=[*DTYPES, INT8.name], help="type of the written weights (that of each stored one)"
+    )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="most bytes in one file (%(default)s)")
     parser.add_argument(
         "--verify", action="store_true", help="load both in each installed framework and compare the logits, too"

@@ -157,11 +157,11 @@ def loss(
 
 
 def checkpoint_reader(checkpoint: Checkpoint) -> Read:
-    """A reader of a checkpoint for `forward`: returns views of the file, and float32 copies of bfloat16 weights."""
+    """A reader of a checkpoint for `forward`: returns views of the file, float32 copies of bfloat16 and int8."""
 
     def read(name: str) -> np.ndarray:
         stored = checkpoint.info(name).dtype
-        return checkpoint.read(name, DTYPES["float32"] if stored.name == "bfloat16" else stored)
+        return checkpoint.read(name, DTYPES["float32"] if stored.name in ("bfloat16", "int8") else stored)
 
     return read
 
