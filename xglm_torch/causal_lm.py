@@ -19,6 +19,7 @@ from xglm_torch.cache import XGLMCache, as_cache
 from xglm_torch.decoder import XGLMModel, results_by_name
 from xglm_torch.fast.linear import linear_layer
 from xglm_torch.inputs import as_tensor, check_arguments, check_head_arguments, with_inner_door
+from xglm_torch.int8 import refuse_int8
 from xglm_torch.loss import causal_lm_loss, counted_labels
 from xglm_torch.surface import TorchGeneration
 from xglm_torch.tying import with_head_of_its_own, with_one_gradient
@@ -139,8 +140,9 @@ class XGLMForCausalLM(TorchGeneration):
         False.
 
         Raises:
-            InputError: the weight has another shape.
+            InputError: the weight has another shape, or the model is int8.
         """
+        refuse_int8(self, "set_output_embeddings")
         check_embeddings(tuple(new_embeddings.weight.shape), self.config)
         self._share(new_embeddings.weight)
         self.config.tie_word_embeddings = new_embeddings.weight is self.model.embed_tokens.weight

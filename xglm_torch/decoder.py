@@ -54,7 +54,8 @@ class XGLMSinusoidalPositionalEmbedding(nn.Module):
 class XGLMScaledWordEmbedding(nn.Embedding):
     """Token embeddings times `embed_scale`: what `inputs_embeds` stands in for.
 
-    It has no `padding_idx`, which would keep gradients from a row that may be in use: masks decide what is padding.
+    The table may be int8, see `xglm_torch.int8`. It has no `padding_idx`, which would keep gradients from a row that
+    may be in use: masks decide what is padding.
 
     Differs: Flax has `nn.Embed` here, and its decoder multiplies.
 
@@ -65,10 +66,13 @@ class XGLMScaledWordEmbedding(nn.Embedding):
     def __init__(self, config: XGLMConfig) -> None:
         super().__init__(config.vocab_size, config.d_model)
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        self.weight_scale: torch.Tensor | None
+        self.register_buffer("weight_scale", None)  # That of each row, if the table is int8.
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, length, d_model] for ids [batch, length]."""
-        return super().forward(input_ids) * self.embed_scale
+        rows = super().forward(input_ids)
+        return (rows if self.weight_scale is None else rows * self.weight_scale[input_ids, 0, None]) * self.embed_scale
 
 
 class XGLMModel(XGLMPreTrainedModel):

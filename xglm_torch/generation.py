@@ -47,7 +47,7 @@ class TorchEngine:
     @torch.inference_mode()
     def prefill(self, tokens: np.ndarray, attention_mask: np.ndarray, capacity: int, seen: np.ndarray | None) -> None:
         """See `Engine.prefill`."""
-        dtype = self._model.model.embed_tokens.weight.dtype
+        dtype = self._model.dtype
         if self._cache is None and self._preparation is None:  # Soft prompts begin where there is no cache.
             like = torch.empty(0, dtype=dtype, device=self._device)
             self._cache = empty_cache(self._model.config, len(tokens), capacity, like)

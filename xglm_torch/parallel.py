@@ -25,6 +25,7 @@ from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.parallel import check_tensor_parallel, split_dimension
 from xglm_core.weight_names import weight_specs
 from xglm_torch.attention import XGLMAttention
+from xglm_torch.int8 import refuse_int8
 from xglm_torch.loss import counted_labels
 from xglm_torch.pretrained import XGLMPreTrainedModel
 
@@ -45,6 +46,7 @@ def shard_parameters(
         mesh: the devices, in one dimension; None means all processes.
         dtype: what to compute in; parameters and sums of gradients keep theirs. None computes in the parameters' type.
     """
+    refuse_int8(model, "shard_parameters")
     policy = MixedPrecisionPolicy() if dtype is None else MixedPrecisionPolicy(dtype, reduce_dtype=model.dtype)
     for layer in model.decoder.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -64,8 +66,9 @@ def split_layers(model: XGLMPreTrainedModel, mesh: DeviceMesh) -> None:
         mesh: the devices, in one dimension.
 
     Raises:
-        InputError: the model cannot be divided evenly.
+        InputError: the model cannot be divided evenly, or is int8.
     """
+    refuse_int8(model, "split_layers")
     config, devices = model.config, mesh.size()
     check_tensor_parallel(config, devices)
     plan: dict[str, ParallelStyle] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from xglm_core.checkpoint.dtypes import float_type
+from xglm_core.checkpoint.int8 import stored_types
 from xglm_core.checkpoint.loading import Loading, plan_loading
 from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
@@ -22,12 +23,14 @@ from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 from xglm_torch.fast.linear import FastLinear, make_plain
 from xglm_torch.gathering import first_process_reads, reshard
+from xglm_torch.int8 import become_int8, is_int8, refuse_int8
 from xglm_torch.weights import (
     as_array,
     check_storable,
     execution_device,
     load_weights,
     local_name,
+    parameters_dtype,
     read_weight,
     weights_dtype,
     write_weight,
@@ -78,6 +81,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         *,
         dtype: Any = None,
         weights: str | None = None,
+        quantization: str | None = None,
         device_map: Any = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         **options: Any,
@@ -89,6 +93,8 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
                 formats; or the id of a repository of the Hugging Face Hub. None if there are `config` and `state_dict`.
             dtype: type of the parameters, by name or as a torch type; "auto" keeps the file's, None means float32.
             weights: the format to read if there are several; see `open_checkpoint`.
+            quantization: "int8" makes matrices int8 while they are read; None leaves them as the file has them, so
+                that one of int8 gives a model of int8. See `xglm_torch.int8`.
             device_map: the one device to move the model to, also as `{"": device}`; "auto" is the accelerator, if there
                 is one, and the CPU otherwise.
             state_dict: the weights to take in place of the checkpoint's, by the names of `model.state_dict()`.
@@ -105,13 +111,19 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
             InputError: an option is unknown, or not offered.
         """
         device, loading = one_device(device_map), Loading.of(options, dtype=dtype, weights=weights)
+        if quantization not in (None, "int8"):
+            raise InputError(f"quantization is {quantization!r}, expected 'int8' or None")
         if state_dict is not None:
+            if quantization is not None:
+                raise InputError("quantization and state_dict are both given; save the state_dict, then load that")
             model = cls(loading.config_of(pretrained_model_name_or_path))
             model.load_state_dict(state_dict)
             model.to(device, getattr(torch, float_type(loading.dtype or "float32").name))
             return loading.with_info(model.eval())
         checkpoint = loading.open(pretrained_model_name_or_path)
-        plan = plan_loading(checkpoint, with_head=cls.has_head, dtype=loading.dtype or "float32")
+        plan = plan_loading(
+            checkpoint, with_head=cls.has_head, dtype=loading.dtype or "float32", int8=True if quantization else None
+        )
         with torch.device("meta"):
             model = cls(plan.config)
         if cls.has_head:
@@ -136,7 +148,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         state_dict: Mapping[str, torch.Tensor] | None = None,
         **options: Any,
     ) -> None:
-        """Writes `config.json` and safetensors in the published layout.
+        """Writes `config.json` and safetensors in the published layout; matrices of int8 with their scales.
 
         For a sharded model, all processes call it: weight by weight is gathered, and the first process writes.
 
@@ -144,7 +156,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
             save_directory: the folder, created if it is missing; an older checkpoint there is replaced once the new one
                 is complete.
             max_shard_size: most bytes in one file, as a number or e.g. "500MB".
-            dtype: type to store; None keeps the parameters'.
+            dtype: type to store, but for matrices of int8; None keeps the parameters'.
             state_dict: the weights to write in place of the model's, whole, as `accelerator.get_state_dict` gives them.
             options: what transformers takes: see `xglm_core.keywords`. With `is_main_process=False` nothing is written;
                 of a sharded model the first process writes, whatever is said.
@@ -159,13 +171,16 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         reshard(self)
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
         specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
-        check_storable(self, specs, state_dict)
-        reading: Any = first_process_reads(self, lambda name: read_weight(self, name, stored))
+        int8 = is_int8(self)
+        weights = dict(stored_types(specs, [stored for _ in specs], int8=int8))
+        types = {spec.name: dtype for spec, dtype in weights.items()}
+        check_storable(self, weights, state_dict)
+        reading: Any = first_process_reads(self, lambda name: read_weight(self, name, types[name]))
         if state_dict is not None:
-            reading = contextlib.nullcontext(lambda name: as_array(state_dict[local_name(self, name)], stored))
+            reading = contextlib.nullcontext(lambda name: as_array(state_dict[local_name(self, name)], types[name]))
         with reading as read:
             if read is not None and is_writing:
-                save_checkpoint(save_directory, self.config, specs, stored, read, max_shard_size)
+                save_checkpoint(save_directory, self.config, specs, stored, read, max_shard_size, int8=int8)
                 if self.has_head:
                     self.generation_config.save_pretrained(save_directory)
 
@@ -213,8 +228,8 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the parameters."""
-        return next(self.parameters()).dtype
+        """Type of the parameters, but for matrices of int8."""
+        return parameters_dtype(self)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding. Called with ids it gives what `inputs_embeds` takes: scaled embeddings."""
@@ -227,8 +242,9 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         which nothing scales.
 
         Raises:
-            InputError: there is no weight, or it has another shape.
+            InputError: there is no weight, or it has another shape; or the model is int8.
         """
+        refuse_int8(self, "set_input_embeddings")
         weight: Any = getattr(new_embeddings, "weight", None)
         check_embeddings(() if weight is None else tuple(weight.shape), self.config)
         plain = type(new_embeddings).forward in (nn.Embedding.forward, nn.Linear.forward, FastLinear.forward)
@@ -259,9 +275,10 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
             The input embeddings; `config.vocab_size` is their number.
 
         Raises:
-            InputError: a number is not a positive integer.
+            InputError: a number is not a positive integer, or the model is int8.
             ConfigError: `config.pad_token_id` would be outside the vocabulary.
         """
+        refuse_int8(self, "resize_token_embeddings")
         config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
         has_own_head = self.has_head and not config.tie_word_embeddings
         for name in (EMBEDDING, HEAD) if has_own_head else (EMBEDDING,):
@@ -280,7 +297,9 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
 
         Raises:
             ConfigError: there is no such block or head, or a block would have none left.
+            InputError: the model is int8.
         """
+        refuse_int8(self, "prune_heads")
         config, dtype = pruned_config(self.config, heads_to_prune), weights_dtype(self)
         for name, value in pruned_weights(self.config, config, lambda name: read_weight(self, name, dtype)):
             write_weight(self, name, value)
@@ -358,7 +377,11 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter again, if there is a head and the configuration ties them."""
         if self.has_head and self.config.tie_word_embeddings:
-            self._share(self.get_input_embeddings().weight)
+            table: Any = self.get_input_embeddings()
+            if table.weight.dtype == torch.int8:
+                become_int8(self.get_submodule("lm_head"), table.weight, table.weight_scale.clone())
+            else:
+                self._share(table.weight)
 
     def _share(self, weight: torch.Tensor) -> None:
         """Gives the head a weight, and tells it so: adapters on it ask for its sizes."""

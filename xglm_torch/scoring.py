@@ -13,6 +13,7 @@ from torch import nn
 from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.scoring import engine
 from xglm_torch.fast.linear import FastLinear, linear
+from xglm_torch.int8 import Int8Linear, int8_linear
 from xglm_torch.loss import has_plain_weight
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class TorchScorer:
         ids, mask = (torch.from_numpy(array).to(device) for array in (input_ids.astype(np.int64), attention_mask))
         states = self.model.model(DecoderInputs(ids, mask), None, Wanted()).last_hidden_state.flatten(0, 1)
         chunk = engine.TILE_POSITIONS
-        if not has_plain_weight(head):
+        if not (has_plain_weight(head) or isinstance(head, Int8Linear)):
             chunk = max(1, engine.TILE_POSITIONS * engine.TILE_VOCABULARY // self.model.config.vocab_size)
         places, wanted = (torch.from_numpy(array).to(states.device) for array in (sources, targets))
         found = [
@@ -79,8 +80,12 @@ def _of_targets(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) ->
 
 def _logit_blocks(head: nn.Module, states: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Fresh float32 logits [positions, block] of one part of the vocabulary after the other, with its first id."""
-    if has_plain_weight(head):
-        product: Any = linear if isinstance(head, FastLinear) else F.linear
+    product: Any = linear if isinstance(head, FastLinear) else F.linear
+    if isinstance(head, Int8Linear):
+        for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
+            rows = slice(begin, begin + engine.TILE_VOCABULARY)
+            yield begin, int8_linear(states, head.weight[rows], head.weight_scale[rows]).float()
+    elif has_plain_weight(head):
         for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
             yield begin, product(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()
     else:

@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FloatType
+from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, INT8, FloatType
+from xglm_core.checkpoint.int8 import SCALE, is_matrix
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.checkpoint.tensor_file import copy_values
 from xglm_core.errors import InputError
 from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec
+from xglm_torch.int8 import become_int8
 
 
 def load_weights(model: nn.Module, plan: LoadPlan) -> None:
-    """Gives each parameter of a model on the meta device its stored value.
+    """Gives each parameter of a model on the meta device its stored value; matrices may become int8.
 
     A parameter whose type is the file's is a copy-on-write view of the mapped file: it costs no memory until it is
     read, and writing into it does not change the file.
@@ -28,6 +30,10 @@ def load_weights(model: nn.Module, plan: LoadPlan) -> None:
     """
     for spec in plan.specs:
         module, name = _owner(model, spec.name)
+        if plan.int8 and is_matrix(spec):
+            weight, scale = plan.read_int8(spec)
+            become_int8(module, torch.from_numpy(weight), torch.from_numpy(scale).to(getattr(torch, plan.dtype.name)))
+            continue
         array = plan.read(spec)
         # Differs: Keras and Flax have transposed kernels. Here what a file has transposed or not aligned is copied.
         if not (array.flags.c_contiguous and array.flags.aligned):
@@ -78,7 +84,12 @@ def write_weight(model: nn.Module, name: str, value: np.ndarray) -> None:
 
 def weights_dtype(model: nn.Module) -> FloatType:
     """The type of the model's parameters."""
-    return DTYPES[str(next(model.parameters()).dtype).removeprefix("torch.")]
+    return DTYPES[str(parameters_dtype(model)).removeprefix("torch.")]
+
+
+def parameters_dtype(model: nn.Module) -> torch.dtype:
+    """The type of the model's parameters, but for matrices of int8."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def local_name(model: nn.Module, name: str) -> str:
@@ -87,22 +98,29 @@ def local_name(model: nn.Module, name: str) -> str:
 
 
 def check_storable(
-    model: nn.Module, specs: Sequence[WeightSpec], given: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module, weights: Mapping[WeightSpec, FloatType], given: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Checks that a checkpoint can hold all weights of a model, or those that are given in their place.
+
+    Args:
+        model: the model.
+        weights: what the checkpoint has to hold, and the types.
+        given: the weights to write in place of the model's.
 
     Raises:
         InputError: it has no place for one, one is missing, of another shape, or no plain numbers, or a head that
             differs from the embedding would be lost.
     """
     found: Mapping[str, Any] = dict(model.named_parameters(remove_duplicate=False)) if given is None else given
-    shapes = {local_name(model, spec.name): spec.shape for spec in specs}
+    shapes = {local_name(model, spec.name): spec.shape for spec in weights}
+    quantized = {local_name(model, spec.name) for spec, dtype in weights.items() if dtype is INT8}
+    heads = {HEAD, HEAD + SCALE}
     table, head = (found.get(local_name(model, name)) for name in (EMBEDDING, HEAD))
     # A parametrized weight is computed, and read as such.
     extra = [
         name
         for name in found
-        if name not in {*shapes, HEAD} and ".parametrizations." not in name and not name.endswith("_orig")
+        if name not in {*shapes, *heads} and ".parametrizations." not in name and not name.endswith("_orig")
     ]
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -116,7 +134,8 @@ def check_storable(
                 actual = list(given[name].shape) if name in given else "missing"
                 raise InputError(f"state_dict: {name} is {actual}, expected {list(shape)}; give the whole weights")
     for name, tensor in found.items():
-        if not (is_native(tensor) and tensor.is_floating_point()):
+        is_stored = tensor.is_floating_point() or (tensor.dtype == torch.int8 and name in {*quantized, HEAD})
+        if not (is_native(tensor) and is_stored):
             raise InputError(
                 f"{name} is a {type(tensor).__name__} of {tensor.dtype}, not plain numbers; save the model before it "
                 "is quantized, or its state_dict() with torch.save"

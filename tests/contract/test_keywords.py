@@ -39,7 +39,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("name", LOADED_NOT_OFFERED)
     def test_what_is_not_offered(self, fw, folder, name):
-        if name in ("device_map", "state_dict") and fw.name == "torch":
+        if name in ("device_map", "quantization", "state_dict") and fw.name == "torch":
             pytest.skip("is offered there")
         with pytest.raises(InputError, match=rf"^{name} is not offered here; \w[^\n]*$"):
             fw.causal_lm.from_pretrained(folder, **{name: "anything"})
