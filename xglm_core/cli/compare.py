@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 
 from xglm_core.backends import BACKENDS
 from xglm_core.checkpoint import open_checkpoint, plan_loading
+from xglm_core.checkpoint.convert import convert_checkpoint
+from xglm_core.checkpoint.dtypes import INT8
 from xglm_core.cli import EXIT_FAILED, add_checkpoint
 from xglm_core.compare.comparison import Comparison, compare_backends
 from xglm_core.compare.report import (
@@ -55,12 +58,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--ids", action="append", help="token ids instead, as in 2,31227,4447; may be repeated")
     parser.add_argument("--new-tokens", type=int, default=0, metavar="N", help="continue each text by up to N tokens")
     parser.add_argument("--backends", metavar="LIST", help=f"some of {','.join(BACKENDS)} (all that are installed)")
+    parser.add_argument("--quantization", choices=[INT8.name], help="compute with int8, and say what that changes")
     parser.add_argument("--json", metavar="FILE", default="-", help="where to write the line of JSON (printed)")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(arguments.checkpoint, revision=arguments.revision)
+    with tempfile.TemporaryDirectory(prefix="xglm-compare-") as folder:
+        return _compare(arguments, Path(folder))
+
+
+def _compare(arguments: argparse.Namespace, folder: Path) -> int:
+    """Runs the command; the folder is for the checkpoint of int8."""
+    checkpoint, floats = open_checkpoint(arguments.checkpoint, revision=arguments.revision), None
+    if arguments.quantization:
+        if checkpoint.is_int8:
+            raise InputError(f"{arguments.checkpoint}: is int8; --quantization needs the checkpoint of floats")
+        convert_checkpoint(checkpoint.folder, folder, to="safetensors", dtype=INT8, weights=checkpoint.format)
+        checkpoint, floats = open_checkpoint(folder), checkpoint
     config = plan_loading(checkpoint, with_head=True).config
     prompts = (
         _read_texts(arguments.checkpoint, arguments.revision, arguments.text)
@@ -84,10 +99,12 @@ def _run(arguments: argparse.Namespace) -> int:
         new_tokens=arguments.new_tokens,
         backends=backends,
         tolerances=tolerances,
+        floats=floats,
     )
     if comparison.generated:
         _print_texts(comparison, prompts)
     _print_tables(comparison, prompts, tolerances)
+    _print_changes(comparison)
     _print_verdict(comparison)
     numbers = {
         "passed": not comparison.failures,
@@ -177,6 +194,18 @@ def _print_tables(comparison: Comparison, prompts: Prompts, tolerances: Toleranc
         print(f"\n  {pair[0]} and {pair[1]} differ most: {worst.error:.1e} at {list(worst.index)}")
     print("\nHidden states, by layer\n")
     print(layer_table({name: [each] for name, each in measurements.items()}))
+
+
+def _print_changes(comparison: Comparison) -> None:
+    if comparison.changes:
+        targets = next(iter(comparison.changes.values())).targets
+        print(f"\nint8 in place of the stored floats, at {targets} predicted tokens\n")
+        header = ("", "perplexity before", "after", "ratio", "the same likeliest token")
+        rows = [
+            (name, f"{each.before:.4g}", f"{each.after:.4g}", f"{each.ratio:.4f}", f"{each.same / each.targets:.1%}")
+            for name, each in comparison.changes.items()
+        ]
+        print(table(header, rows))
 
 
 def _print_verdict(comparison: Comparison) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from xglm_core.checkpoint import Checkpoint
 from xglm_core.compare.divergence import Parting, find_partings
 from xglm_core.compare.oracle import checkpoint_reader, forward
+from xglm_core.compare.quantized import Change, measure_change
 from xglm_core.compare.report import Measurement, Tolerances, Worst, between_backends, measure
 from xglm_core.compare.run import progress, run_backend
 from xglm_core.compare.worker import Job
@@ -30,6 +31,7 @@ class Comparison:
         generated: ids [rows, length + new], by backend; empty if nothing was generated.
         partings: one for each row if ids were generated; see `find_partings`.
         failures: a line for each failure.
+        changes: what int8 changes, by backend; empty if that was not asked for, or no text has two tokens.
     """
 
     versions: dict[str, dict[str, str]]
@@ -38,6 +40,7 @@ class Comparison:
     generated: dict[str, np.ndarray]
     partings: list[Parting | None]
     failures: list[str]
+    changes: dict[str, Change]
 
     def numbers(self) -> dict[str, Any]:
         """All fields as plain values."""
@@ -49,6 +52,7 @@ class Comparison:
             "between_backends": between,
             "generated": {name: ids.tolist() for name, ids in self.generated.items()},
             "partings": [parting and asdict(parting) for parting in self.partings],
+            "changes": {name: {**asdict(each), "ratio": each.ratio} for name, each in self.changes.items()},
         }
 
 
@@ -61,6 +65,7 @@ def compare_backends(
     new_tokens: int,
     backends: Sequence[str],
     tolerances: Tolerances,
+    floats: Checkpoint | None = None,
 ) -> Comparison:
     """Runs the oracle here, and each backend in a process of its own, one after another.
 
@@ -72,6 +77,7 @@ def compare_backends(
         new_tokens: the largest number of tokens to generate; 0 for none.
         backends: the names of the backends.
         tolerances: the largest errors that pass.
+        floats: the weights of which those of `checkpoint` were made; for `Comparison.changes`.
 
     Raises:
         XGLMError: the checkpoint or the input is at fault, or a backend cannot run here.
@@ -80,6 +86,9 @@ def compare_backends(
     read = checkpoint_reader(checkpoint)
     with progress("oracle"):
         oracle = forward(config, read, input_ids, attention_mask)
+        before = None
+        if floats is not None:
+            before = forward(config, checkpoint_reader(floats), input_ids, attention_mask).logits
     chunks = _unequal_chunks(input_ids.shape[1])
     job = Job(str(checkpoint.folder), input_ids.tolist(), attention_mask.tolist(), chunks, new_tokens)
     with tempfile.TemporaryDirectory(prefix="xglm-compare-") as folder:
@@ -93,6 +102,11 @@ def compare_backends(
             generated = {name: np.array(each.generated) for name, each in results.items() if each.generated is not None}
             partings = find_partings(generated, attention_mask, config, read) if generated else []
             measurements = {name: measure(each, oracle, real, tolerances) for name, each in results.items()}
+            changes = {
+                name: change
+                for name, each in results.items()
+                if before is not None and (change := measure_change(each.logits, before, input_ids, real))
+            }
             between = between_backends({name: each.logits for name, each in results.items()}, real)
     failures = [f"{name} {failure}" for name, each in measurements.items() for failure in each.failures]
     failures += [
@@ -101,7 +115,7 @@ def compare_backends(
         for row, parting in enumerate(partings)
         if parting and parting.margin > tolerances.logits
     ]
-    return Comparison(versions, measurements, between, generated, partings, failures)
+    return Comparison(versions, measurements, between, generated, partings, failures, changes)
 
 
 def _unequal_chunks(length: int) -> list[int]:
