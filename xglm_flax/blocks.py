@@ -29,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class BlockInputs(NamedTuple):
     """What all blocks of a call read besides the states.
 
+    Differs: the blocks of PyTorch and TF read `DecoderInputs`. Here they may be one scan, with other inputs for each.
+
     Attributes:
         mask: see `attention_mask_for`.
         start: cached positions.

@@ -68,9 +68,9 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], tf.Tensor, tf.Tensor | None]:
         """Runs the block.
 
-        Differs: it takes the decoder's inputs and its own part of a cache, and returns the new part, where
-        `XGLMDecoderLayer` in PyTorch takes `BlockInputs` and writes into the cache: tensors cannot be written, and
-        Keras walks through all arguments of each layer, which would take long for a whole cache.
+        Differs: it takes its own part of a cache, and returns the new part, where `XGLMDecoderLayer` in PyTorch writes
+        into the cache: tensors cannot be written, and Keras walks through all arguments of each layer, which would take
+        long for a whole cache.
 
         Args:
             hidden_states: [batch, length, d_model].

@@ -16,52 +16,43 @@ from torch.utils._pytree import register_pytree_node
 from xglm_core.config import XGLMConfig
 from xglm_core.inputs import check_past_key_values
 from xglm_core.rounding import rounded_up
-from xglm_torch.foreign_cache import foreign_pairs, is_foreign
+from xglm_torch.foreign_cache import without_foreign
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 _BLOCK = 64  # Positions by which storage grows, so that most one-token steps allocate nothing.
 
 
-@dataclass(eq=False)
 class _Storage:
     """The memory that successive caches share: of each layer, [batch, heads, capacity, head_dim].
 
-    `filled` is how many positions have been written, by whichever cache went furthest.
+    `filled` is how many positions have been written, by whichever cache went furthest. It is no data class: FSDP would
+    make another one of it for each call.
     """
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    filled: int
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], filled: int) -> None:
+        self.keys, self.values, self.filled = keys, values, filled
 
 
+@dataclass(eq=False, repr=False)
 class XGLMCache:
     """Keys and values of the positions read so far; also reads as the tuple of per-layer (key, value).
 
     Attributes:
         length: positions held.
         past: how many of them there were before the call that this cache is for.
+        encoder: per layer, key and value of the encoder's positions, each [batch, heads, encoder length, head_dim]; or
+            nothing.
         mask: bool [batch, length], False for padding; None if there is none.
-        encoder: per layer, key and value of the encoder's positions, each [batch, heads, encoder length, head_dim];
-            empty without cross-attention.
         encoder_mask: bool [batch, encoder length], False for padding; None if there is none.
     """
 
-    def __init__(
-        self,
-        storage: _Storage,
-        past: int,
-        length: int,
-        mask: torch.Tensor | None = None,
-        encoder: tuple[KeyValue, ...] = (),
-        encoder_mask: torch.Tensor | None = None,
-    ) -> None:
-        self._storage = storage
-        self.past = past
-        self.length = length
-        self.mask = mask
-        self.encoder = encoder
-        self.encoder_mask = encoder_mask
+    _storage: _Storage
+    past: int
+    length: int
+    encoder: list[tuple[torch.Tensor, ...]]
+    mask: torch.Tensor | None = None
+    encoder_mask: torch.Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -71,7 +62,7 @@ class XGLMCache:
     @property
     def encoder_length(self) -> int | None:
         """Encoder positions held; None without cross-attention."""
-        return self.encoder[0][0].shape[2] if self.encoder else None
+        return self.encoder[0][0].shape[2] if self.encoder[0] else None
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
         """Stores a layer's new keys and values, each [batch, heads, new, head_dim]; returns those of all positions."""
@@ -90,9 +81,9 @@ class XGLMCache:
             return torch.cat([keys[:, :, :past], key], dim=2), torch.cat([values[:, :, :past], value], dim=2)
         return keys[:, :, :length], values[:, :, :length]
 
-    def write_encoder(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Stores the next layer's keys and values of the encoder's positions."""
-        self.encoder = (*self.encoder, (key.detach(), value.detach()))
+    def write_encoder(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores a layer's keys and values of the encoder's positions."""
+        self.encoder[layer] = key.detach(), value.detach()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions held, by the name that transformers has for it."""
@@ -108,8 +99,7 @@ class XGLMCache:
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, ...]:
         """Key and value of a layer as views, each [batch, heads, length, head_dim]; then those of the encoder."""
         keys, values = self._storage.keys[layer], self._storage.values[layer]
-        own = (keys[:, :, : self.length], values[:, :, : self.length])
-        return (*own, *self.encoder[layer]) if self.encoder else own
+        return keys[:, :, : self.length], values[:, :, : self.length], *self.encoder[layer]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         return (self[layer] for layer in range(len(self)))
@@ -117,7 +107,9 @@ class XGLMCache:
 
 def empty_cache(config: XGLMConfig, batch: int, capacity: int, like: torch.Tensor) -> XGLMCache:
     """A cache that holds nothing yet, with room for `capacity` positions, of the type and on the device of `like`."""
-    return XGLMCache(_allocated(config, batch, capacity, like), past=0, length=0)
+    shapes = [(batch, len(config.kept_heads(i)), capacity, config.head_dim) for i in range(config.num_layers)]
+    keys, values = ([like.new_empty(shape) for shape in shapes] for _ in range(2))
+    return XGLMCache(_Storage(keys, values, filled=0), 0, 0, [()] * config.num_layers)
 
 
 def as_cache(past_key_values: Any, config: XGLMConfig) -> XGLMCache | None:
@@ -128,18 +120,19 @@ def as_cache(past_key_values: Any, config: XGLMConfig) -> XGLMCache | None:
     Raises:
         InputError: it is something else, or its shapes do not fit.
     """
+    past_key_values = without_foreign(past_key_values)
     if past_key_values is None or isinstance(past_key_values, XGLMCache):
         return past_key_values
-    if is_foreign(past_key_values):
-        past_key_values = foreign_pairs(past_key_values)
-        if not past_key_values:
-            return None
     check_past_key_values(config, past_key_values)
     return _full_cache(past_key_values)
 
 
 def extend_cache(
-    past: XGLMCache | None, config: XGLMConfig, new: int, mask: torch.Tensor | None, like: torch.Tensor
+    past: XGLMCache | None,
+    config: XGLMConfig,
+    new: int,
+    masks: tuple[torch.Tensor | None, torch.Tensor | None],
+    like: torch.Tensor,
 ) -> XGLMCache:
     """The cache for `new` positions after `past`, to be filled by `XGLMCache.write` layer by layer.
 
@@ -147,35 +140,26 @@ def extend_cache(
         past: what was read before, or None; it stays valid and unchanged.
         config: the model's configuration.
         new: positions to add.
-        mask: bool [batch, past + new], False for padding; None if there is none.
+        masks: bool [batch, past + new] and [batch, encoder length], False for padding; None if there is none.
         like: hidden states [batch, new, d_model], for batch size, type and device.
     """
-    start = 0 if past is None else past.length
-    length = start + new
-    storage = None if past is None else past._storage
-    free = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-    sealed = storage is not None and not free and storage.keys[0].is_inference()
-    if storage is None or storage.keys[0].shape[2] < length or storage.filled != start or sealed:
+    if past is None:
+        past = empty_cache(config, like.shape[0], rounded_up(new, _BLOCK), like)
+    storage, length = past._storage, past.length + new
+    sealed = not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()) and storage.keys[0].is_inference()
+    if storage.keys[0].shape[2] < length or storage.filled != past.length or sealed:
         # No room, not to be written outside of inference mode, or another cache has already gone on from here: continue
         # in storage of our own.
-        fresh = _allocated(config, like.shape[0], rounded_up(length, _BLOCK), like)
-        storage = fresh if storage is None else _filled(fresh, storage, start)
-    storage.filled = length
-    if past is None:
-        return XGLMCache(storage, start, length, mask)
-    encoder = past.encoder
-    if sealed:
-        encoder = tuple((key.clone(), value.clone()) for key, value in encoder)
-    return XGLMCache(storage, start, length, mask, encoder, past.encoder_mask)
+        every = torch.arange(past.batch, device=like.device)
+        past = _copied(past, config, every, rounded_up(length, _BLOCK), like)
+    past._storage.filled = length
+    return XGLMCache(past._storage, past.length, length, past.encoder.copy(), *masks)
 
 
 def reordered(cache: XGLMCache, config: XGLMConfig, rows: torch.Tensor) -> XGLMCache:
     """A cache of these rows of another one, integers [new rows], with room for as many positions."""
-    storage, length = cache._storage, cache.length
-    fresh = _allocated(config, len(rows), storage.keys[0].shape[2], like=storage.keys[0])
-    encoder = tuple((key[rows], value[rows]) for key, value in cache.encoder)
-    mask, encoder_mask = (None if mask is None else mask[rows] for mask in (cache.mask, cache.encoder_mask))
-    return XGLMCache(_filled(fresh, storage, length, rows), length, length, mask, encoder, encoder_mask)
+    held = cache._storage.keys[0]
+    return _copied(cache, config, rows, held.shape[2], like=held)
 
 
 def picked(cache: XGLMCache, places: torch.Tensor, mask: torch.Tensor) -> XGLMCache:
@@ -191,29 +175,24 @@ def picked(cache: XGLMCache, places: torch.Tensor, mask: torch.Tensor) -> XGLMCa
         [torch.take_along_dim(states, index, dim=2) for states in storage]
         for storage in (cache._storage.keys, cache._storage.values)
     )
-    storage = _Storage(keys, values, filled=length)
-    return XGLMCache(storage, length, length, mask, cache.encoder, cache.encoder_mask)
+    return XGLMCache(_Storage(keys, values, length), length, length, cache.encoder, mask, cache.encoder_mask)
 
 
-def _allocated(config: XGLMConfig, batch: int, capacity: int, like: torch.Tensor) -> _Storage:
-    shapes = [(batch, len(config.kept_heads(i)), capacity, config.head_dim) for i in range(config.num_layers)]
-    return _Storage([like.new_empty(shape) for shape in shapes], [like.new_empty(shape) for shape in shapes], filled=0)
+def _copied(cache: XGLMCache, config: XGLMConfig, rows: torch.Tensor, capacity: int, like: torch.Tensor) -> XGLMCache:
+    """A cache of these rows of another one, in storage of its own, of the type and on the device of `like`."""
+    old, new = cache._storage, empty_cache(config, len(rows), capacity, like)._storage
+    for held, theirs in zip(new.keys + new.values, old.keys + old.values, strict=True):
+        held[:, :, : cache.length] = theirs[rows.to(theirs.device), :, : cache.length]
+    new.filled = cache.length
+    encoder = [tuple(part[rows.to(part.device)] for part in parts) for parts in cache.encoder]
+    masks = (None if mask is None else mask[rows.to(mask.device)] for mask in (cache.mask, cache.encoder_mask))
+    return XGLMCache(new, cache.length, cache.length, encoder, *masks)
 
 
-def _filled(storage: _Storage, source: _Storage, length: int, rows: torch.Tensor | None = None) -> _Storage:
-    """The storage, with the first positions of another one, or of rows of it."""
-    for ours, theirs in zip(storage.keys + storage.values, source.keys + source.values, strict=True):
-        ours[:, :, :length] = theirs[:, :, :length] if rows is None else theirs[rows.to(theirs.device), :, :length]
-    storage.filled = length
-    return storage
-
-
-def _full_cache(layers: Sequence[Sequence[torch.Tensor]]) -> XGLMCache:
+def _full_cache(layers: Sequence[Sequence[torch.Tensor]], **masks: torch.Tensor) -> XGLMCache:
     """A cache of given tensors, as `XGLMCache.__getitem__` returns them. Nothing is ever written into them."""
-    keys, values = [layer[0] for layer in layers], [layer[1] for layer in layers]
-    length = keys[0].shape[2]
-    encoder = tuple((layer[2], layer[3]) for layer in layers if len(layer) == 4)
-    return XGLMCache(_Storage(keys, values, filled=length), past=length, length=length, encoder=encoder)
+    keys, values, length = [layer[0] for layer in layers], [layer[1] for layer in layers], layers[0][0].shape[2]
+    return XGLMCache(_Storage(keys, values, length), length, length, [tuple(layer[2:]) for layer in layers], **masks)
 
 
 def _flattened(cache: XGLMCache) -> tuple[list[Any], list[str]]:
@@ -223,10 +202,7 @@ def _flattened(cache: XGLMCache) -> tuple[list[Any], list[str]]:
 
 def _unflattened(children: Any, names: list[str]) -> XGLMCache:
     layers, *masks = children
-    cache = _full_cache(layers)
-    for name, mask in zip(names, masks, strict=True):
-        setattr(cache, name, mask)
-    return cache
+    return _full_cache(layers, **dict(zip(names, masks, strict=True)))
 
 
 # What `torch.export` and others need to know of a class that a model takes or returns.

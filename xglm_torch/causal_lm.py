@@ -106,10 +106,8 @@ class XGLMForCausalLM(TorchGeneration):
             InputError: see `XGLMModel.forward`; or labels outside the vocabulary, or labels in training with float16
                 parameters that are to be trained.
         """
-        masks = encoder_attention_mask, head_mask, cross_attn_head_mask
-        inputs = DecoderInputs(
-            input_ids, attention_mask, position_ids, encoder_hidden_states, *masks, inputs_embeds=inputs_embeds
-        )
+        encoder, masks = (encoder_hidden_states, encoder_attention_mask), (head_mask, cross_attn_head_mask)
+        inputs = DecoderInputs(input_ids, attention_mask, position_ids, *encoder, *masks, inputs_embeds)
         check_head_arguments(self, inputs, labels, logits_to_keep)
         cache = as_cache(past_key_values, self.config)
         check_arguments(self.config, inputs, cache)

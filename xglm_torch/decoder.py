@@ -16,7 +16,7 @@ from xglm_core.inputs import inputs_as_given
 from xglm_core.outputs import BaseModelOutputWithPastAndCrossAttentions
 from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_torch.attention import attention_mask_for
-from xglm_torch.blocks import BlockInputs, XGLMDecoderLayer
+from xglm_torch.blocks import XGLMDecoderLayer
 from xglm_torch.cache import XGLMCache, as_cache, extend_cache
 from xglm_torch.checkpointing import run_in_training
 from xglm_torch.dropout import dropped
@@ -147,10 +147,8 @@ class XGLMModel(XGLMPreTrainedModel):
             InputError: arguments are missing or contradict each other, have another shape, hold ids outside the
                 vocabulary or a position past the limit.
         """
-        masks = encoder_attention_mask, head_mask, cross_attn_head_mask
-        inputs = DecoderInputs(
-            input_ids, attention_mask, position_ids, encoder_hidden_states, *masks, inputs_embeds=inputs_embeds
-        )
+        encoder, masks = (encoder_hidden_states, encoder_attention_mask), (head_mask, cross_attn_head_mask)
+        inputs = DecoderInputs(input_ids, attention_mask, position_ids, *encoder, *masks, inputs_embeds)
         cache = as_cache(past_key_values, self.config)
         check_arguments(self.config, inputs, cache)
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states, uncached=self.uncached)
@@ -174,31 +172,27 @@ class XGLMModel(XGLMPreTrainedModel):
         batch, length, _ = states.shape
         start = 0 if past is None else past.length
         mask = key_mask(inputs.attention_mask, past, batch, length)
-        positions = inputs.position_ids
-        if positions is None:
-            positions = position_ids_for(mask, start, length, states.device)
+        given, device = inputs.position_ids, states.device
+        positions = position_ids_for(mask, start, length, device) if given is None else given
         states = states + self.embed_positions(positions).to(states.dtype)
         if self.training:
             states = dropped(states, self.config.dropout)
 
-        cache, encoder_mask = None, inputs.encoder_attention_mask
-        if wanted.cache or past is not None:
-            cache = extend_cache(past, self.config, length, mask, states)
-            if encoder_mask is not None:
-                cache.encoder_mask = encoder_mask != 0
-            encoder_mask = cache.encoder_mask
-        for_blocks = BlockInputs(
-            attention_mask_for(mask, start, length, states.device),
-            inputs.encoder_hidden_states,
-            None if encoder_mask is None else (encoder_mask != 0)[:, None, None, :],
-            inputs.head_mask,
-            inputs.cross_attn_head_mask,
-            wanted.attentions,
+        encoder_mask = None if inputs.encoder_attention_mask is None else inputs.encoder_attention_mask != 0
+        if encoder_mask is None and past is not None:
+            encoder_mask = past.encoder_mask
+        is_cached = wanted.cache or past is not None
+        cache = extend_cache(past, self.config, length, (mask, encoder_mask), states) if is_cached else None
+        for_blocks = inputs._replace(
+            input_ids=None,
+            inputs_embeds=None,
+            attention_mask=attention_mask_for(mask, start, length, device),
+            encoder_attention_mask=None if encoder_mask is None else encoder_mask[:, None, None, :],
         )
         kept = []
         for layer in self.layers:
             block: Any = functools.partial(run_in_training, self, layer) if self.training else layer
-            after, *weights = block(states, cache, for_blocks)
+            after, *weights = block(states, cache, for_blocks, wanted.attentions)
             kept.append((states if wanted.hidden_states else None, *weights))
             states = after
         states = self.layer_norm(states)

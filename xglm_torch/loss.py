@@ -62,12 +62,14 @@ def causal_lm_loss(
     divisor = torch.as_tensor(divisor, dtype=torch.float32, device=count.device)
     loss_weights = label_weights / torch.where(divisor > 0, divisor, 1)  # No 0 / 0 where nothing counts.
     states = hidden_states.flatten(0, 1)
-    if is_transformed() and not _is_split(head):
+    # A matrix that is split by the vocabulary; the hooks that gather its logits are passed by.
+    is_split = _is_linear(head) and hasattr(head.weight, "device_mesh")
+    if _is_linear(head) and (is_split or has_plain_weight(head)):
+        head = head.weight
+    if is_transformed() and not is_split:
         losses = _at_once(states, head, targets, loss_weights, options)
     elif isinstance(head, torch.Tensor):
         losses = _by_weight(states, head, targets, loss_weights, options)
-    elif has_plain_weight(head) or _is_split(head):
-        losses = _by_weight(states, head.weight, targets, loss_weights, options)
     else:
         losses = _by_calls(states, head, targets, loss_weights, options)
     loss, surprisals, correct = losses
@@ -88,18 +90,12 @@ def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
     Differs: the heads of TF and Flax are always plain.
     """
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    plain = (
-        type(head) in (nn.Linear, FastLinear) and head.bias is None and "forward" not in vars(head) and not any(hooks)
-    )
-    checked: Any = head  # As an `nn.Linear`, if it is plain so far.
-    return plain and is_native(checked.weight)
+    return _is_linear(head) and "forward" not in vars(head) and not any(hooks) and is_native(head.weight)
 
 
-def _is_split(head: nn.Module | torch.Tensor) -> TypeGuard[nn.Linear]:
-    """Whether the head's matrix is split by the vocabulary; the hooks that gather its logits are then passed by."""
-    if not isinstance(head, nn.Linear) or type(head) not in (nn.Linear, FastLinear):
-        return False
-    return head.bias is None and hasattr(head.weight, "device_mesh")
+def _is_linear(head: nn.Module | torch.Tensor) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer without bias, of no other class."""
+    return type(head) in (nn.Linear, FastLinear) and head.bias is None
 
 
 def _by_weight(
@@ -139,9 +135,8 @@ def _by_calls(
         return _of_logits(head(states), targets, loss_weights, options)
 
     places = torch.arange(len(targets), device=targets.device)
-    if (
-        not torch.compiler.is_compiling()
-    ):  # How many count is known. At least one, so that all parameters have gradients.
+    if not torch.compiler.is_compiling():
+        # How many count is known. At least one, so that all parameters have gradients.
         places = places[targets != IGNORED_LABEL] if (targets != IGNORED_LABEL).any() else places[:1]
     with torch.no_grad():
         vocab_size = getattr(head, "out_features", None) or head(states[:1]).shape[1]
@@ -169,11 +164,10 @@ def _at_once(
 
     Under `torch.vmap` the rows of a batch have different numbers of labels that count, but one shape.
     """
-    if not isinstance(head, torch.Tensor) and not has_plain_weight(head):
+    if not isinstance(head, torch.Tensor):
         return _of_logits(head(states), targets, loss_weights, options)
-    weight = head if isinstance(head, torch.Tensor) else head.weight
     with torch.autocast(states.device.type, enabled=False):
-        return _of_logits(F.linear(states.float(), weight.float()), targets, loss_weights, options)
+        return _of_logits(F.linear(states.float(), head.float()), targets, loss_weights, options)
 
 
 def _of_logits(

@@ -20,8 +20,7 @@ def is_transformed() -> bool:
 
 def is_watched() -> bool:
     """Whether either holds, so that each operation must be PyTorch's own."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return recorded or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return is_recorded() or is_transformed()
 
 
 def hides_values() -> bool:
