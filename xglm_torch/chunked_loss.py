@@ -162,7 +162,7 @@ def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, t
     """Parts of the rows: where they are, and they themselves in a type. One part if products with it need no room."""
     size = _CPU_BLOCK_BYTES if weight.device.type == "cpu" else _GPU_BLOCK_BYTES
     step = max(1, size // (4 * weight.shape[1]))
-    if weight.dtype == dtype and adds_in_place(weight):
+    if weight.dtype == dtype and adds_in_place(len(weight), weight):
         step = len(weight)
     for begin in range(0, len(weight), step):
         block = slice(begin, min(begin + step, len(weight)))

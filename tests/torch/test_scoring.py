@@ -38,6 +38,10 @@ def factors():
 
 
 class TestProducts:
+    @pytest.fixture(autouse=True)
+    def onednn(self, monkeypatch):
+        monkeypatch.setattr(products, "takes_onednn", lambda rows, elements: True)
+
     @torch.inference_mode()
     @pytest.mark.parametrize("shape", [(3, 5, 7), (15, 7), (1, 7), (7,), (0, 7), (2, 0, 7)])
     @pytest.mark.parametrize("with_bias", [True, False])
@@ -59,7 +63,7 @@ class TestProducts:
 
     @pytest.mark.parametrize("faster", [True, False])
     def test_gradients_are_kept(self, factors, faster, monkeypatch):
-        monkeypatch.setattr(products, "_is_faster", lambda: faster)
+        monkeypatch.setattr(products, "takes_onednn", lambda rows, elements: faster)
         states, weight, bias = factors
         weight.requires_grad_()
         result, redirected = operations(states, weight, bias)
@@ -80,12 +84,10 @@ class TestProducts:
         assert not any("_linear_pointwise" in name for name in seen.names)
 
     @torch.inference_mode()
-    @pytest.mark.parametrize("faster", [True, False])
-    def test_one_row(self, faster, monkeypatch):
-        """Of a layer: decoding of one row reads weights; oneDNN takes it only where it does that faster, too."""
-        monkeypatch.setattr(products, "_is_faster", lambda: faster)
+    def test_only_the_number_of_rows_that_is_faster(self, monkeypatch):
+        monkeypatch.setattr(products, "takes_onednn", lambda rows, elements: rows > 1)
         layer = products.FastLinear(7, 11)
-        for shape, fast in (((1, 1, 7), HAS_BOTH and faster), ((2, 1, 7), HAS_BOTH)):
+        for shape, fast in (((1, 1, 7), False), ((2, 1, 7), HAS_BOTH)):
             with Operations() as seen:
                 layer(torch.ones(shape))
             assert any("_linear_pointwise" in name for name in seen.names) is fast

@@ -307,13 +307,13 @@ class TestTypes:
 class TestProducts:
     @pytest.fixture(autouse=True)
     def onednn(self, monkeypatch):
-        monkeypatch.setattr(products, "_is_faster", lambda: True)
+        monkeypatch.setattr(products, "takes_onednn", lambda rows, elements: True)
 
     @pytest.mark.parametrize("checkpointing", [None, False, True])
     def test_every_product_is_redirected(self, model, monkeypatch, checkpointing):
-        monkeypatch.setattr(products, "_is_faster", lambda: False)
+        monkeypatch.setattr(products, "takes_onednn", lambda rows, elements: False)
         expected = trained(model)
-        monkeypatch.setattr(products, "_is_faster", lambda: True)
+        monkeypatch.setattr(products, "takes_onednn", lambda rows, elements: True)
         if checkpointing is not None:
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         names = []
