@@ -44,6 +44,12 @@ def resized_config(config: XGLMConfig, new_num_tokens: int | None, pad_to_multip
     return XGLMConfig.from_dict({**config.to_dict(), "vocab_size": rounded, "padding_rows": rounded - words})
 
 
+def take_sizes(config: XGLMConfig, new: XGLMConfig) -> None:
+    """Gives a configuration, in place, those values of another that `resized_config` and `pruned_config` change."""
+    for name in ("vocab_size", "padding_rows", "pruned_heads"):
+        setattr(config, name, getattr(new, name))
+
+
 def check_embeddings(shape: Sequence[int], config: XGLMConfig) -> None:
     """Raises `InputError` unless `shape` is that of the embedding matrix."""
     if tuple(shape) != (config.vocab_size, config.d_model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Self, overload
 
 import jax
@@ -16,16 +16,14 @@ from flax.core import unfreeze
 from flax.traverse_util import unflatten_dict
 
 from xglm_core.calls import DecoderInputs, Wanted
-from xglm_core.checkpoint.dtypes import float_type
+from xglm_core.checkpoint.dtypes import FloatType, float_type
 from xglm_core.checkpoint.loading import Loading, plan_loading
-from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.generation.config import GenerationConfig
 from xglm_core.keywords import writes
-from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
+from xglm_core.resizing import check_embeddings, take_sizes
 from xglm_core.surface import DUMMY_IDS, ModelSurface
-from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
+from xglm_core.weight_names import EMBEDDING
 from xglm_flax.cache import FlaxXGLMCache, as_cache, empty_cache, is_traced
 from xglm_flax.gathering import first_process_reads
 from xglm_flax.inputs import check_dropout, checked_inputs
@@ -71,7 +69,6 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
     """
 
     framework = "flax"
-    generation_config: GenerationConfig  # Where there is a head.
     module_class: ClassVar[type[nn.Module]]
 
     def __init__(
@@ -198,9 +195,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
             scan_layers=scan_layers,
             remat=remat,
         )
-        model.name_or_path = str(pretrained_model_name_or_path)
-        if cls.has_head:
-            model.generation_config = plan.generation
+        model._follow_checkpoint(plan, pretrained_model_name_or_path)
         if not _do_init:
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
                 return model, load_weights(plan, bare=not cls.has_head)
@@ -240,9 +235,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         specs = self._specs()
         with first_process_reads(params, tuple(specs), lambda name: read_weight(params, specs[name], stored)) as read:
             if read is not None and is_writing:
-                save_checkpoint(save_directory, self.config, tuple(specs.values()), stored, read, max_shard_size)
-                if self.has_head:
-                    self.generation_config.save_pretrained(save_directory)
+                self._save(save_directory, stored, read, max_shard_size)
 
     def get_input_embeddings(self) -> jax.Array:
         """The token embedding [vocab_size, d_model]. Differs: an array; in PyTorch and Keras it is a layer."""
@@ -256,62 +249,21 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         """
         self._set_matrix(EMBEDDING, new_embeddings)
 
-    def get_output_embeddings(self) -> jax.Array | None:
-        """The head; None, as the bare decoder has none."""
-        return None
+    def _read_weight(self, name: str) -> tuple[np.ndarray, FloatType]:
+        params, spec = self._params_or_own(None), self._specs()[name]
+        return read_weight(params, spec), weights_dtype(params, spec)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = False
-    ) -> jax.Array:
-        """Changes the vocabulary: old rows are kept, new ones are drawn from N(0, init_std), a tied head stays tied.
-
-        Parameters of another shape are other parameters: initialise the optimizer afterwards.
-
-        Args:
-            new_num_tokens: rows wanted; None keeps their number.
-            pad_to_multiple_of: round the number up to a multiple of this. The further rows stand for no token, so they
-                are never generated; `config.padding_rows` is their number.
-            mean_resizing: draw new rows closely around the mean of the old ones instead.
-
-        Returns:
-            The input embeddings; `config.vocab_size` is their number.
-
-        Raises:
-            InputError: a number is not a positive integer, or there are no parameters.
-            ConfigError: `config.pad_token_id` would be outside the vocabulary.
-        """
-        config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
-        params, specs = self._params_or_own(None), self._specs()
-        for name in (EMBEDDING, HEAD) if HEAD in specs else (EMBEDDING,):
-            dtype = weights_dtype(params, specs[name])
-            rows = resized_rows(read_weight(params, specs[name]), dtype, config, mean_resizing)
-            params = write_weight(params, specs[name], rows, dtype)
-        self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
-        self._make_module()
-        self.params = params
-        return self.get_input_embeddings()
-
-    def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
-        """Removes self-attention heads for good; the model computes what it would with these heads masked.
-
-        Args:
-            heads_to_prune: heads by the index of their block, numbered as in the unpruned model, as they are in a
-                `head_mask` afterwards, too. `config.pruned_heads` remembers them.
-
-        Raises:
-            ConfigError: there is no such block or head, a block would have none left, or the blocks would differ in
-                shape, which `scan_layers` does not allow.
-            InputError: there are no parameters.
-        """
-        config, own, specs = pruned_config(self.config, heads_to_prune), self._params_or_own(None), self._specs()
+    def _reshape(self, config: XGLMConfig, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """See `ModelSurface._reshape`."""
+        own, specs = self._params_or_own(None), self._specs()
         if self.scan_layers:
             check_stackable(config)
-        params = before = unstack_layers(own)
-        for name, value in pruned_weights(self.config, config, lambda name: read_weight(before, specs[name])):
-            params = write_weight(params, specs[name], value, weights_dtype(before, specs[name]))
-        self.config.pruned_heads = config.pruned_heads
+        params = unstacked = own if config.pruned_heads == self.config.pruned_heads else unstack_layers(own)
+        for name, value in weights:
+            params = write_weight(params, specs[name], value, weights_dtype(params, specs[name]))
+        take_sizes(self.config, config)
         self._make_module()
-        self.params = params if before is own else stack_layers(params)
+        self.params = params if unstacked is own else stack_layers(params)
 
     def to_bf16(self, params: Params, mask: Any = None) -> Params:
         """A tree with parameters in bfloat16.
@@ -356,9 +308,6 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         """Bytes of the parameters, a tied head once."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params_or_own(None)))
 
-    def tie_weights(self) -> None:
-        """Does nothing: the bare decoder has no head."""
-
     def init_weights(
         self, rng: jax.Array, input_shape: tuple[int, int] = (1, 1), params: Params | None = None
     ) -> Params:
@@ -382,11 +331,6 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         params, spec = self._params_or_own(None), self._specs()[name]
         new = jnp.asarray(matrix, self.get_input_embeddings().dtype)
         self.params = set_parameter(params, spec, new.T if spec.transposed else new)
-
-    def _specs(self) -> dict[str, WeightSpec]:
-        """The model's weights by canonical name."""
-        with_head = self.has_head and not self.config.tie_word_embeddings
-        return {spec.name: spec for spec in weight_specs(self.config, with_head=with_head)}
 
     def _checked_call(
         self, inputs: DecoderInputs, past_key_values: Any, params: Params | None, train: bool, key: jax.Array | None

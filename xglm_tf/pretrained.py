@@ -10,23 +10,22 @@ import os
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from xglm_core.checkpoint.dtypes import float_type
+from xglm_core.checkpoint.dtypes import FloatType, float_type
 from xglm_core.checkpoint.loading import Loading, LoadPlan, plan_loading
-from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.generation.config import GenerationConfig
 from xglm_core.keywords import writes
-from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
+from xglm_core.resizing import check_embeddings, take_sizes
 from xglm_core.surface import DUMMY_IDS, ModelSurface
-from xglm_core.weight_names import EMBEDDING, HEAD, WeightSpec, weight_specs
+from xglm_core.weight_names import EMBEDDING
 from xglm_tf.inputs import are_arrays, batches_in_tuples, check_batch, checked_batch, failures_named, named_arguments
 from xglm_tf.tracing import forget, outdated
 from xglm_tf.weights import (
@@ -57,7 +56,6 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
 
     framework = "tf"
     supports_xla_generation = False  # By a `tf.function` around it: it compiles by itself.
-    generation_config: GenerationConfig  # Where there is a head.
 
     def __init__(self, config: XGLMConfig, *, dtype: Any = None, **kwargs: Any) -> None:
         config.validate()
@@ -187,9 +185,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         checkpoint = loading.open(pretrained_model_name_or_path)
         plan = plan_loading(checkpoint, with_head=cls.has_head, dtype=held, int8=False)
         model = cls(plan.config, dtype=policy or plan.dtype.name, plan=plan)
-        if cls.has_head:
-            model.generation_config = plan.generation
-        model.name_or_path = str(pretrained_model_name_or_path)
+        model._follow_checkpoint(plan, pretrained_model_name_or_path)
         return loading.with_info(model)
 
     def save_pretrained(
@@ -218,16 +214,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
         self._check_not_quantized("save_pretrained")
         specs = self._specs()
-        save_checkpoint(
-            save_directory,
-            self.config,
-            tuple(specs.values()),
-            stored,
-            lambda name: read_weight(self, specs[name], stored),
-            max_shard_size,
-        )
-        if self.has_head:
-            self.generation_config.save_pretrained(save_directory)
+        self._save(save_directory, stored, lambda name: read_weight(self, specs[name], stored), max_shard_size)
 
     def get_input_embeddings(self) -> keras.layers.Embedding:
         """The token embedding. Called with ids it gives what `inputs_embeds` takes: scaled embeddings."""
@@ -249,63 +236,24 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         self.get_input_embeddings().embeddings.assign(embedding_matrix(new_embeddings, self.config))
         self.tie_weights()
 
-    def get_output_embeddings(self) -> keras.layers.Layer | None:
-        """The head; None, as the bare decoder has none."""
-        return None
+    def _read_weight(self, name: str) -> tuple[np.ndarray, FloatType]:
+        dtype = weights_dtype(self)
+        return read_weight(self, self._specs()[name], dtype), dtype
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = False
-    ) -> keras.layers.Embedding:
-        """Changes the vocabulary: old rows are kept, new ones are drawn from N(0, init_std), a tied head stays tied.
-
-        Variables of another shape are other variables: make the optimizer afterwards.
-
-        Args:
-            new_num_tokens: rows wanted; None keeps their number.
-            pad_to_multiple_of: round the number up to a multiple of this. The further rows stand for no token, so they
-                are never generated; `config.padding_rows` is their number.
-            mean_resizing: draw new rows closely around the mean of the old ones instead.
-
-        Returns:
-            The input embeddings; `config.vocab_size` is their number.
-
-        Raises:
-            InputError: a number is not a positive integer.
-            ConfigError: `config.pad_token_id` would be outside the vocabulary.
-        """
-        config, specs = resized_config(self.config, new_num_tokens, pad_to_multiple_of), self._specs()
-        for name in (EMBEDDING, HEAD):
-            if name in specs:
-                dtype = weights_dtype(self)
-                write_weight(
-                    self, specs[name], resized_rows(read_weight(self, specs[name], dtype), dtype, config, mean_resizing)
+    def _reshape(self, config: XGLMConfig, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """See `ModelSurface._reshape`."""
+        if config.pruned_heads != self.config.pruned_heads:
+            self._check_not_quantized("prune_heads")
+            if self.has_lora:
+                raise InputError(
+                    "there are adapters, expected none: prune heads before enable_lora, or save and load first"
                 )
-        self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
-        self.forget_compiled()
-        return self.get_input_embeddings()
-
-    def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
-        """Removes self-attention heads for good; the model computes what it would with these heads masked.
-
-        Args:
-            heads_to_prune: heads by the index of their block, numbered as in the unpruned model, as they are in a
-                `head_mask` afterwards, too. `config.pruned_heads` remembers them.
-
-        Raises:
-            ConfigError: there is no such block or head, or a block would have none left.
-            InputError: there are adapters, which would be lost, or the model is quantized.
-        """
-        self._check_not_quantized("prune_heads")
-        if self.has_lora:
-            raise InputError(
-                "there are adapters, expected none: prune heads before enable_lora, or save and load first"
-            )
-        config, dtype, specs = pruned_config(self.config, heads_to_prune), weights_dtype(self), self._specs()
-        for name, value in pruned_weights(self.config, config, lambda name: read_weight(self, specs[name], dtype)):
+        specs = self._specs()
+        for name, value in weights:
             write_weight(self, specs[name], value)
+        take_sizes(self.config, config)
         for index, layer in enumerate(self.model.layers):
             layer.self_attn.heads = config.kept_heads(index)
-        self.config.pruned_heads = config.pruned_heads
         self.forget_compiled()
 
     def prepare_tf_dataset(
@@ -473,9 +421,6 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         """Bytes of the parameters, a tied head once."""
         return sum(math.prod(weight.shape) * tf.as_dtype(weight.dtype).size for weight in self.weights)
 
-    def tie_weights(self) -> None:
-        """Does nothing: the bare decoder has no head."""
-
     def forget_compiled(self) -> None:
         """Drops compiled code, which holds on to variables that have been replaced."""
         self.train_function = self.test_function = self.predict_function = None
@@ -574,11 +519,6 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
                     f"the model is quantized to {mode}, of which {name} can make nothing; call it before quantize, "
                     "or keep the quantized model with save('model.keras')"
                 )
-
-    def _specs(self) -> dict[str, WeightSpec]:
-        """The weights by canonical name."""
-        specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
-        return {spec.name: spec for spec in specs}
 
 
 def _set_policy(layer: keras.layers.Layer, policy: keras.DTypePolicy, quantization: Any) -> None:

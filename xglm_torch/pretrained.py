@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import nn
 
-from xglm_core.checkpoint.dtypes import float_type
+from xglm_core.checkpoint.dtypes import FloatType, float_type
 from xglm_core.checkpoint.int8 import stored_types
 from xglm_core.checkpoint.loading import Loading, plan_loading
-from xglm_core.checkpoint.writing import save_checkpoint
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.generation.config import GenerationConfig
 from xglm_core.keywords import writes
-from xglm_core.resizing import check_embeddings, pruned_config, pruned_weights, resized_config, resized_rows
+from xglm_core.resizing import check_embeddings, take_sizes
 from xglm_core.surface import DUMMY_IDS, ModelSurface
-from xglm_core.weight_names import EMBEDDING, HEAD, weight_specs
 from xglm_torch.fast.linear import FastLinear, make_plain
 from xglm_torch.gathering import first_process_reads, reshard
 from xglm_torch.int8 import become_int8, is_int8, refuse_int8
@@ -50,7 +48,6 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
 
     framework = "pt"
     is_split = False
-    generation_config: GenerationConfig  # Where there is a head.
 
     # What accelerate, peft and transformers' Trainer look for.
     _no_split_modules = ("XGLMDecoderLayer",)
@@ -126,11 +123,9 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         )
         with torch.device("meta"):
             model = cls(plan.config)
-        if cls.has_head:
-            model.generation_config = plan.generation
+        model._follow_checkpoint(plan, str(pretrained_model_name_or_path))
         load_weights(model, plan)
         model.tie_weights()
-        model.name_or_path = str(pretrained_model_name_or_path)
         return loading.with_info((model if device is None else model.to(device)).eval())
 
     @classmethod
@@ -170,7 +165,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         is_writing = writes(options)
         reshard(self)
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
-        specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
+        specs = tuple(self._specs().values())
         int8 = is_int8(self)
         weights = dict(stored_types(specs, [stored for _ in specs], int8=int8))
         types = {spec.name: dtype for spec, dtype in weights.items()}
@@ -180,9 +175,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
             reading = contextlib.nullcontext(lambda name: as_array(state_dict[local_name(self, name)], types[name]))
         with reading as read:
             if read is not None and is_writing:
-                save_checkpoint(save_directory, self.config, specs, stored, read, max_shard_size, int8=int8)
-                if self.has_head:
-                    self.generation_config.save_pretrained(save_directory)
+                self._save(save_directory, stored, read, max_shard_size, int8=int8)
 
     @property
     def uncached(self) -> str:
@@ -258,55 +251,23 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         """The head; None of the bare decoder."""
         return getattr(self, "lm_head", None)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = False
-    ) -> nn.Embedding:
-        """Changes the vocabulary: old rows are kept, new ones are drawn from N(0, init_std), a tied head stays tied.
+    def _read_weight(self, name: str) -> tuple[np.ndarray, FloatType]:
+        dtype = weights_dtype(self)
+        return read_weight(self, name, dtype), dtype
 
-        Parameters of another shape are other parameters: make the optimizer afterwards.
-
-        Args:
-            new_num_tokens: rows wanted; None keeps their number.
-            pad_to_multiple_of: round the number up to a multiple of this. The further rows stand for no token, so they
-                are never generated; `config.padding_rows` is their number.
-            mean_resizing: draw new rows closely around the mean of the old ones instead.
-
-        Returns:
-            The input embeddings; `config.vocab_size` is their number.
-
-        Raises:
-            InputError: a number is not a positive integer, or the model is int8.
-            ConfigError: `config.pad_token_id` would be outside the vocabulary.
-        """
-        refuse_int8(self, "resize_token_embeddings")
-        config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
-        has_own_head = self.has_head and not config.tie_word_embeddings
-        for name in (EMBEDDING, HEAD) if has_own_head else (EMBEDDING,):
-            dtype = weights_dtype(self)
-            write_weight(self, name, resized_rows(read_weight(self, name, dtype), dtype, config, mean_resizing))
-        self.config.vocab_size, self.config.padding_rows = config.vocab_size, config.padding_rows
-        self.tie_weights()
-        return self.get_input_embeddings()
-
-    def prune_heads(self, heads_to_prune: Mapping[int, Sequence[int]]) -> None:
-        """Removes self-attention heads for good; the model computes what it would with these heads masked.
-
-        Args:
-            heads_to_prune: heads by the index of their block, numbered as in the unpruned model, as they are in a
-                `head_mask` afterwards, too. `config.pruned_heads` remembers them.
-
-        Raises:
-            ConfigError: there is no such block or head, or a block would have none left.
-            InputError: the model is int8.
-        """
-        refuse_int8(self, "prune_heads")
-        config, dtype = pruned_config(self.config, heads_to_prune), weights_dtype(self)
-        for name, value in pruned_weights(self.config, config, lambda name: read_weight(self, name, dtype)):
+    def _reshape(self, config: XGLMConfig, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """See `ModelSurface._reshape`."""
+        is_pruned = config.pruned_heads != self.config.pruned_heads
+        refuse_int8(self, "prune_heads" if is_pruned else "resize_token_embeddings")
+        for name, value in weights:
             write_weight(self, name, value)
-        for index in range(config.num_layers):
-            attention: Any = self.decoder.layers.get_submodule(f"{index}.self_attn")
+        take_sizes(self.config, config)
+        if not is_pruned:
+            self.tie_weights()
+            return
+        for index, layer in enumerate(self.decoder.layers):
+            attention: Any = layer.self_attn
             attention.heads = config.kept_heads(index)
-        self.config.pruned_heads = config.pruned_heads
 
     def gradient_checkpointing_enable(
         self,
