@@ -128,7 +128,8 @@ class ModelSurface:
 
     def _specs(self) -> dict[str, WeightSpec]:
         """The weights by canonical name."""
-        specs = weight_specs(self.config, with_head=self.has_head and not self.config.tie_word_embeddings)
+        with_head = self.has_head and not self.config.tie_word_embeddings
+        specs = weight_specs(self.config, with_head=with_head, bare=not self.has_head)
         return {spec.name: spec for spec in specs}
 
     def _read_weight(self, name: str) -> tuple[np.ndarray, FloatType]:

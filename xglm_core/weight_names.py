@@ -83,12 +83,13 @@ class WeightSpec:
     transposed: bool
 
 
-def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ...]:
+def weight_specs(config: XGLMConfig, *, with_head: bool, bare: bool = False) -> tuple[WeightSpec, ...]:
     """All weights of a model in the order of the published checkpoints.
 
     Args:
         config: the architecture.
         with_head: whether the model has a head of its own. A tied head is not a separate weight.
+        bare: whether paths in Flax are those of the bare decoder, without the level "model".
     """
     specs = []
     for layer, kind, sizes in _expanded(config):
@@ -101,7 +102,7 @@ def weight_specs(config: XGLMConfig, *, with_head: bool) -> tuple[WeightSpec, ..
                     name=f"{layer}.{parameter}",
                     shape=sizes if parameter == "weight" else sizes[:1],
                     keras=f"{layer.replace('.', '/').replace('layers/', 'layers.')}/{keras}",
-                    flax=(*layer.split("."), flax),
+                    flax=(*layer.removeprefix("model." * bare).split("."), flax),
                     transposed=kind.transposed and matrix,
                 )
             )

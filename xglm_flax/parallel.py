@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xglm_core.config import XGLMConfig
@@ -19,7 +20,7 @@ from xglm_core.errors import InputError
 from xglm_core.parallel import check_tensor_parallel, split_dimension
 from xglm_core.weight_names import WeightSpec, weight_specs
 from xglm_flax.stacking import is_stacked
-from xglm_flax.weights import Params
+from xglm_flax.weights import Params, path_in_tree
 
 DATA, TENSOR = "data", "tensor"
 
@@ -46,16 +47,11 @@ def partition_specs(config: XGLMConfig, *, stacked: bool = False, bare: bool = F
         stacked: whether the tree is that of `stack_layers`.
         bare: whether it is that of the bare decoder.
     """
-    tree: dict[str, Any] = {}
-    for spec in weight_specs(config, with_head=not (bare or config.tie_word_embeddings)):
-        *path, name = spec.flax[1:] if bare else spec.flax
-        of_block = stacked and "layers" in path
-        if of_block:
-            path.pop(path.index("layers") + 1)  # Its index.
-        owner = tree
-        for key in path:
-            owner = owner.setdefault(key, {})
-        owner[name] = PartitionSpec(*(None,) * of_block, *_axes(spec))
+    leaves = {}
+    for spec in weight_specs(config, with_head=not (bare or config.tie_word_embeddings), bare=bare):
+        path = path_in_tree(spec, stacked=stacked)
+        leaves[path] = PartitionSpec(*(None,) * (len(spec.flax) - len(path)), *_axes(spec))
+    tree: dict[str, Any] = unflatten_dict(leaves)
     return tree
 
 

@@ -25,7 +25,6 @@ from xglm_core.resizing import check_embeddings, take_sizes
 from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_core.weight_names import EMBEDDING
 from xglm_flax.cache import FlaxXGLMCache, as_cache, empty_cache, is_traced
-from xglm_flax.gathering import first_process_reads
 from xglm_flax.inputs import check_dropout, checked_inputs
 from xglm_flax.remat import Remat, remat_policy
 from xglm_flax.stacking import check_stackable, stack_layers, unstack_layers
@@ -33,6 +32,7 @@ from xglm_flax.weights import (
     Params,
     cast,
     checked_params,
+    first_process_reads,
     get_parameter,
     initial_params,
     load_weights,
@@ -126,13 +126,13 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
     @property
     def required_params(self) -> set[tuple[str, ...]]:
         """The path of each parameter, as `flax.traverse_util.flatten_dict` has it."""
-        return {tuple(name.split("/")) for name in self._shapes()}
+        return set(param_shapes(self._specs().values()))
 
     @property
     def params_shape_tree(self) -> Params:
         """A `jax.ShapeDtypeStruct` for each parameter, of type `param_dtype`."""
-        leaves = {name: jax.ShapeDtypeStruct(shape, self.param_dtype) for name, shape in self._shapes().items()}
-        tree: Params = unflatten_dict(leaves, sep="/")
+        shapes = param_shapes(self._specs().values())
+        tree: Params = unflatten_dict({path: jax.ShapeDtypeStruct(shapes[path], self.param_dtype) for path in shapes})
         return tree
 
     @overload
@@ -198,8 +198,8 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         model._follow_checkpoint(plan, pretrained_model_name_or_path)
         if not _do_init:
             with jax.default_device(jax.local_devices(backend="cpu")[0]):
-                return model, load_weights(plan, bare=not cls.has_head)
-        model._params = load_weights(plan, bare=not cls.has_head)
+                return model, load_weights(model._specs().values(), plan)
+        model._params = load_weights(model._specs().values(), plan)
         return loading.with_info(model)
 
     def save_pretrained(
@@ -232,8 +232,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         is_writing = writes(options)
         params = self._params_or_own(params)
         stored = weights_dtype(params) if dtype is None else float_type(dtype)
-        specs = self._specs()
-        with first_process_reads(params, tuple(specs), lambda name: read_weight(params, specs[name], stored)) as read:
+        with first_process_reads(params, self._specs(), stored) as read:
             if read is not None and is_writing:
                 self._save(save_directory, stored, read, max_shard_size)
 
@@ -323,14 +322,14 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         """
         specs = tuple(self._specs().values())
         given = unstack_layers(unfreeze(params)) if params else {}
-        return initial_params(self.config, specs, rng, self.param_dtype, given, bare=not self.has_head)
+        return initial_params(self.config, specs, rng, self.param_dtype, given)
 
     def _set_matrix(self, name: str, matrix: Any) -> None:
         """Replaces the embedding, or the head's matrix [vocab_size, d_model], by canonical name."""
         check_embeddings(np.shape(matrix), self.config)
         params, spec = self._params_or_own(None), self._specs()[name]
         new = jnp.asarray(matrix, self.get_input_embeddings().dtype)
-        self.params = set_parameter(params, spec, new.T if spec.transposed else new)
+        self.params = set_parameter(params, spec.flax, new.T if spec.transposed else new)
 
     def _checked_call(
         self, inputs: DecoderInputs, past_key_values: Any, params: Params | None, train: bool, key: jax.Array | None
@@ -393,10 +392,7 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         return tree
 
     def _checked(self, params: Any) -> Params:
-        return checked_params(params, tuple(self._specs().values()), bare=not self.has_head)
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return param_shapes(tuple(self._specs().values()), bare=not self.has_head)
+        return checked_params(params, self._specs().values())
 
 
 def _apply(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
+from xglm_core.checkpoint import gathering
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, FLOAT32, FloatType
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.checkpoint.tensor_file import aligned_empty, copy_values
@@ -28,25 +29,21 @@ Params = dict[str, Any]
 _NAMED = 5  # How many parameters of a kind an error names.
 
 
-def load_weights(plan: LoadPlan, *, bare: bool) -> Params:
+def load_weights(specs: Iterable[WeightSpec], plan: LoadPlan) -> Params:
     """Reads the parameters one by one to the default device: into memory of their own, or see `LoadPlan.aligned`.
 
     Args:
+        specs: the model's weights.
         plan: the checkpoint.
-        bare: whether the tree is that of the bare decoder, without the level "model".
     """
-    params: Params = {}
-    for spec in plan.specs:
-        # Differs: PyTorch takes views of the file. Here kernels are the transposes of what most files hold: copies.
-        array = plan.aligned(spec, transposed=spec.transposed)
-        *path, name = _path(spec, bare=bare)
-        owner = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path, params)
-        owner[name] = _to_jax(array, plan.dtype)
+    # Differs: PyTorch takes views of the file. Here kernels are the transposes of what most files hold: copies.
+    leaves = {spec.flax: _to_jax(plan.aligned(spec, transposed=spec.transposed), plan.dtype) for spec in specs}
+    params: Params = unflatten_dict(leaves)
     return params
 
 
 def initial_params(
-    config: XGLMConfig, specs: Sequence[WeightSpec], rng: jax.Array, dtype: Any, given: Params, *, bare: bool
+    config: XGLMConfig, specs: Sequence[WeightSpec], rng: jax.Array, dtype: Any, given: Params
 ) -> Params:
     """Draws the parameters that are not given.
 
@@ -56,15 +53,13 @@ def initial_params(
         rng: a key of `jax.random`.
         dtype: type of the parameters that are drawn.
         given: parameters to keep, or an empty tree; it is left alone.
-        bare: whether the tree is that of the bare decoder, without the level "model".
     """
-    initializer = initializer_of(config)
-    params = given
+    initializer, leaves = initializer_of(config), dict(flatten_dict(given))
     for spec, key in zip(specs, jax.random.split(rng, len(specs)), strict=True):
-        path = _path(spec, bare=bare)
-        if _find(given, path) is None:
+        if leaves.get(spec.flax) is None:
             shape = spec.shape[::-1] if spec.transposed else spec.shape
-            params = _replaced(params, path, initializer(spec)(key, shape, dtype))
+            leaves[spec.flax] = initializer(spec)(key, shape, dtype)
+    params: Params = unflatten_dict(leaves)
     return params
 
 
@@ -94,7 +89,7 @@ def write_weight(params: Params, spec: WeightSpec, value: np.ndarray, dtype: Flo
     array = value.T if spec.transposed else value
     copy = aligned_empty(array.shape, array.dtype)
     copy_values(copy, array)
-    return set_parameter(params, spec, _to_jax(copy, dtype))
+    return set_parameter(params, spec.flax, _to_jax(copy, dtype))
 
 
 def weights_dtype(params: Params, spec: WeightSpec | None = None) -> FloatType:
@@ -108,7 +103,7 @@ def get_parameter(params: Params, spec: WeightSpec) -> jax.Array:
     """A parameter as it is in the tree; its part of one that is stacked."""
     tree: Any = params
     index = None
-    for key in _path(spec, bare="model" not in params):
+    for key in spec.flax:
         if key.isdecimal() and is_stacked(tree):
             index = int(key)
         else:
@@ -116,12 +111,32 @@ def get_parameter(params: Params, spec: WeightSpec) -> jax.Array:
     return tree if index is None else tree[index]
 
 
-def set_parameter(params: Params, spec: WeightSpec, value: Any) -> Params:
-    """A new tree with another parameter; `params`, with blocks that are not stacked, is left alone."""
-    return _replaced(params, _path(spec, bare="model" not in params), value)
+def set_parameter(tree: Any, path: Sequence[str], value: Any) -> Any:
+    """A new tree with another leaf at a path; `tree` is left alone."""
+    if not path:
+        return value
+    return {**tree, path[0]: set_parameter(tree.get(path[0], {}), path[1:], value)}
 
 
-def checked_params(params: Any, specs: Sequence[WeightSpec], *, bare: bool) -> Params:
+def first_process_reads(
+    params: Params, specs: Mapping[str, WeightSpec], dtype: FloatType
+) -> contextlib.AbstractContextManager[gathering.Read | None]:
+    """How to read parameters by canonical name; those spread over processes, in the first one, see `gathering`."""
+
+    def read(name: str) -> np.ndarray:
+        return read_weight(params, specs[name], dtype)
+
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(params)):
+        return contextlib.nullcontext(read)
+    return gathering.first_process_reads(read, tuple(specs), jax.process_index(), _said_by_first)
+
+
+def _said_by_first(place: int, error: str) -> tuple[int, str]:
+    """Differs: PyTorch's processes also send each other the error."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(place))), "its own error says why"
+
+
+def checked_params(params: Any, specs: Iterable[WeightSpec]) -> Params:
     """Parameters as plain dictionaries, once it is certain that they are those of a model, one by one or stacked.
 
     Only names and shapes are looked at, so shapes may stand in for arrays.
@@ -129,7 +144,6 @@ def checked_params(params: Any, specs: Sequence[WeightSpec], *, bare: bool) -> P
     Args:
         params: the tree.
         specs: the model's weights.
-        bare: whether the model is the bare decoder.
 
     Raises:
         InputError: parameters are missing, unexpected or of another shape; all of them are counted, the first named.
@@ -139,9 +153,9 @@ def checked_params(params: Any, specs: Sequence[WeightSpec], *, bare: bool) -> P
     given: Any = params
     tree: Params = unfreeze(given)
     found = {"/".join(map(str, path)): leaf for path, leaf in flatten_dict(tree).items()}
-    before = "layers/" if bare else "model/layers/"
-    blocks = [name.removeprefix(before) for name in found if name.startswith(before)]
-    expected = param_shapes(specs, bare=bare, stacked=bool(blocks) and not any(name[0].isdecimal() for name in blocks))
+    in_blocks = [part for name in found for _, is_block, part in [name.partition("layers/")] if is_block]
+    is_stacked = bool(in_blocks) and not any(part[0].isdecimal() for part in in_blocks)
+    expected = {"/".join(path): shape for path, shape in param_shapes(specs, stacked=is_stacked).items()}
     wrong = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
@@ -161,17 +175,22 @@ def checked_params(params: Any, specs: Sequence[WeightSpec], *, bare: bool) -> P
     return tree
 
 
-def param_shapes(specs: Sequence[WeightSpec], *, bare: bool, stacked: bool = False) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter by its path, "model/layers/0/fc1/bias"; or of those of `stack_layers`."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def param_shapes(specs: Iterable[WeightSpec], *, stacked: bool = False) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of each parameter by its path; or of those of `stack_layers`."""
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
     for spec in specs:
-        path, shape = _path(spec, bare=bare), spec.shape[::-1] if spec.transposed else spec.shape
-        if stacked and "layers" in path:
-            index = path.index("layers") + 1
-            count = int(path[index]) + 1  # The last block tells how many there are.
-            path, shape = path[:index] + path[index + 1 :], (count, *shape)
-        shapes["/".join(path)] = shape
+        path, shape = path_in_tree(spec, stacked=stacked), spec.shape[::-1] if spec.transposed else spec.shape
+        # In a stack, the last block tells how many there are.
+        shapes[path] = shape if path == spec.flax else (int(spec.flax[spec.flax.index("layers") + 1]) + 1, *shape)
     return shapes
+
+
+def path_in_tree(spec: WeightSpec, *, stacked: bool) -> tuple[str, ...]:
+    """The keys that lead to a parameter; those of blocks that are stacked have no index."""
+    if not stacked or "layers" not in spec.flax:
+        return spec.flax
+    index = spec.flax.index("layers") + 1
+    return spec.flax[:index] + spec.flax[index + 1 :]
 
 
 def cast(params: Any, dtype: Any, mask: Any = None) -> Any:
@@ -188,24 +207,6 @@ def cast(params: Any, dtype: Any, mask: Any = None) -> Any:
 
     params = unfreeze(params)
     return jax.tree.map(leaf_cast, params, jax.tree.map(lambda _: True, params) if mask is None else unfreeze(mask))
-
-
-def _find(tree: Any, path: tuple[str, ...]) -> Any:
-    """The leaf at a path, or None."""
-    return functools.reduce(lambda found, key: found.get(key) if found else None, path, tree)
-
-
-def _replaced(tree: Any, path: tuple[str, ...], value: Any) -> Any:
-    if not path:
-        return value
-    key, *rest = path
-    return {**tree, key: _replaced(tree.get(key, {}), tuple(rest), value)}
-
-
-def _path(spec: WeightSpec, *, bare: bool) -> tuple[str, ...]:
-    """The keys that lead to a parameter."""
-    # The bare decoder is what causal-LM names call "model".
-    return spec.flax[1:] if bare else spec.flax
 
 
 def _to_jax(array: np.ndarray, dtype: FloatType) -> jax.Array:

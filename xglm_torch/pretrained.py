@@ -20,16 +20,17 @@ from xglm_core.keywords import writes
 from xglm_core.resizing import check_embeddings, take_sizes
 from xglm_core.surface import DUMMY_IDS, ModelSurface
 from xglm_torch.fast.linear import FastLinear, make_plain
-from xglm_torch.gathering import first_process_reads, reshard
 from xglm_torch.int8 import become_int8, is_int8, refuse_int8
 from xglm_torch.weights import (
     as_array,
     check_storable,
     execution_device,
+    first_process_reads,
     load_weights,
     local_name,
     parameters_dtype,
     read_weight,
+    reshard,
     weights_dtype,
     write_weight,
 )
@@ -165,12 +166,11 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         is_writing = writes(options)
         reshard(self)
         stored = weights_dtype(self) if dtype is None else float_type(dtype)
-        specs = tuple(self._specs().values())
-        int8 = is_int8(self)
+        specs, int8 = tuple(self._specs().values()), is_int8(self)
         weights = dict(stored_types(specs, [stored for _ in specs], int8=int8))
         types = {spec.name: dtype for spec, dtype in weights.items()}
         check_storable(self, weights, state_dict)
-        reading: Any = first_process_reads(self, lambda name: read_weight(self, name, types[name]))
+        reading: Any = first_process_reads(self, tuple(types), lambda name: read_weight(self, name, types[name]))
         if state_dict is not None:
             reading = contextlib.nullcontext(lambda name: as_array(state_dict[local_name(self, name)], types[name]))
         with reading as read:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from xglm_core.checkpoint import gathering
 from xglm_core.checkpoint.dtypes import BFLOAT16, DTYPES, INT8, FloatType
 from xglm_core.checkpoint.int8 import SCALE, is_matrix
 from xglm_core.checkpoint.loading import LoadPlan
@@ -145,6 +148,33 @@ def check_storable(
             f"{HEAD} differs from the embedding, but config.tie_word_embeddings is True and it would be lost; "
             "set config.tie_word_embeddings=False, or call tie_weights()"
         )
+
+
+def reshard(model: nn.Module) -> None:
+    """Has FSDP release the weights that it gathered for a call, perhaps in another type. Else it does nothing."""
+    for module in model.modules():
+        release: Any = getattr(module, "reshard", None)
+        if release is not None:
+            release()
+
+
+def first_process_reads(
+    model: nn.Module, names: Sequence[str], dtype: FloatType
+) -> contextlib.AbstractContextManager[gathering.Read | None]:
+    """How to read the weights of a model; of a sharded one, in the first process alone, see `gathering`."""
+
+    def read(name: str) -> np.ndarray:
+        return read_weight(model, name, dtype)
+
+    if not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        return contextlib.nullcontext(read)
+    return gathering.first_process_reads(read, names, dist.get_rank(), _said_by_first)
+
+
+def _said_by_first(place: int, error: str) -> tuple[int, str]:
+    message: list[Any] = [place, error]
+    dist.broadcast_object_list(message, src=0)
+    return message[0], message[1]
 
 
 def is_native(tensor: torch.Tensor) -> bool:
