@@ -13,12 +13,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from xglm_core.calls import DecoderInputs
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 
 IGNORED_LABEL = -100  # The label of positions that do not count, as in every framework.
 
 Shape = Sequence[int | None]
+
+# Gives the values of an array; None if there are none to look at, while a framework traces.
+Look = Callable[[Any], np.ndarray | None]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -109,6 +113,104 @@ def check_not_traced(name: str, traced: bool) -> None:
             f"{name} is a loop on the host, which cannot be traced or compiled: call it outside; inside, "
             + instead.get(name, "loop over the model's own call with use_cache=True")
         )
+
+
+def check_arguments(
+    config: XGLMConfig,
+    inputs: DecoderInputs,
+    look: Look | None,
+    cache: Any,
+    seen: int | None,
+    *,
+    covered: int | None = None,
+    shape_of: Callable[[Any], Shape] = lambda array: array.shape,
+) -> None:
+    """Checks which arguments of the decoder are given, their shapes, the ids, and the positions, given or counted.
+
+    Args:
+        config: the architecture.
+        inputs: arrays of the framework.
+        look: gives the values of an array; None if no array has any.
+        cache: what was read before, with `batch`, `mask` and `encoder_length`; or None.
+        seen: how many positions are cached; None if unknown.
+        covered: how many of them a mask has to cover; None means `seen`.
+        shape_of: gives the shape of an array, in which an unknown size is None.
+
+    Raises:
+        InputError: see `check_shapes`; or ids are outside the vocabulary, or a position is past the limit.
+    """
+    shapes = {name: shape_of(array) for name, array in zip(inputs._fields, inputs, strict=True) if array is not None}
+    encoder_length = None if cache is None else cache.encoder_length
+    check_shapes(config, shapes, past=seen if covered is None else covered, encoder_length=encoder_length)
+    batch, length = shapes["input_ids" if "input_ids" in shapes else "inputs_embeds"][:2]
+    if cache is not None:
+        check_cache_batch(cache.batch, batch)
+    if look is None:
+        return
+    if inputs.input_ids is not None and (ids := look(inputs.input_ids)) is not None:
+        check_input_ids(ids, config)
+    held = None if cache is None else cache.mask
+    check_positions_of(config, look, inputs.position_ids, inputs.attention_mask, length, held, seen)
+
+
+def check_positions_of(
+    config: XGLMConfig,
+    look: Look,
+    position_ids: Any,
+    attention_mask: Any,
+    length: int | None,
+    held: Any = None,
+    seen: int | None = 0,
+) -> None:
+    """Checks the positions of a call, given or counted, as far as they can be looked at.
+
+    Args:
+        config: the architecture.
+        look: gives the values of an array.
+        position_ids, attention_mask: those of the call, or None.
+        length: how many positions are new; None if unknown.
+        held: the mask of the cache, or None.
+        seen: how many positions are cached; None if unknown.
+
+    Raises:
+        InputError: a position is outside the position table.
+    """
+    if position_ids is not None:
+        if (positions := look(position_ids)) is not None:
+            check_positions(int(positions.min()), int(positions.max()), config)
+    elif seen is not None and length is not None and seen + length > config.max_position_embeddings:
+        mask, further = (held, length) if attention_mask is None else (attention_mask, 0)
+        if mask is None:
+            check_positions(0, seen + length - 1, config)
+        elif (tokens := look(mask)) is not None:
+            counted = np.count_nonzero(tokens[:, : seen + length - further], axis=1).max(initial=0)
+            check_positions(0, int(counted) + further - 1, config)
+
+
+def check_head_arguments(
+    config: XGLMConfig,
+    inputs: DecoderInputs,
+    labels: Any,
+    logits_to_keep: Any,
+    look: Look,
+    shape_of: Callable[[Any], Shape] = lambda array: array.shape,
+) -> None:
+    """Checks what only the causal language model takes; see `check_arguments`, which checks the inputs.
+
+    Raises:
+        InputError: labels have another shape than the ids, or are outside the vocabulary; or see
+            `check_logits_to_keep`.
+    """
+    tokens = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
+    if tokens is None:
+        return
+    if labels is not None:
+        check_labels_shape(shape_of(labels), shape_of(tokens))
+        if (values := look(labels)) is not None:
+            check_labels(values, config)
+    kept = logits_to_keep if isinstance(logits_to_keep, int) else look(logits_to_keep)
+    if kept is not None:
+        check_logits_to_keep(kept, shape_of(tokens)[1])
 
 
 def check_shapes(

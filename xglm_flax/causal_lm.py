@@ -157,7 +157,7 @@ class FlaxXGLMForCausalLM(FlaxGenerationSurface, FlaxXGLMPreTrainedModel):
         """
         encoder, masks = (encoder_hidden_states, encoder_attention_mask), (head_mask, cross_attn_head_mask)
         inputs = DecoderInputs(input_ids, attention_mask, position_ids, *encoder, *masks, inputs_embeds)
-        check_head_arguments(self.config, input_ids if inputs_embeds is None else inputs_embeds, labels, logits_to_keep)
+        check_head_arguments(self.config, inputs, labels, logits_to_keep)
         params, inputs, cache, key = self._checked_call(inputs, past_key_values, params, train, dropout_rng)
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
         items = None if num_items_in_batch is None else jnp.asarray(num_items_in_batch)

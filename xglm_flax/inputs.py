@@ -10,18 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from xglm_core import inputs as core
 from xglm_core.calls import DecoderInputs
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
-from xglm_core.inputs import (
-    check_cache_batch,
-    check_input_ids,
-    check_labels,
-    check_labels_shape,
-    check_logits_to_keep,
-    check_positions,
-    check_shapes,
-)
 from xglm_flax.cache import FlaxXGLMCache, is_traced, with_room
 
 
@@ -30,80 +22,29 @@ def checked_inputs(
 ) -> tuple[DecoderInputs, FlaxXGLMCache | None]:
     """Checks the inputs of the decoder and brings them into the shapes that the compiled code knows.
 
-    Differs: PyTorch and TF check only; they need no fixed shapes outside of generation.
+    Differs: PyTorch and TF check only, in `check_arguments`; they need no fixed shapes outside of generation.
 
     Returns:
         The inputs, in which the mask covers all that the cache has room for; and the cache, with room.
 
     Raises:
-        InputError: see `xglm_core.inputs`.
+        InputError: see `xglm_core.inputs.check_arguments`; or the cache has no room.
     """
-    seen = check_arguments(config, inputs, past)
-    length, mask = np.shape(_tokens(inputs))[1], inputs.attention_mask
+    tokens, mask = inputs.inputs_embeds if inputs.input_ids is None else inputs.input_ids, inputs.attention_mask
+    length = (*np.shape(tokens), 0, 0)[1]
+    seen, covered = _cached(past, length, mask)
+    core.check_arguments(config, inputs, _look, past, seen, covered=covered, shape_of=known_shape)
     if past is not None:
         past = with_room(past, length)
-        if mask is not None and has_values(mask):
+        if mask is not None and (known := _look(mask)) is not None:
             # Without this, each further token would be another shape, and another compilation.
-            mask = np.asarray(mask) != 0
-            mask = np.pad(mask, ((0, 0), (0, past.capacity - mask.shape[1])))
-    check_position_ids(config, inputs.position_ids, mask, past, seen, length)
+            mask = np.pad(known != 0, ((0, 0), (0, past.capacity - known.shape[1])))
     return inputs._replace(attention_mask=mask), past
 
 
-def check_arguments(config: XGLMConfig, inputs: DecoderInputs, past: FlaxXGLMCache | None) -> int:
-    """Checks which inputs of the decoder are given, their shapes, and the ids; returns the cached positions.
-
-    Raises:
-        InputError: see `xglm_core.inputs`.
-    """
-    shapes = {name: known_shape(array) for name, array in inputs._asdict().items() if array is not None}
-    tokens = shapes.get("input_ids", shapes.get("inputs_embeds", ()))
-    length = np.shape(_tokens(inputs))[1] if len(tokens) > 1 else 0
-    seen, covered = _cached(past, length, mask=shapes.get("attention_mask"))
-    check_shapes(config, shapes, past=covered, encoder_length=None if past is None else past.encoder_length)
-    if past is not None:
-        check_cache_batch(known_shape(past.mask)[0], tokens[0])
-    if inputs.input_ids is not None and has_values(inputs.input_ids):
-        check_input_ids(np.asarray(inputs.input_ids), config)
-    return seen
-
-
-def check_position_ids(
-    config: XGLMConfig,
-    position_ids: Any,
-    mask: Any,
-    past: FlaxXGLMCache | None,
-    seen: int,
-    length: int,
-) -> None:
-    """Checks the positions, given or counted, unless they are being traced.
-
-    Differs: PyTorch and TF do this in `check_arguments`; here, training steps also check parts of a batch.
-    """
-    if position_ids is not None:
-        if has_values(position_ids):
-            check_positions(int(np.min(position_ids)), int(np.max(position_ids)), config)
-    elif not has_values(mask) or (past is not None and is_traced(past.length)):
-        return
-    elif mask is not None:
-        check_positions(0, int(np.count_nonzero(np.asarray(mask)[:, : seen + length], axis=1).max()) - 1, config)
-    elif past is not None and has_values(past.mask):
-        known = np.count_nonzero(np.asarray(past.mask)[:, :seen], axis=1).max()
-        check_positions(0, int(known) + length - 1, config)
-    elif past is None and isinstance(length, int):
-        check_positions(0, length - 1, config)
-
-
-def check_head_arguments(config: XGLMConfig, tokens: Any, labels: Any, logits_to_keep: Any) -> None:
-    """Checks what only the causal language model takes; `tokens` are ids or embeddings, checked elsewhere."""
-    if tokens is None:
-        return
-    if labels is not None:
-        check_labels_shape(known_shape(labels), known_shape(tokens))
-        if has_values(labels):
-            check_labels(np.asarray(labels), config)
-    if has_values(logits_to_keep):
-        check_logits_to_keep(logits_to_keep, known_shape(tokens)[1])
+def check_head_arguments(config: XGLMConfig, inputs: DecoderInputs, labels: Any, logits_to_keep: Any) -> None:
+    """See `xglm_core.inputs.check_head_arguments`."""
+    core.check_head_arguments(config, inputs, labels, logits_to_keep, _look, known_shape)
 
 
 def check_dropout(config: XGLMConfig, train: bool, dropout_rng: jax.Array | None) -> None:
@@ -124,22 +65,18 @@ def known_shape(array: Any) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in np.shape(array))
 
 
-def has_values(array: Any) -> bool:
-    """Whether the values of an array can be looked at."""
-    return not is_traced(array)
+def _look(array: Any) -> np.ndarray | None:
+    """The values of an array; None if they cannot be looked at."""
+    return None if is_traced(array) else np.asarray(array)
 
 
-def _tokens(inputs: DecoderInputs) -> Any:
-    return inputs.inputs_embeds if inputs.input_ids is None else inputs.input_ids
-
-
-def _cached(past: FlaxXGLMCache | None, length: int, mask: tuple[int | None, ...] | None) -> tuple[int, int]:
-    """How many positions are cached, and how many of them a mask has to cover besides the new ones."""
+def _cached(past: FlaxXGLMCache | None, length: int, mask: Any) -> tuple[int | None, int]:
+    """How many positions are cached, if that is known; and how many a mask has to cover besides the new ones."""
     if past is None:
         return 0, 0
     rest = past.capacity - length
     if is_traced(past.length):
-        return rest, rest
+        return None, rest
     seen = int(past.length)
     # Loops that were written for one shape give the mask of all positions to come.
-    return seen, rest if past.fixed and mask is not None and mask[1:] == (past.capacity,) else seen
+    return seen, rest if past.fixed and mask is not None and known_shape(mask)[1:] == (past.capacity,) else seen

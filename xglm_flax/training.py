@@ -14,11 +14,18 @@ from flax.training.train_state import TrainState
 
 from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.errors import InputError
-from xglm_core.inputs import IGNORED_LABEL, check_input_ids, check_labels, check_labels_shape, check_shapes
+from xglm_core.inputs import (
+    IGNORED_LABEL,
+    check_input_ids,
+    check_labels,
+    check_labels_shape,
+    check_positions_of,
+    check_shapes,
+)
 from xglm_core.loss import LossOutput, check_trainable_type
 from xglm_flax.cache import is_traced
 from xglm_flax.causal_lm import FlaxXGLMForCausalLM
-from xglm_flax.inputs import check_dropout, check_position_ids
+from xglm_flax.inputs import check_dropout
 from xglm_flax.loss import counted_labels
 from xglm_flax.parallel import automatic, data_shards, place_batch, place_params, specs_like, within
 from xglm_flax.weights import Params
@@ -227,12 +234,12 @@ def check_batch(model: FlaxXGLMForCausalLM, batch: Batch) -> None:
     length = shapes["input_ids"][1]
     if "position_ids" in batch:
         for part in _known_parts(batch["position_ids"]):
-            check_position_ids(model.config, part, None, None, 0, length)
+            check_positions_of(model.config, np.asarray, part, None, length)
     elif "attention_mask" in batch:
         for part in _known_parts(batch["attention_mask"]):
-            check_position_ids(model.config, None, part, None, 0, length)
+            check_positions_of(model.config, np.asarray, None, part, length)
     else:
-        check_position_ids(model.config, None, None, None, 0, length)
+        check_positions_of(model.config, np.asarray, None, None, length)
 
 
 def _known_parts(array: Any) -> list[np.ndarray]:

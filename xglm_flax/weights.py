@@ -153,9 +153,9 @@ def checked_params(params: Any, specs: Iterable[WeightSpec]) -> Params:
     given: Any = params
     tree: Params = unfreeze(given)
     found = {"/".join(map(str, path)): leaf for path, leaf in flatten_dict(tree).items()}
-    in_blocks = [part for name in found for _, is_block, part in [name.partition("layers/")] if is_block]
-    is_stacked = bool(in_blocks) and not any(part[0].isdecimal() for part in in_blocks)
-    expected = {"/".join(path): shape for path, shape in param_shapes(specs, stacked=is_stacked).items()}
+    in_blocks = {name.partition("layers/")[2][:1] for name in found} - {""}
+    stacked = bool(in_blocks) and not any(map(str.isdecimal, in_blocks))
+    expected = {"/".join(path): shape for path, shape in param_shapes(specs, stacked=stacked).items()}
     wrong = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],

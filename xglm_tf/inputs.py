@@ -11,18 +11,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from xglm_core import inputs as core
 from xglm_core.calls import DecoderInputs
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.inputs import (
     IGNORED_LABEL,
-    check_cache_batch,
     check_input_ids,
     check_labels,
-    check_labels_shape,
-    check_logits_to_keep,
     check_positions,
-    check_shapes,
+    check_positions_of,
     plain_input,
 )
 from xglm_core.tokenization.encoding import BatchEncoding
@@ -74,43 +72,16 @@ def named_arguments(
 
 
 def check_arguments(config: XGLMConfig, inputs: DecoderInputs, past: TFXGLMCache | None) -> None:
-    """Checks which arguments of the decoder are given, their shapes, the ids, and the positions, given or counted.
-
-    Raises:
-        InputError: see `xglm_core.inputs`.
-    """
-    given = {name: tensor for name, tensor in inputs._asdict().items() if tensor is not None}
-    check_shapes(
-        config,
-        {name: tuple(tensor.shape) for name, tensor in given.items()},
-        past=0 if past is None else past.known_length,
-        encoder_length=None if past is None else past.encoder_length,
-    )
-    tokens = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
-    if past is not None:
-        check_cache_batch(past.batch, tokens.shape[0])
-    if has_values(tokens):
-        if inputs.input_ids is not None:
-            check_input_ids(inputs.input_ids.numpy(), config)
-        lowest, highest = _lowest_and_highest_position(given, past)
-        check_positions(int(lowest), int(highest), config)
+    """See `xglm_core.inputs.check_arguments`. Differs: in Flax `checked_inputs` also fixes their shapes."""
+    look = np.asarray if tf.executing_eagerly() else None
+    core.check_arguments(config, inputs, look, past, 0 if past is None else past.known_length)
 
 
 def check_head_arguments(
     config: XGLMConfig, inputs: DecoderInputs, labels: tf.Tensor | None, logits_to_keep: int | tf.Tensor
 ) -> None:
-    """Checks what only the causal language model takes; the inputs are checked elsewhere."""
-    tokens = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
-    if tokens is None:
-        return
-    if labels is not None:
-        check_labels_shape(labels.shape, tokens.shape)
-        if has_values(labels):
-            check_labels(labels.numpy(), config)
-    if isinstance(logits_to_keep, int):
-        check_logits_to_keep(logits_to_keep, tokens.shape[1])
-    elif has_values(logits_to_keep):
-        check_logits_to_keep(np.asarray(logits_to_keep), tokens.shape[1])
+    """See `xglm_core.inputs.check_head_arguments`."""
+    core.check_head_arguments(config, inputs, labels, logits_to_keep, _look)
 
 
 def are_arrays(x: Any) -> bool:
@@ -143,9 +114,10 @@ def check_batch(config: XGLMConfig, inputs: Mapping[str, Any], labels: Any) -> N
         check_input_ids(np.asarray(inputs["input_ids"]), config)
     if labels is not None:
         check_labels(np.asarray(labels), config)
-    if inputs.keys() & {"input_ids", "inputs_embeds"}:
-        lowest, highest = _lowest_and_highest_position(inputs)
-        check_positions(int(lowest), int(highest), config)
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if tokens is not None:
+        given = inputs.get("position_ids"), inputs.get("attention_mask")
+        check_positions_of(config, np.asarray, *given, (*np.shape(tokens), 0, 0)[1])
 
 
 def checked_batch(config: XGLMConfig, inputs: Mapping[str, Any], labels: Any) -> dict[str, Any]:
@@ -161,7 +133,7 @@ def checked_batch(config: XGLMConfig, inputs: Mapping[str, Any], labels: Any) ->
     name = "inputs_embeds" if inputs.get("input_ids") is None else "input_ids"
     if name not in inputs or len(inputs[name].shape) < 2:
         return dict(inputs)  # Of which the call says what is wrong.
-    if has_values(inputs[name]):
+    if tf.executing_eagerly():
         check_batch(config, inputs, labels)
         return dict(inputs)
     with tf.device("CPU"):  # There they are, as they come from a dataset.
@@ -207,22 +179,20 @@ def failures_named(config: XGLMConfig) -> Iterator[None]:
             )
 
 
-def _lowest_and_highest_position(inputs: Mapping[str, Any], past: TFXGLMCache | None = None) -> tuple[Any, Any]:
-    """Of arrays or tensors; counted, if they are not given."""
+def _lowest_and_highest_position(inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Counted, if they are not given."""
     if (position_ids := inputs.get("position_ids")) is not None:
         return tf.reduce_min(position_ids), tf.reduce_max(position_ids)
     if (mask := inputs.get("attention_mask")) is not None:
         return 0, tf.reduce_max(tf.math.count_nonzero(mask, axis=1)) - 1
-    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    held = 0 if past is None else tf.reduce_max(tf.math.count_nonzero(past.mask[:, : past.length], axis=1))
-    return 0, held + keras.ops.shape(tokens)[1] - 1
-
-
-def has_values(tensor: tf.Tensor) -> bool:
-    """Whether the values of a tensor can be looked at."""
-    return tf.executing_eagerly()
+    return 0, keras.ops.shape(inputs.get("input_ids", inputs.get("inputs_embeds")))[1] - 1
 
 
 def is_traced(*values: Any) -> bool:
     """Whether this is inside of a `tf.function`, or some of the values are Keras' symbols."""
     return not tf.executing_eagerly() or any(map(keras.backend.is_keras_tensor, values))
+
+
+def _look(tensor: Any) -> np.ndarray | None:
+    """The values of a tensor; None if they cannot be looked at."""
+    return np.asarray(tensor) if tf.executing_eagerly() else None

@@ -13,17 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from xglm_core import inputs as core
 from xglm_core.calls import DecoderInputs
 from xglm_core.config import XGLMConfig
-from xglm_core.inputs import (
-    check_cache_batch,
-    check_input_ids,
-    check_labels,
-    check_labels_shape,
-    check_logits_to_keep,
-    check_positions,
-    check_shapes,
-)
 from xglm_core.loss import check_trainable_type
 from xglm_torch.cache import XGLMCache
 from xglm_torch.recording import hides_values, is_recorded
@@ -61,54 +53,18 @@ def has_inner_door(model: Any) -> bool:
 
 
 def check_arguments(config: XGLMConfig, inputs: DecoderInputs, past: XGLMCache | None) -> None:
-    """Checks which arguments of the decoder are given, their shapes, the ids, and the positions, given or counted.
-
-    Raises:
-        InputError: see `xglm_core.inputs`.
-    """
-    shapes = {name: tensor.shape for name, tensor in zip(inputs._fields, inputs, strict=True) if tensor is not None}
-    start, encoder_length = (0, None) if past is None else (past.length, past.encoder_length)
-    check_shapes(config, shapes, past=start, encoder_length=encoder_length)
-    batch, length = shapes["input_ids" if "input_ids" in shapes else "inputs_embeds"][:2]
-    if past is not None:
-        check_cache_batch(past.batch, batch)
-    if is_traced(*inputs):
-        return
-    if inputs.input_ids is not None:
-        check_input_ids(inputs.input_ids.numpy(force=True), config)
-    positions = inputs.position_ids
-    if positions is not None:
-        check_positions(int(positions.min()), int(positions.max()), config)
-    elif start + length > config.max_position_embeddings:
-        check_positions(0, _count_tokens(inputs.attention_mask, past, start + length) - 1, config)
-
-
-def _count_tokens(attention_mask: torch.Tensor | None, past: XGLMCache | None, length: int) -> int:
-    """How many of the positions of a row hold tokens, of the row that has most."""
-    if attention_mask is not None:
-        return int((attention_mask != 0).sum(dim=1).max())
-    if past is None or past.mask is None:
-        return length
-    return int(past.mask.sum(dim=1).max()) + length - past.length
+    """See `xglm_core.inputs.check_arguments`. Differs: in Flax `checked_inputs` also fixes their shapes."""
+    look = None if is_traced(*inputs) else as_numpy
+    core.check_arguments(config, inputs, look, past, 0 if past is None else past.length)
 
 
 def check_head_arguments(
     model: Any, inputs: DecoderInputs, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor
 ) -> None:
-    """Checks what only the causal language model takes; the rest of the inputs is checked elsewhere."""
-    tokens = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
-    if tokens is None:
-        return
-    if labels is not None:
-        check_labels_shape(labels.shape, tokens.shape)
-        if has_values(labels):
-            check_labels(labels.numpy(force=True), model.config)
-        if model.training:
-            check_trainable(model)
-    if not isinstance(logits_to_keep, torch.Tensor):
-        check_logits_to_keep(logits_to_keep, tokens.shape[1])
-    elif has_values(logits_to_keep):
-        check_logits_to_keep(logits_to_keep.numpy(force=True), tokens.shape[1])
+    """See `xglm_core.inputs.check_head_arguments`; in training, checks the types of the parameters, too."""
+    core.check_head_arguments(model.config, inputs, labels, logits_to_keep, _look)
+    if labels is not None and model.training:
+        check_trainable(model)
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -123,17 +79,13 @@ def check_trainable(model: nn.Module) -> None:
             check_trainable_type(str(dtype).removeprefix("torch."))
 
 
-def has_values(tensor: torch.Tensor) -> bool:
-    """Whether the values of a tensor can be looked at."""
-    return not (is_recorded() or hides_values() or tensor.is_meta)
-
-
 def is_traced(*values: Any) -> bool:
     """Whether this is being compiled, exported or transformed, or some of the values are tensors without values.
 
     Differs: Flax has this in `cache.py`, where it is also needed.
     """
-    return is_recorded() or any(isinstance(value, torch.Tensor) and not has_values(value) for value in values)
+    hidden = is_recorded() or hides_values()
+    return hidden or any(isinstance(value, torch.Tensor) and value.is_meta for value in values)
 
 
 def as_tensor(model: Any, value: Any) -> Any:
@@ -156,3 +108,8 @@ def as_numpy(array: Any) -> np.ndarray:
     if not isinstance(array, torch.Tensor):
         return np.asarray(array)
     return (array.float() if array.dtype is torch.bfloat16 else array).numpy(force=True)
+
+
+def _look(array: Any) -> np.ndarray | None:
+    """The values of a tensor; None if they cannot be looked at."""
+    return None if is_traced(array) else as_numpy(array)
