@@ -232,7 +232,8 @@ class FlaxXGLMPreTrainedModel(ModelSurface):
         is_writing = writes(options)
         params = self._params_or_own(params)
         stored = weights_dtype(params) if dtype is None else float_type(dtype)
-        with first_process_reads(params, self._specs(), stored) as read:
+        specs = self._specs()
+        with first_process_reads(params, tuple(specs), lambda name: read_weight(params, specs[name], stored)) as read:
             if read is not None and is_writing:
                 self._save(save_directory, stored, read, max_shard_size)
 

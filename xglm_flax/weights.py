@@ -119,16 +119,12 @@ def set_parameter(tree: Any, path: Sequence[str], value: Any) -> Any:
 
 
 def first_process_reads(
-    params: Params, specs: Mapping[str, WeightSpec], dtype: FloatType
+    params: Params, names: Sequence[str], read: gathering.Read
 ) -> contextlib.AbstractContextManager[gathering.Read | None]:
-    """How to read parameters by canonical name; those spread over processes, in the first one, see `gathering`."""
-
-    def read(name: str) -> np.ndarray:
-        return read_weight(params, specs[name], dtype)
-
+    """How to read parameters: `read`; those spread over processes, in the first one alone, see `gathering`."""
     if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(params)):
         return contextlib.nullcontext(read)
-    return gathering.first_process_reads(read, tuple(specs), jax.process_index(), _said_by_first)
+    return gathering.first_process_reads(read, names, jax.process_index(), _said_by_first)
 
 
 def _said_by_first(place: int, error: str) -> tuple[int, str]:

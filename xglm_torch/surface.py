@@ -64,15 +64,10 @@ class TorchGeneration(GenerationSurface, XGLMPreTrainedModel):
     def _as_cache(self, past_key_values: Any) -> XGLMCache | None:
         return as_cache(past_key_values, self.config)
 
-    def _to_numpy(self, array: Any) -> np.ndarray:
-        return as_numpy(array)
-
     def _from_numpy(self, array: np.ndarray, like: Any) -> torch.Tensor:
         device = self.device if like is None else like.device if isinstance(like, torch.Tensor) else "cpu"
         return torch.from_numpy(array).to(device)
 
-    def _is_traced(self, *values: Any) -> bool:
-        return is_traced(*values)
-
-    def _draw_seed(self) -> int:
-        return draw_seed()
+    _to_numpy = staticmethod(as_numpy)
+    _is_traced = staticmethod(is_traced)
+    _draw_seed = staticmethod(draw_seed)

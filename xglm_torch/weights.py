@@ -159,13 +159,9 @@ def reshard(model: nn.Module) -> None:
 
 
 def first_process_reads(
-    model: nn.Module, names: Sequence[str], dtype: FloatType
+    model: nn.Module, names: Sequence[str], read: gathering.Read
 ) -> contextlib.AbstractContextManager[gathering.Read | None]:
-    """How to read the weights of a model; of a sharded one, in the first process alone, see `gathering`."""
-
-    def read(name: str) -> np.ndarray:
-        return read_weight(model, name, dtype)
-
+    """How to read the weights of a model: `read`; of a sharded one, in the first process alone, see `gathering`."""
     if not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         return contextlib.nullcontext(read)
     return gathering.first_process_reads(read, names, dist.get_rank(), _said_by_first)
