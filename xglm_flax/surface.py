@@ -1,12 +1,11 @@
 """What `generate`, `stream` and `score` know of JAX: its arrays, its tracers and its keys.
 
-Differs: PyTorch and Keras have this in causal_lm.py; they have neither parameters nor keys as arguments.
+Differs: Keras has this in causal_lm.py; neither PyTorch nor Keras has parameters or keys as arguments.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -72,31 +71,27 @@ class FlaxGenerationSurface(GenerationSurface):
     def _seeded(
         self, generation: GenerationConfig, options: dict[str, Any], *, prng_key: Any = None, **own: Any
     ) -> GenerationConfig:
-        """The options, with the seed that a key of JAX stands for."""
+        """The options, with the seed that a key of JAX stands for.
+
+        Args:
+            generation: the options of the call.
+            options: those that were given beside the key.
+            prng_key: a key of JAX, or its data, uint32 [any]; or None.
+            own: has no effect.
+
+        Raises:
+            InputError: it is no key, a seed is given as well, or nothing is drawn.
+        """
         if prng_key is None:
             return generation
-        return dataclasses.replace(generation, seed=seed_of(prng_key, generation, options))
-
-
-def seed_of(prng_key: jax.Array, generation: GenerationConfig, options: Mapping[str, Any]) -> int:
-    """The seed that a key stands for.
-
-    Args:
-        prng_key: a key of JAX, or its data, uint32 [any].
-        generation: the options of the call.
-        options: those that were given beside the key.
-
-    Raises:
-        InputError: it is no key, a seed is given as well, or nothing is drawn.
-    """
-    if options.get("seed") is not None:
-        raise InputError("seed and prng_key are both given, expected one of the two")
-    if not generation.do_sample:
-        raise InputError("prng_key has no effect without do_sample=True")
-    is_key = jnp.issubdtype(getattr(prng_key, "dtype", np.int64), jax.dtypes.prng_key)
-    data = np.asarray(jax.random.key_data(prng_key) if is_key else prng_key)
-    if data.dtype != np.uint32 or data.ndim != 1:
-        raise InputError(
-            f"prng_key is {data.dtype} {list(data.shape)}, expected a single key, such as jax.random.key(0)"
-        )
-    return int.from_bytes(data.astype("<u4").tobytes(), "little")
+        if options.get("seed") is not None:
+            raise InputError("seed and prng_key are both given, expected one of the two")
+        if not generation.do_sample:
+            raise InputError("prng_key has no effect without do_sample=True")
+        is_key = jnp.issubdtype(getattr(prng_key, "dtype", np.int64), jax.dtypes.prng_key)
+        data = np.asarray(jax.random.key_data(prng_key) if is_key else prng_key)
+        if data.dtype != np.uint32 or data.ndim != 1:
+            raise InputError(
+                f"prng_key is {data.dtype} {list(data.shape)}, expected a single key, such as jax.random.key(0)"
+            )
+        return dataclasses.replace(generation, seed=int.from_bytes(data.astype("<u4").tobytes(), "little"))

@@ -189,10 +189,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         """The bare decoder: this model or its part."""
         return getattr(self, "model", self)  # type: ignore[arg-type]  # One of the two is an `XGLMModel`.
 
-    @property
-    def base_model(self) -> XGLMModel:
-        """The bare decoder: this model or its part."""
-        return self.decoder
+    base_model = decoder
 
     def get_decoder(self) -> XGLMModel:
         """The bare decoder: this model or its part."""
