@@ -15,9 +15,13 @@ from xglm_core.weight_names import EMBEDDING, WeightSpec
 Initializer = Callable[..., jax.Array]
 
 
+# One function for each deviation, so that what is compiled of it is found again.
+_normal = functools.cache(nn.initializers.normal)
+
+
 def kernel_init(config: XGLMConfig) -> Initializer:
     """N(0, init_std)."""
-    return nn.initializers.normal(config.init_std)
+    return _normal(config.init_std)
 
 
 def embedding_init(config: XGLMConfig) -> Initializer:
@@ -25,33 +29,26 @@ def embedding_init(config: XGLMConfig) -> Initializer:
     return _embedding_init(config.init_std, config.pad_token_id)
 
 
-def initializer_of(config: XGLMConfig) -> Callable[[WeightSpec], Initializer]:
-    """Gives each weight its initialiser.
+def draw(spec: WeightSpec, config: XGLMConfig, key: jax.Array, dtype: Any) -> jax.Array:
+    """A fresh parameter, in the shape that it has here.
 
     Differs: PyTorch and Keras draw weights without compiling. Linen's `init` would compile all blocks; this compiles
     one function for each shape, which other models use again.
     """
-    kernel, embedding, ones, zeros = _compiled(config.init_std, config.pad_token_id)
-
-    def initializer(spec: WeightSpec) -> Initializer:
-        if len(spec.shape) == 1:
-            return ones if spec.name.endswith(".weight") else zeros  # Of a norm, or any bias.
-        return embedding if spec.name == EMBEDDING else kernel
-
-    return initializer
+    if len(spec.shape) == 1:  # Of a norm, or any bias.
+        init = nn.initializers.ones if spec.name.endswith(".weight") else nn.initializers.zeros
+    else:
+        init = embedding_init(config) if spec.name == EMBEDDING else kernel_init(config)
+    return _draw(init, key, spec.shape[::-1] if spec.transposed else spec.shape, dtype)
 
 
-def _embedding_init(init_std: float, pad_token_id: int | None) -> Initializer:
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        weight = nn.initializers.normal(init_std)(key, shape, dtype)
-        return weight if pad_token_id is None else weight.at[pad_token_id].set(0)
-
-    return init
+_draw = jax.jit(lambda init, key, shape, dtype: init(key, shape, dtype), static_argnums=(0, 2, 3))
 
 
 @functools.cache
-def _compiled(init_std: float, pad_token_id: int | None) -> tuple[Initializer, ...]:
-    """Those of matrices, of the embedding, of ones and of zeros."""
-    normal, embedding = nn.initializers.normal(init_std), _embedding_init(init_std, pad_token_id)
-    every = (normal, embedding, nn.initializers.ones, nn.initializers.zeros)
-    return tuple(jax.jit(init, static_argnums=(1, 2)) for init in every)
+def _embedding_init(init_std: float, pad_token_id: int | None) -> Initializer:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        weight = _normal(init_std)(key, shape, dtype)
+        return weight if pad_token_id is None else weight.at[pad_token_id].set(0)
+
+    return init

@@ -20,7 +20,7 @@ from xglm_core.checkpoint.tensor_file import aligned_empty, copy_values
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import InputError
 from xglm_core.weight_names import WeightSpec
-from xglm_flax.initialization import initializer_of
+from xglm_flax.initialization import draw
 from xglm_flax.stacking import is_stacked
 
 # Differs: in PyTorch and Keras modules hold them. Here they are a tree: params["model"]["layers"]["3"]["fc1"]["bias"].
@@ -54,11 +54,10 @@ def initial_params(
         dtype: type of the parameters that are drawn.
         given: parameters to keep, or an empty tree; it is left alone.
     """
-    initializer, leaves = initializer_of(config), dict(flatten_dict(given))
+    leaves = dict(flatten_dict(given))
     for spec, key in zip(specs, jax.random.split(rng, len(specs)), strict=True):
         if leaves.get(spec.flax) is None:
-            shape = spec.shape[::-1] if spec.transposed else spec.shape
-            leaves[spec.flax] = initializer(spec)(key, shape, dtype)
+            leaves[spec.flax] = draw(spec, config, key, dtype)
     params: Params = unflatten_dict(leaves)
     return params
 
