@@ -12,7 +12,7 @@ import tensorflow as tf
 from xglm_core.errors import InputError
 from xglm_core.inputs import IGNORED_LABEL
 from xglm_core.loss import LossOptions, LossOutput, chunk_positions
-from xglm_tf.fast.adding import adds_tiles, product_added
+from xglm_tf.fast.adding import compiles, product_added, rows_added
 
 # TensorFlow keeps about as much beside the logits of a chunk, in buffers of its products and in the compiled graph. So
 # these take half of the room that there is.
@@ -79,7 +79,7 @@ def causal_lm_loss(
         chunk=max(1, chunk_positions(matrix.shape[0 if tied else 1]) // _LOGITS),
         training=training,
         train_head=train_head,
-        tiles=adds_tiles(),
+        xla=compiles(),
     )
     return LossOutput(loss, tf.stop_gradient(surprisal), tf.stop_gradient(correct), tf.stop_gradient(count))
 
@@ -161,7 +161,7 @@ def _in_chunks(
     shape: tuple[int, int],
     tied: bool,
     chunk: int,
-    tiles: bool,
+    xla: bool,
     with_gradients: bool,
     with_head: bool,
     **options: float,
@@ -177,7 +177,7 @@ def _in_chunks(
         shape: that of the matrix, passed statically: with dynamic positions TensorFlow also loses the matrix shape.
         tied: see `matrix`.
         chunk: positions at a time, at most.
-        tiles: see `adds_tiles`.
+        xla: see `compiles`.
         with_gradients, with_head: whether to compute the gradient of the states, and that of the matrix.
         options: see `LossOptions`.
 
@@ -220,10 +220,10 @@ def _in_chunks(
         if not with_head:
             return *results, grad_states
         if grad_head:
-            grad_matrix = product_added(grad_head[0], grad_logits, rows, tiles=tiles)
+            grad_matrix = product_added(grad_head[0], grad_logits, rows, xla=xla)
         else:
             grad_matrix = tf.matmul(grad_logits, rows)
-        return *results, grad_states, tf.tensor_scatter_nd_add(grad_matrix, target[:, None], grad_own * rows)
+        return *results, grad_states, rows_added(grad_matrix, target, grad_own * rows, xla=xla)
 
     nothing = tf.constant(0.0)
     results = step(tf.constant(0), nothing, nothing, nothing)

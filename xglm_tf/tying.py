@@ -7,6 +7,8 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from xglm_tf.fast.adding import compiles, rows_added
+
 
 def table_and_head(embedding: keras.layers.Embedding, ids: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor] | None:
     """Rows of the matrix for ids [batch, length], and the matrix as the loss of the same call is to read it.
@@ -22,18 +24,18 @@ def table_and_head(embedding: keras.layers.Embedding, ids: tf.Tensor | None) -> 
         return None
     if embedding.compute_dtype != "float32" or embedding.variable_dtype != "float32":
         return None
-    rows, head = _both(tf.convert_to_tensor(embedding.embeddings), tf.cast(ids, tf.int32))
+    rows, head = _both(tf.convert_to_tensor(embedding.embeddings), tf.cast(ids, tf.int32), xla=compiles())
     return rows, head
 
 
-def _uses(matrix: tf.Tensor, ids: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _uses(matrix: tf.Tensor, ids: tf.Tensor, *, xla: bool) -> tuple[tf.Tensor, tf.Tensor]:
     """Rows and matrix. What arrives as the gradient of the second is written to, if nothing else holds it."""
 
     @tf.custom_gradient
     def uses(matrix: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], Callable[..., tf.Tensor]]:
         def gradient(grad_rows: tf.Tensor, grad_head: tf.Tensor) -> tf.Tensor:
             rows = tf.reshape(grad_rows, (-1, matrix.shape[1]))
-            return tf.tensor_scatter_nd_add(grad_head, tf.reshape(ids, (-1, 1)), rows)
+            return rows_added(grad_head, tf.reshape(ids, (-1,)), rows, xla=xla)
 
         return (tf.gather(matrix, ids), tf.identity(matrix)), gradient
 
