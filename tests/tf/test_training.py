@@ -331,7 +331,7 @@ class TestLoss:
         return (*results, *tape.gradient(results.loss, [states, matrix]))
 
     @pytest.mark.parametrize("training", [False, True])
-    @pytest.mark.parametrize("mode", ["eager", "graph", "unknown length", "xla", "plain xla"])
+    @pytest.mark.parametrize("mode", ["eager", "graph", "unknown length", "xla", "plain graph", "plain xla"])
     def test_in_every_mode(self, mode, training, monkeypatch):
         """Against the formula with all logits, and TensorFlow's own gradients."""
         if "plain" in mode:
