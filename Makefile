@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 comma := ,
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help demo test test-slow fuzz lint format conformance nightly hf-suite golden tiny-model test-core test-torch test-tf test-flax clean
+.PHONY: help demo bench test test-slow fuzz lint format conformance nightly hf-suite golden tiny-model test-core test-torch test-tf test-flax clean
 
 help: ## list the targets
 	@grep -hE '^(# )?[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^(# )?([a-z-]+):.*## (.*)/  make \2|\3/' | column -t -s '|'
@@ -17,6 +17,9 @@ help: ## list the targets
 demo: $(READY) ## continue prompts with PyTorch, TensorFlow and JAX from one checkpoint, and compare the logits
 	@$(BIN)/xglm compare examples/tiny_model/checkpoint --new-tokens 24 --json $(VENV)/demo.json \
 	  --text "The little" --text "После школы" --text "كل صباح" --text "हर सुबह" --text "子どもたちは" --text "Treni ya"
+
+bench: $(READY) ## measure all cases with random weights in the 564M shape; a run that was interrupted goes on
+	$(BIN)/xglm bench all --json $(VENV)/bench.json
 
 test: $(READY) ## run the tests, but for slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -22,7 +22,7 @@ _COMMANDS = {
     "convert": "write a checkpoint in another format or type",
     "inspect": "show what a checkpoint holds, without loading it",
     "compare": "run a checkpoint in each framework and compare the results",
-    "bench": "make checkpoints for benchmarks",
+    "bench": "measure time and memory, beside other programs",
 }
 
 EXIT_FAILED = 1  # A check of the command did not pass.

@@ -20,7 +20,7 @@ class XGLMTokenizerFast(Tokenizer):
 
     SentencePiece tokenizes the texts here, too. The `tokenizers` library adds scores in float64, but SentencePiece in
     float32; so it may split "cececece" differently, depending on what precedes it. Its normalizer does not compose
-    Korean and Vietnamese in NFD. And it is several times slower (`bench/tokenizers.py`). Those who want its ids can use
+    Korean and Vietnamese in NFD. And it is several times slower (`xglm bench tokenize`). Those who want its ids can use
     `backend_tokenizer`.
 
     Args:

@@ -5,7 +5,7 @@ The plain forms are `nn.Dense` and the head's own product; these replace them wh
 Hardware: CPUs. XLA reads a matrix [features, width] that comes first as fast as memory gives it, and any other at half
 that speed. The transposed kernels take the memory of the blocks again while the text is generated.
 Gain: half of the time of a step of 8 rows.
-Date: 2026-11-26. Command: `python bench/speed.py flax decode8 CHECKPOINT`, with and without `XGLM_PLAIN=1`.
+Date: 2026-11-26. Command: `xglm bench decode-8 --backend flax`, with and without `XGLM_PLAIN=1`.
 """
 
 from __future__ import annotations

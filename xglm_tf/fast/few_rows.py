@@ -2,7 +2,7 @@
 
 Hardware: CPUs, in code that XLA compiles; measured on one core of an AMD EPYC, 2026-11-28. Gain: 32 tokens for 8 rows,
 with 12 blocks in the shape of the 564M model, take 9.1 s, in the plain form 15.2 s; nothing for one row.
-Command: `python bench/speed.py tf decode8 CHECKPOINT`, with and without `XGLM_PLAIN=1`.
+Command: `xglm bench decode-8 --backend tf`, with and without `XGLM_PLAIN=1`.
 """
 
 from __future__ import annotations

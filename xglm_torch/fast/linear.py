@@ -4,7 +4,7 @@ Hardware: x86 CPUs; which products, `choice.py` measures.
 Gain: on an Intel Xeon (Sapphire Rapids, two cores, 2026-11-28) decoding of eight rows takes 6.1 to 6.8 s in place of
 9.4 to 9.8; on an AMD EPYC (Zen 3) one row takes 4.8 to 5.1 s in place of 6.5 to 7.2, and on two cores of another (Zen
 5) a training step of 2 x 256 tokens takes 5.4 s, where transformers takes 14.5 through MKL.
-Command: `python bench/speed.py torch decode8 CHECKPOINT`, with and without `XGLM_PLAIN=1`.
+Command: `xglm bench decode-8 --backend torch`, with and without `XGLM_PLAIN=1`.
 """
 
 from __future__ import annotations
