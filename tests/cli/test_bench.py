@@ -95,6 +95,16 @@ class TestRun:
             assert (line["case"], line["engine"]) == (case, backend)
             assert line["median_s"] > 0
 
+    def test_int8(self, tmp_path, quick_limits):
+        needs("torch")
+        shape = ("--length", 8, "--new-tokens", 4)
+        floats, int8 = (
+            bench("decode-1", "--backend", "torch", *shape, *quantized, folder=tmp_path)[-1]
+            for quantized in ((), ("--quantization", "int8"))
+        )
+        assert (floats["quantization"], int8["quantization"]) == (None, "int8")
+        assert int8["limit_s"] < floats["limit_s"]
+
     def test_tokenizers(self, tmp_path, quick_limits):
         against = "core-fast,sentencepiece,tokenizers"
         lines = bench("tokenize-batch", "--rows", 20, "--against", against, folder=tmp_path)

@@ -37,7 +37,8 @@ class Engine:
         """The model of a backend, fresh from its files."""
         backend, dtype = BACKENDS[self.job.engine], self.job.dtype
         options |= {"dtype": dtype, "param_dtype": dtype} if backend.name == "flax" else {"dtype": dtype}
-        options |= {"quantization": self.job.quantization} if self.job.quantization else {}
+        if self.job.quantization and self.job.case.startswith("load-bin"):  # Other cases load a file of int8.
+            options["quantization"] = self.job.quantization
         return getattr(load_backend(backend.name), backend.causal_lm).from_pretrained(self.job.checkpoint, **options)
 
     def load(self) -> Run:

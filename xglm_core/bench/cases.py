@@ -170,7 +170,8 @@ def count_new(rows: Any, ends: list[int]) -> int:
 def units(job: Job, config: XGLMConfig) -> int | None:
     """The number of tokens or MB of a case, as far as the shape says it."""
     if CASES[job.case].unit == "MB":
-        return round(num_parameters(config) * (2 if "bin" in job.case else 4) / 1e6)
+        size = 2 if "bin" in job.case else 1 if job.quantization else 4
+        return round(num_parameters(config) * size / 1e6)
     return None if CASES[job.case].core else job.rows * (job.new or job.length)
 
 

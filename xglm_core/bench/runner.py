@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from xglm_core.backends import BACKENDS
 from xglm_core.bench.cases import CASES, FOREIGN, VOCABULARY, Job, named, units, work
 from xglm_core.bench.core import written
 from xglm_core.checkpoint.dtypes import FLOAT32
@@ -177,6 +178,8 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
                 )
             if "bin" in case.name:
                 job = dataclasses.replace(job, checkpoint=str(written(job, "torch", "float16")))
+            elif arguments.quantization and engine in BACKENDS:
+                job = dataclasses.replace(job, checkpoint=str(written(job, "safetensors", arguments.quantization)))
             jobs.append(job)
     return jobs
 
