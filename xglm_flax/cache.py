@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,10 @@ class FlaxXGLMCache:
 
     def __iter__(self) -> Iterator[tuple[jax.Array, ...]]:
         return (self[layer] for layer in range(len(self)))
+
+    def mapped(self, change: Callable[[jax.Array], jax.Array]) -> Self:
+        """The cache with other keys and values, those of the encoder apart."""
+        return dataclasses.replace(self, keys=tuple(map(change, self.keys)), values=tuple(map(change, self.values)))
 
 
 jax.tree_util.register_dataclass(
@@ -176,7 +180,7 @@ def with_capacity(cache: FlaxXGLMCache, capacity: int) -> FlaxXGLMCache:
     more = capacity - cache.capacity
     if not more:
         return cache
-    fresh = _mapped(cache, lambda states: jnp.pad(states, ((0, 0), (0, 0), (0, more), (0, 0))))
+    fresh = cache.mapped(lambda states: jnp.pad(states, ((0, 0), (0, 0), (0, more), (0, 0))))
     return dataclasses.replace(fresh, mask=jnp.pad(cache.mask, ((0, 0), (0, more))))
 
 
@@ -190,7 +194,7 @@ def reordered(cache: FlaxXGLMCache, rows: jax.Array, capacity: int) -> FlaxXGLMC
         return jnp.take(array, rows, axis=0, mode="clip")
 
     fields = {name: jax.tree.map(taken, getattr(cache, name)) for name in ("mask", "encoder", "encoder_mask")}
-    return with_capacity(dataclasses.replace(_mapped(cache, taken), **fields, fixed=False), capacity)
+    return with_capacity(dataclasses.replace(cache.mapped(taken), **fields, fixed=False), capacity)
 
 
 def picked(cache: FlaxXGLMCache, places: jax.Array, mask: jax.Array) -> FlaxXGLMCache:
@@ -201,7 +205,7 @@ def picked(cache: FlaxXGLMCache, places: jax.Array, mask: jax.Array) -> FlaxXGLM
         places: which, integers [batch, length].
         mask: bool [batch, length], False for padding.
     """
-    fresh = _mapped(cache, lambda states: jnp.take_along_axis(states, places[:, None, :, None], axis=2))
+    fresh = cache.mapped(lambda states: jnp.take_along_axis(states, places[:, None, :, None], axis=2))
     length = places.shape[1]
     fresh = dataclasses.replace(fresh, mask=mask, length=np.asarray(length, np.int32), fixed=False)
     return with_capacity(fresh, rounded_up(length, _BLOCK))
@@ -213,8 +217,3 @@ def is_traced(value: Any) -> bool:
     Differs: PyTorch and TF have this in `inputs.py`.
     """
     return isinstance(value, jax.core.Tracer)
-
-
-def _mapped(cache: FlaxXGLMCache, change: Callable[[jax.Array], jax.Array]) -> FlaxXGLMCache:
-    """A cache with other keys and values, [batch, heads, capacity, head_dim] each."""
-    return dataclasses.replace(cache, keys=tuple(map(change, cache.keys)), values=tuple(map(change, cache.values)))

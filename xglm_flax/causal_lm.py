@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xglm_core.calls import DecoderInputs, DecoderResults, Wanted, present, resolve
+from xglm_core.calls import DecoderInputs, Wanted, present, resolve
 from xglm_core.config import XGLMConfig
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import check_not_overridden
@@ -17,6 +17,7 @@ from xglm_core.inputs import inputs_as_given
 from xglm_core.loss import LossOptions, LossOutput, wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_core.resizing import check_embeddings
+from xglm_core.scoring.engine import CompiledScorer
 from xglm_core.weight_names import HEAD
 from xglm_flax.cache import FlaxXGLMCache, as_cache
 from xglm_flax.decoder import FlaxXGLMModule
@@ -26,7 +27,7 @@ from xglm_flax.layers import dense, precision
 from xglm_flax.linen import FlaxXGLMLinenModule
 from xglm_flax.loss import causal_lm_loss, counted_labels
 from xglm_flax.pretrained import FlaxXGLMPreTrainedModel
-from xglm_flax.scoring import FlaxScorer, compile_scorer
+from xglm_flax.scoring import compile_scorer
 from xglm_flax.surface import FlaxGenerationSurface
 from xglm_flax.weights import Params, get_parameter
 
@@ -79,8 +80,8 @@ class FlaxXGLMForCausalLMModule(FlaxXGLMLinenModule):
         loss_options: LossOptions = LossOptions(),  # noqa: B008, which is frozen
     ) -> dict[str, Any]:
         """Loss and logits, and what `decode` returns, by the names of the output; see `FlaxXGLMForCausalLM`."""
-        states, *decoded = self.model.decode(inputs, cache, wanted, deterministic=deterministic)
-        results = dict(zip(DecoderResults._fields[1:], decoded, strict=True))
+        results = self.model.results(inputs, cache, wanted, deterministic=deterministic)
+        states = results.pop("last_hidden_state")
         has_labels, training = labels is not None, not deterministic
         is_wanted = wants_logits(return_logits, has_labels=has_labels, training=training, logits_to_keep=logits_to_keep)
         if is_wanted or self.is_initializing():
@@ -240,8 +241,8 @@ class FlaxXGLMForCausalLM(FlaxGenerationSurface, FlaxXGLMPreTrainedModel):
         check_not_overridden(self, FlaxXGLMForCausalLM, *loop)
         return FlaxEngine(self.compiled_engine, self._params_or_own(params), past)
 
-    def _scorer(self, **own: Any) -> FlaxScorer:
-        return FlaxScorer(self.compiled_scorer, self._params_or_own(own.get("params")))
+    def _scorer(self, **own: Any) -> CompiledScorer:
+        return CompiledScorer(self.compiled_scorer, self._params_or_own(own.get("params")))
 
     def _as_cache(self, past_key_values: Any) -> FlaxXGLMCache | None:
         return as_cache(past_key_values, self.config, self.dtype)

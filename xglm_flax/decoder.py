@@ -119,12 +119,6 @@ class FlaxXGLMModule(FlaxXGLMLinenModule):
             _of_blocks(blocks, "cross_attentions"),
         )
 
-    def results(
-        self, inputs: DecoderInputs, cache: FlaxXGLMCache | None, wanted: Wanted, *, deterministic: bool = True
-    ) -> dict[str, Any]:
-        """What `decode` returns, by the names of the output."""
-        return self.decode(inputs, cache, wanted, deterministic=deterministic)._asdict()
-
 
 class FlaxXGLMModel(FlaxXGLMPreTrainedModel):
     """The bare decoder: token ids to hidden states. See `FlaxXGLMPreTrainedModel` for the arguments.

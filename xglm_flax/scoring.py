@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.scoring import engine
 from xglm_flax.layers import precision
+from xglm_flax.selection import selection
 from xglm_flax.weights import Params
 
-CompiledScorer = Callable[..., tuple[jax.Array, jax.Array]]
 
+def compile_scorer(module: nn.Module) -> Any:
+    """The function of `xglm_core.scoring.engine.CompiledScorer`, compiled when it first meets a shape.
 
-def compile_scorer(module: nn.Module) -> CompiledScorer:
-    """Prepares `_log_probabilities` of a causal-LM module, to be compiled when it first meets a shape."""
+    Differs: PyTorch compiles nothing.
+    """
     return jax.jit(functools.partial(_log_probabilities, module))
-
-
-class FlaxScorer:
-    """Implements `xglm_core.scoring.engine.ScoringEngine`. Differs: PyTorch compiles nothing and has free shapes."""
-
-    bucket = 64
-
-    def __init__(self, compiled: CompiledScorer, params: Params) -> None:
-        self._compiled = compiled
-        self._params = params
-
-    def log_probabilities(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `ScoringEngine.log_probabilities`."""
-        places, wanted = engine.in_chunks(sources, input_ids.size), engine.in_chunks(targets, input_ids.size)
-        filled = -(-len(targets) // places.shape[1])
-        found = self._compiled(self._params, input_ids, attention_mask, places, wanted, filled)
-        scores, likeliest = (np.asarray(array).reshape(-1)[: len(targets)] for array in found)
-        return scores, likeliest
 
 
 def _log_probabilities(
@@ -75,25 +55,12 @@ def _of_targets(module: Any, params: Params, states: jax.Array, targets: jax.Arr
     vocabulary = module.config.vocab_size
     tile = min(engine.TILE_VOCABULARY, vocabulary)
 
-    def step(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        log_sum, of_targets, max_logit, likeliest = sums
+    def step(index: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # The last tile is a full one, too, and repeats some of the one before.
         begin = jnp.minimum(index * tile, vocabulary - tile).astype(jnp.int32)
-        ids = begin + jnp.arange(tile, dtype=jnp.int32)[None]
         part = jax.lax.dynamic_slice_in_dim(matrix, begin, tile, axis).astype(module.dtype)
         logits = jnp.einsum(f"ld,{'dv' if axis else 'vd'}->lv", states, part, precision=precision()).astype(jnp.float32)
-        of_targets = jnp.where(
-            (targets >= begin) & (targets < begin + tile),
-            jnp.take_along_axis(logits, jnp.clip(targets - begin, 0, tile - 1)[:, None], axis=1)[:, 0],
-            of_targets,
-        )
-        logits = jnp.where(ids >= index * tile, logits, -jnp.inf)
-        max_of_tile = logits.max(axis=1)
-        # Not `argmax`, which XLA does not vectorise on CPUs.
-        first = jnp.where(logits == max_of_tile[:, None], ids, vocabulary).min(axis=1)
-        likeliest = jnp.where(max_of_tile > max_logit, first, likeliest)
-        log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(logits, axis=1))
-        return log_sum, of_targets, jnp.maximum(max_logit, max_of_tile), likeliest
+        return engine.with_tile(selection, found, logits, targets, begin, index * tile)
 
     nothing, tiles = jnp.zeros(targets.shape, jnp.float32), -(-vocabulary // tile)
     start = (nothing - jnp.inf, nothing, nothing - jnp.inf, jnp.zeros(targets.shape, jnp.int32))

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xglm_core.generation.rules import Rules
 from xglm_core.generation.selection import DeviceRules, Selection
 
 jax.tree_util.register_dataclass(
@@ -17,11 +16,6 @@ jax.tree_util.register_dataclass(
     data_fields=["values"],
     meta_fields=["normalized", "renormalized", "forced", "sample", "width"],
 )
-
-
-def device_rules(rules: Rules) -> DeviceRules:
-    """The rules for compiled code, which converts numpy arrays by itself."""
-    return DeviceRules.of(rules, lambda value: value, compiled=True)
 
 
 class FlaxSelection(Selection):

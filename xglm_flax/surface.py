@@ -58,9 +58,6 @@ class FlaxGenerationSurface(GenerationSurface):
         """The log-probability of each token; see `GenerationSurface.score`. Without `params`, the model's are used."""
         return super().score(input_ids, attention_mask, return_likeliest=return_likeliest, params=params)
 
-    def _to_numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array)
-
     def _from_numpy(self, array: np.ndarray, like: Any) -> jax.Array:
         # In 32 bits unless JAX is told to have more.
         return jnp.asarray(array.astype(jax.dtypes.canonicalize_dtype(array.dtype)))

@@ -150,7 +150,7 @@ def make_train_step(
             params,
             value=output.loss,
             grad=gradients,
-            value_fn=lambda params: _loss(loss_fn, params, batch, key, accumulation_steps),
+            value_fn=lambda other: _summed(lambda *part: loss_fn(other, *part)[0], batch, key, accumulation_steps),
         )
         params = optax.apply_updates(params, updates)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
@@ -158,13 +158,7 @@ def make_train_step(
 
     def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
         check_batch(model, batch)
-        batch = _for_devices(batch, mesh)
-        rows, parts = len(batch["input_ids"]), accumulation_steps * (data_shards(mesh) or 1)
-        if rows % parts:
-            raise InputError(
-                f"the batch has {rows} rows, expected a multiple of {parts} (accumulation_steps={accumulation_steps}, "
-                f"over {parts // accumulation_steps} groups of devices)"
-            )
+        batch = _for_devices(batch, mesh, accumulation_steps)
         if state.tx is not optimizer and _layout(state.opt_state) != kept:
             raise InputError(
                 "the state is of another optimizer, which keeps something else than this step's; expected what "
@@ -231,34 +225,38 @@ def check_batch(model: FlaxXGLMForCausalLM, batch: Batch) -> None:
     for name, check in (("input_ids", check_input_ids), ("labels", check_labels)):
         for part in _known_parts(batch[name]):
             check(part, model.config)
-    length = shapes["input_ids"][1]
-    if "position_ids" in batch:
-        for part in _known_parts(batch["position_ids"]):
-            check_positions_of(model.config, np.asarray, part, None, length)
-    elif "attention_mask" in batch:
-        for part in _known_parts(batch["attention_mask"]):
-            check_positions_of(model.config, np.asarray, None, part, length)
-    else:
-        check_positions_of(model.config, np.asarray, None, None, length)
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    for part in _known_parts(mask if positions is None else positions):
+        given = (None, part) if positions is None else (part, None)
+        check_positions_of(model.config, np.asarray, *given, shapes["input_ids"][1])
 
 
-def _known_parts(array: Any) -> list[np.ndarray]:
-    """The parts of an array that this process holds; none of a traced one."""
-    if is_traced(array):
-        return []
+def _known_parts(array: Any) -> list[Any]:
+    """The parts of an array that this process holds: none of a traced one, and None alone of None."""
+    if array is None or is_traced(array):
+        return [None] if array is None else []
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return [np.asarray(shard.data) for shard in array.addressable_shards]
     return [np.asarray(array)]
 
 
-def _for_devices(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
-    """The batch as compiled code takes it."""
+def _for_devices(batch: Batch, mesh: jax.sharding.Mesh | None, accumulation_steps: int = 1) -> Batch:
+    """The batch as compiled code takes it.
+
+    Raises:
+        InputError: the rows cannot be divided evenly.
+    """
     rows, positions = len(batch["input_ids"]), batch.get("position_ids")
     if positions is not None and len(positions) != rows:  # One row serves all, but cannot be divided as they are.
         batch = {**batch, "position_ids": np.broadcast_to(np.asarray(positions), (rows, np.shape(positions)[1]))}
-    if mesh is not None:
-        return place_batch(batch, mesh)
-    return dict(batch)
+    batch = dict(batch) if mesh is None else place_batch(batch, mesh)
+    rows, groups = len(batch["input_ids"]), data_shards(mesh) or 1
+    if rows % (accumulation_steps * groups):
+        raise InputError(
+            f"the batch has {rows} rows, expected a multiple of {accumulation_steps * groups} "
+            f"(accumulation_steps={accumulation_steps}, over {groups} groups of devices)"
+        )
+    return batch
 
 
 def _initial_state(
@@ -319,12 +317,6 @@ def _gradients(
 
     output, gradients = _summed(compute, batch, key, parts)
     return output, jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), gradients, params)
-
-
-def _loss(loss_fn: Callable[..., Any], params: Params, batch: Batch, key: jax.Array, parts: int) -> jax.Array:
-    """The loss of `_gradients` alone, for optimizers that try other parameters."""
-    loss: jax.Array = _summed(lambda *part: loss_fn(params, *part)[0], batch, key, parts)
-    return loss
 
 
 def _summed(compute: Callable[..., Any], batch: Batch, key: jax.Array, parts: int) -> Any:

@@ -33,9 +33,9 @@ class TFXGLMAttention(keras.layers.Layer):
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables."""
-        for projection in (self.k_proj, self.v_proj, self.q_proj):
-            projection.build((None, None, self.config.d_model))
-        self.out_proj.build((None, None, len(self.heads) * self.config.head_dim))
+        width = len(self.heads) * self.config.head_dim
+        for layer in self._flatten_layers(include_self=False, recursive=False):
+            layer.build((None, None, width if layer is self.out_proj else self.config.d_model))
 
     def keys_and_values(self, states: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """[batch, length, d_model] -> what there is to attend to, each [batch, heads, length, head_dim]."""

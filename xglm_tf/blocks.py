@@ -53,15 +53,8 @@ class TFXGLMDecoderLayer(keras.layers.Layer):
 
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables."""
-        states = (None, None, self.config.d_model)
-        self.self_attn.build(states)
-        if self.config.add_cross_attention:
-            self.encoder_attn.build(states)
-            self.encoder_attn_layer_norm.build(states)
-        self.self_attn_layer_norm.build(states)
-        self.fc1.build(states)
-        self.fc2.build((None, None, self.config.ffn_dim))
-        self.final_layer_norm.build(states)
+        for layer in self._flatten_layers(include_self=False, recursive=False):
+            layer.build((None, None, self.config.ffn_dim if layer is self.fc2 else self.config.d_model))
 
     def call(
         self, hidden_states: tf.Tensor, inputs: DecoderInputs, past: tuple[tf.Tensor, ...] = (), start: Any = None

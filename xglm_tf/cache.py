@@ -78,6 +78,11 @@ class TFXGLMCache:
     def __iter__(self) -> Iterator[tuple[tf.Tensor, ...]]:
         return (self[layer] for layer in range(len(self)))
 
+    def mapped(self, change: Callable[[tf.Tensor], tf.Tensor]) -> Self:
+        """The cache with other keys and values, those of the encoder apart."""
+        layers = tuple((change(key), change(value), *encoder) for key, value, *encoder in self.layers)
+        return dataclasses.replace(self, layers=layers)
+
     # TensorFlow's protocol for classes that its functions and loops may take and return. An absent mask is no part:
     # loops carry tensors only.
     def __tf_flatten__(self) -> tuple[tuple[()], tuple[Any, ...]]:
@@ -153,9 +158,8 @@ def with_capacity(cache: TFXGLMCache, capacity: int | tf.Tensor) -> TFXGLMCache:
     more = capacity - cache.capacity
     if isinstance(more, int) and more == 0:
         return cache
-    padding = ((0, 0), (0, 0), (0, more), (0, 0))
-    layers = tuple((tf.pad(key, padding), tf.pad(value, padding), *encoder) for key, value, *encoder in cache.layers)
-    return dataclasses.replace(cache, layers=layers, mask=tf.pad(cache.mask, ((0, 0), (0, more))))
+    roomy = cache.mapped(lambda states: tf.pad(states, ((0, 0), (0, 0), (0, more), (0, 0))))
+    return dataclasses.replace(roomy, mask=tf.pad(cache.mask, ((0, 0), (0, more))))
 
 
 def reordered(cache: TFXGLMCache, rows: tf.Tensor) -> TFXGLMCache:
@@ -174,10 +178,9 @@ def picked(cache: TFXGLMCache, places: tf.Tensor, mask: tf.Tensor) -> TFXGLMCach
         mask: bool [batch, length], False for padding.
     """
     length = places.shape[1]
-    chosen = functools.partial(tf.gather, indices=places, axis=2, batch_dims=1)
-    layers = tuple((chosen(key), chosen(value), *encoder) for key, value, *encoder in cache.layers)
-    picked = dataclasses.replace(cache, layers=layers, mask=mask, length=tf.constant(length))
-    return with_capacity(picked, rounded_up(length, _BLOCK))
+    fresh = cache.mapped(lambda states: tf.gather(states, places, axis=2, batch_dims=1))
+    fresh = dataclasses.replace(fresh, mask=tf.convert_to_tensor(mask), length=tf.constant(length))
+    return with_capacity(fresh, rounded_up(length, _BLOCK))
 
 
 def write(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:

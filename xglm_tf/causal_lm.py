@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -11,19 +12,21 @@ import tensorflow as tf
 from xglm_core.calls import DecoderInputs, present, resolve
 from xglm_core.checkpoint.loading import LoadPlan
 from xglm_core.config import XGLMConfig
+from xglm_core.generation.compiled import Compiled
 from xglm_core.generation.config import GenerationConfig
 from xglm_core.generation.engine import check_not_overridden
 from xglm_core.generation.prompts import Prompts
 from xglm_core.generation.surface import GenerationSurface
 from xglm_core.loss import wants_logits
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
+from xglm_core.scoring.engine import CompiledScorer
 from xglm_tf.cache import TFXGLMCache, as_cache
 from xglm_tf.decoder import TFXGLMMainLayer
 from xglm_tf.fast.few_rows import table_product
-from xglm_tf.generation import CompiledEngine, TFEngine, compile_engine, draw_seed
+from xglm_tf.generation import TFEngine, compile_engine, draw_seed
 from xglm_tf.inputs import check_arguments, check_head_arguments, is_traced
 from xglm_tf.pretrained import TFXGLMPreTrainedModel, embedding_matrix
-from xglm_tf.scoring import CompiledScorer, TFScorer, compile_scorer
+from xglm_tf.scoring import compile_scorer
 from xglm_tf.tracing import compiled
 from xglm_tf.training import Training, decode_with_loss
 from xglm_tf.weights import name_scopes, unlocked
@@ -124,13 +127,12 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
         check_head_arguments(self.config, inputs, labels, logits_to_keep)
         check_arguments(self.config, inputs, cache)
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
-        results, loss = decode_with_loss(self, inputs, cache, wanted, labels, num_items_in_batch, training=training)
-        logits = None
+        decoded, loss = decode_with_loss(self, inputs, cache, wanted, labels, num_items_in_batch, training=training)
+        results = decoded._asdict() | {"loss": None if loss is None else loss.loss}
+        states = results.pop("last_hidden_state")
         if wants_logits(return_logits, has_labels=labels is not None, training=training, logits_to_keep=logits_to_keep):
-            logits = self.logits(_kept(results.last_hidden_state, logits_to_keep))
-        shown = {**results._asdict(), "loss": None if loss is None else loss.loss, "logits": logits}
-        del shown["last_hidden_state"]
-        return present(CausalLMOutputWithCrossAttentions, self.config, return_dict, **shown)
+            results["logits"] = self.logits(_kept(states, logits_to_keep))
+        return present(CausalLMOutputWithCrossAttentions, self.config, return_dict, **results)
 
     def prepare_inputs_for_generation(
         self,
@@ -196,19 +198,18 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
         """The head: [batch, length, d_model] -> [batch, length, vocab_size]."""
         if self.lm_head is not None:
             return self.lm_head(hidden_states)
-        batch, length, d_model = keras.ops.shape(hidden_states)
         # As one matrix product: for a batch of them, TensorFlow would repeat the table.
-        rows = tf.reshape(hidden_states, (batch * length, d_model))
+        rows = tf.reshape(hidden_states, (-1, self.config.d_model))
         logits = table_product(rows, tf.cast(self.model.embed_tokens.embeddings, hidden_states.dtype))
-        return tf.reshape(logits, (batch, length, self.config.vocab_size))
+        return tf.reshape(logits, (*keras.ops.shape(hidden_states)[:2], self.config.vocab_size))
 
     @property
-    def compiled_scorer(self) -> CompiledScorer:
+    def compiled_scorer(self) -> Callable[..., Any]:
         """The compiled function of `score`; kept as long as the model stays as it is: each shape is compiled once."""
         return compiled(self, "score", compile_scorer)
 
     @property
-    def compiled_engine(self) -> CompiledEngine:
+    def compiled_engine(self) -> Compiled:
         """The compiled functions of `generate`, kept as that of `score` is."""
         return compiled(self, "generate", compile_engine)
 
@@ -217,23 +218,17 @@ class TFXGLMForCausalLM(GenerationSurface, Training, TFXGLMPreTrainedModel):
         check_not_overridden(self, TFXGLMForCausalLM, "prepare_inputs_for_generation")
         return TFEngine(self.compiled_engine, past)
 
-    def _scorer(self, **own: Any) -> TFScorer:
-        return TFScorer(self.compiled_scorer)
+    def _scorer(self, **own: Any) -> CompiledScorer:
+        return CompiledScorer(self.compiled_scorer)
 
     def _as_cache(self, past_key_values: Any) -> TFXGLMCache | None:
         return as_cache(past_key_values, self.config)
 
-    def _to_numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array)
-
     def _from_numpy(self, array: np.ndarray, like: Any) -> tf.Tensor:
         return tf.constant(array)
 
-    def _is_traced(self, *values: Any) -> bool:
-        return is_traced(*values)
-
-    def _draw_seed(self) -> int:
-        return draw_seed()
+    _is_traced = staticmethod(is_traced)
+    _draw_seed = staticmethod(draw_seed)
 
 
 def _kept(states: tf.Tensor, logits_to_keep: int | tf.Tensor) -> tf.Tensor:

@@ -19,7 +19,7 @@ from xglm_tf.attention import attention_mask_for
 from xglm_tf.blocks import TFXGLMDecoderLayer, layer_norm
 from xglm_tf.cache import TFXGLMCache, as_cache, extend_cache
 from xglm_tf.inputs import check_arguments
-from xglm_tf.pretrained import TFXGLMPreTrainedModel
+from xglm_tf.pretrained import NamedArguments, TFXGLMPreTrainedModel
 
 
 class TFXGLMSinusoidalPositionalEmbedding(keras.layers.Layer):
@@ -61,138 +61,11 @@ class TFXGLMScaledWordEmbedding(keras.layers.Embedding):
         return tf.cast(tf.cast(rows, tf.float32) * self.embed_scale, self.compute_dtype)
 
 
-class TFXGLMMainLayer(keras.layers.Layer):
-    """The decoder as a layer.
+class TFXGLMDecoderCall(NamedArguments):
+    """The call of the bare decoder, as a layer and as a model. Differs: in PyTorch `XGLMModel` is both.
 
-    Differs: in PyTorch `XGLMModel` is all of this. `layers` means something else in a Keras model, and a model and its
-    parts need one set of variable paths.
+    It has two doors: the public one, and for `DecoderInputs`, a cache and `Wanted` that of `decode`, past all checks.
     """
-
-    def __init__(self, config: XGLMConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        dtype = self.dtype_policy
-        self.config = config
-        self.embed_tokens = TFXGLMScaledWordEmbedding(config, dtype=dtype, name="embed_tokens")
-        self.embed_positions = TFXGLMSinusoidalPositionalEmbedding(config, dtype="float32", name="embed_positions")
-        self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
-        self.layers = [TFXGLMDecoderLayer(config, index, dtype=dtype) for index in range(config.num_layers)]
-        self.layer_norm = layer_norm("layer_norm", dtype)
-        self.seed_generator = keras.random.SeedGenerator()
-
-    def build(self, input_shape: Any = None) -> None:
-        """Creates the variables, in the order of the weights in a checkpoint."""
-        self.embed_tokens.build((None, None))
-        self.embed_positions.build((None, None))
-        for layer in self.layers:
-            layer.build((None, None, self.config.d_model))
-        self.layer_norm.build((None, None, self.config.d_model))
-
-    def call(
-        self, inputs: DecoderInputs, cache: TFXGLMCache | None = None, *, wanted: Wanted, training: bool = False
-    ) -> DecoderResults:
-        """Decodes: embeds, adds positions, runs the blocks, norms. Nothing is checked.
-
-        Args:
-            inputs: what to read; with a cache that holds some, the mask may have columns up to its capacity.
-            cache: what was read before, or None; it stays valid and unchanged.
-            wanted: what to return besides the last states.
-            training: whether dropout acts.
-        """
-        hidden_states = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
-        batch, length, _ = keras.ops.shape(hidden_states)
-        past, encoder_mask = tf.constant(0), inputs.encoder_attention_mask
-        if encoder_mask is not None:
-            encoder_mask = tf.cast(encoder_mask, tf.bool)
-        if cache is not None:
-            past, encoder_mask = cache.length, cache.encoder_mask if encoder_mask is None else encoder_mask
-        if wanted.cache or cache is not None:
-            cache = extend_cache(cache, self.config, batch, length, self.compute_dtype)
-            mask = key_mask(inputs.attention_mask, cache.mask, past, length)
-            cache = dataclasses.replace(cache, mask=mask, encoder_mask=encoder_mask)
-            mask = mask[:, :length] if cache.known_length == 0 else mask
-        else:
-            mask = key_mask(inputs.attention_mask, tf.zeros((batch, length), tf.bool), past, length)
-        position_ids = position_ids_for(mask, past, length) if inputs.position_ids is None else inputs.position_ids
-        positions = tf.cast(self.embed_positions(position_ids), self.compute_dtype)
-        hidden_states = self.dropout(hidden_states + positions)
-        if cache is not None and not tf.executing_eagerly():
-            # Compiled code cannot raise, and would overwrite the last positions: NaN is better than wrong.
-            hidden_states = tf.where(past + length <= cache.capacity, hidden_states, math.nan)
-
-        inputs = inputs._replace(
-            attention_mask=attention_mask_for(mask, past, length),
-            encoder_attention_mask=None if encoder_mask is None else encoder_mask[:, None, None, :],
-        )
-        all_states, parts, all_attentions, all_cross_attentions = [], [], [], []
-        for index, layer in enumerate(self.layers):
-            if wanted.hidden_states:
-                all_states.append(hidden_states)
-            own = () if cache is None else cache.layers[index]
-            new_states, part, attentions, cross_attentions = layer(hidden_states, inputs, own, past)
-            hidden_states = self._dropped(hidden_states, new_states, training)
-            parts.append(part)
-            if wanted.attentions:
-                # Without the room that nothing fills yet. Compiled code, whose shapes are fixed, reports it as zeros.
-                all_attentions.append(attentions[..., : past + length] if tf.executing_eagerly() else attentions)
-            if wanted.attentions and cross_attentions is not None:
-                all_cross_attentions.append(cross_attentions)
-        hidden_states = self.layer_norm(hidden_states)
-        if cache is not None:
-            cache = dataclasses.replace(cache, layers=tuple(parts), length=past + length)
-        return DecoderResults(
-            hidden_states,
-            cache if wanted.cache else None,
-            (*all_states, hidden_states) if wanted.hidden_states else None,
-            tuple(all_attentions) or None,
-            tuple(all_cross_attentions) or None,
-        )
-
-    def _dropped(self, before: tf.Tensor, after: tf.Tensor, training: bool) -> tf.Tensor:
-        """What follows a block: in training, with probability `config.layerdrop`, what came before it.
-
-        The block runs in any case: so the cache has its keys, each parameter has a gradient, and no graph depends on
-        randomness.
-        """
-        if not training or self.config.layerdrop == 0:
-            return after
-        return tf.where(keras.random.uniform((), seed=self.seed_generator) < self.config.layerdrop, before, after)
-
-
-@keras.saving.register_keras_serializable(package="xglm")
-class TFXGLMModel(TFXGLMPreTrainedModel):
-    """The bare decoder: token ids to hidden states.
-
-    Args:
-        config: the architecture; weights are drawn at random, see `from_pretrained` for trained ones.
-        embed_tokens: an embedding [vocab_size, d_model] whose values this model starts with; None draws them.
-        dtype: type of parameters and computation, by name or as a Keras policy; None follows Keras' global policy.
-        plan: the checkpoint to take the weights from instead.
-        kwargs: see `keras.Model`.
-
-    Raises:
-        InputError: `embed_tokens` has another shape.
-    """
-
-    has_head = False
-
-    def __init__(
-        self,
-        config: XGLMConfig,
-        embed_tokens: Any = None,
-        *,
-        dtype: Any = None,
-        plan: LoadPlan | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(config, dtype=dtype, **kwargs)
-        self.model = TFXGLMMainLayer(config, dtype=self.dtype_policy, name="model")
-        self.create_weights(plan)
-        if embed_tokens is not None:
-            self.set_input_embeddings(embed_tokens)
-
-    def build(self, input_shape: Any = None) -> None:
-        """Creates the variables."""
-        self.model.build()
 
     def call(
         self,
@@ -248,13 +121,153 @@ class TFXGLMModel(TFXGLMPreTrainedModel):
                 the vocabulary or a position past the limit. Inside a `tf.function` no values are checked: the result is
                 NaN if a position is past the limit or the cache, which cannot grow there, is full.
         """
+        if type(input_ids) is DecoderInputs:
+            return self.decode(input_ids, attention_mask, position_ids, training=training)
         masks = encoder_attention_mask, head_mask, cross_attn_head_mask
         inputs = DecoderInputs(input_ids, attention_mask, position_ids, encoder_hidden_states, *masks, inputs_embeds)
         cache = as_cache(past_key_values, self.config)
         check_arguments(self.config, inputs, cache)
         wanted = resolve(self.config, use_cache, output_attentions, output_hidden_states)
-        results = self.model(inputs, cache, wanted=wanted)
+        results = self.decode(inputs, cache, wanted, training=training)
         return present(BaseModelOutputWithPastAndCrossAttentions, self.config, return_dict, **results._asdict())
+
+
+class TFXGLMMainLayer(TFXGLMDecoderCall):
+    """The decoder as a layer.
+
+    Differs: in PyTorch `XGLMModel` is all of this. `layers` means something else in a Keras model, and a model and its
+    parts need one set of variable paths.
+    """
+
+    def __init__(self, config: XGLMConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        dtype = self.dtype_policy
+        self._allow_non_tensor_positional_args = True  # Keras' word for `Wanted`.
+        self.config = config
+        self.embed_tokens = TFXGLMScaledWordEmbedding(config, dtype=dtype, name="embed_tokens")
+        self.embed_positions = TFXGLMSinusoidalPositionalEmbedding(config, dtype="float32", name="embed_positions")
+        self.dropout = keras.layers.Dropout(config.dropout, dtype=dtype)
+        self.layers = [TFXGLMDecoderLayer(config, index, dtype=dtype) for index in range(config.num_layers)]
+        self.layer_norm = layer_norm("layer_norm", dtype)
+        self.seed_generator = keras.random.SeedGenerator()
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the variables, in the order of the weights in a checkpoint."""
+        for layer in self._flatten_layers(include_self=False, recursive=False):
+            layer.build((None, None, self.config.d_model))
+
+    def decode(
+        self, inputs: DecoderInputs, cache: TFXGLMCache | None, wanted: Wanted, *, training: bool = False
+    ) -> DecoderResults:
+        """The inner door: embeds, adds positions, runs the blocks, norms. Nothing is checked.
+
+        It is called through this layer's own call, `layer(inputs, cache, wanted)`.
+
+        Args:
+            inputs: what to read; with a cache that holds some, the mask may have columns up to its capacity.
+            cache: what was read before, or None; it stays valid and unchanged.
+            wanted: what to return besides the last states.
+            training: whether dropout acts.
+        """
+        hidden_states = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
+        batch, length, _ = keras.ops.shape(hidden_states)
+        past, encoder_mask = tf.constant(0), inputs.encoder_attention_mask
+        if cache is not None:
+            past, encoder_mask = cache.length, cache.encoder_mask if encoder_mask is None else encoder_mask
+        encoder_mask = None if encoder_mask is None else tf.cast(encoder_mask, tf.bool)
+        if wanted.cache or cache is not None:
+            cache = extend_cache(cache, self.config, batch, length, self.compute_dtype)
+            mask = key_mask(inputs.attention_mask, cache.mask, past, length)
+            cache = dataclasses.replace(cache, mask=mask, encoder_mask=encoder_mask)
+            mask = mask[:, :length] if cache.known_length == 0 else mask
+        else:
+            mask = key_mask(inputs.attention_mask, tf.zeros((batch, length), tf.bool), past, length)
+        position_ids = position_ids_for(mask, past, length) if inputs.position_ids is None else inputs.position_ids
+        positions = tf.cast(self.embed_positions(position_ids), self.compute_dtype)
+        hidden_states = self.dropout(hidden_states + positions)
+        if cache is not None and not tf.executing_eagerly():
+            # Compiled code cannot raise, and would overwrite the last positions: NaN is better than wrong.
+            hidden_states = tf.where(past + length <= cache.capacity, hidden_states, math.nan)
+
+        inputs = inputs._replace(
+            attention_mask=attention_mask_for(mask, past, length),
+            encoder_attention_mask=None if encoder_mask is None else encoder_mask[:, None, None, :],
+        )
+        kept = []
+        for index, layer in enumerate(self.layers):
+            own = () if cache is None else cache.layers[index]
+            after, part, *probabilities = layer(hidden_states, inputs, own, past)
+            before = hidden_states if wanted.hidden_states else None
+            kept.append((part, before, *(probabilities if wanted.attentions else (None, None))))
+            hidden_states = self._dropped(hidden_states, after, training)
+        hidden_states = self.layer_norm(hidden_states)
+        parts, all_states, attentions, cross_attentions = zip(*kept, strict=True)
+        if cache is not None:
+            cache = dataclasses.replace(cache, layers=parts, length=past + length)
+        if wanted.attentions and tf.executing_eagerly():
+            # Without the room that nothing fills yet. Compiled code, whose shapes are fixed, reports it as zeros.
+            attentions = tuple(of_layer[..., : past + length] for of_layer in attentions)
+        return DecoderResults(
+            hidden_states,
+            cache if wanted.cache else None,
+            (*all_states, hidden_states) if wanted.hidden_states else None,
+            attentions if wanted.attentions else None,
+            cross_attentions if cross_attentions[0] is not None else None,
+        )
+
+    def _dropped(self, before: tf.Tensor, after: tf.Tensor, training: bool) -> tf.Tensor:
+        """What follows a block: in training, with probability `config.layerdrop`, what came before it.
+
+        The block runs in any case: so the cache has its keys, each parameter has a gradient, and no graph depends on
+        randomness.
+        """
+        if not training or self.config.layerdrop == 0:
+            return after
+        return tf.where(keras.random.uniform((), seed=self.seed_generator) < self.config.layerdrop, before, after)
+
+
+@keras.saving.register_keras_serializable(package="xglm")
+class TFXGLMModel(TFXGLMDecoderCall, TFXGLMPreTrainedModel):
+    """The bare decoder: token ids to hidden states.
+
+    Args:
+        config: the architecture; weights are drawn at random, see `from_pretrained` for trained ones.
+        embed_tokens: an embedding [vocab_size, d_model] whose values this model starts with; None draws them.
+        dtype: type of parameters and computation, by name or as a Keras policy; None follows Keras' global policy.
+        plan: the checkpoint to take the weights from instead.
+        kwargs: see `keras.Model`.
+
+    Raises:
+        InputError: `embed_tokens` has another shape.
+    """
+
+    has_head = False
+
+    def __init__(
+        self,
+        config: XGLMConfig,
+        embed_tokens: Any = None,
+        *,
+        dtype: Any = None,
+        plan: LoadPlan | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, dtype=dtype, **kwargs)
+        self.model = TFXGLMMainLayer(config, dtype=self.dtype_policy, name="model")
+        self.create_weights(plan)
+        if embed_tokens is not None:
+            self.set_input_embeddings(embed_tokens)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Creates the variables."""
+        self.model.build()
+
+    def decode(
+        self, inputs: DecoderInputs, cache: TFXGLMCache | None, wanted: Wanted, *, training: bool = False
+    ) -> DecoderResults:
+        """See `TFXGLMMainLayer.decode`."""
+        results: DecoderResults = self.model(inputs, cache, wanted, training=training)
+        return results
 
 
 def key_mask(attention_mask: tf.Tensor | None, held: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from xglm_core.calls import DecoderInputs
 from xglm_core.checkpoint.dtypes import FloatType, float_type
 from xglm_core.checkpoint.loading import Loading, LoadPlan, plan_loading
 from xglm_core.config import XGLMConfig
@@ -47,7 +48,31 @@ _OTHER_FORMATS = {
 _QUANTIZATION = ("int8", "int4", "float8")  # What Keras offers without examples to calibrate with.
 
 
-class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
+class NamedArguments(keras.layers.Layer):
+    """What is called with inputs as people have them, and says in one line what is wrong with them.
+
+    `DecoderInputs` are passed on: the inner door of the decoder.
+    """
+
+    @tf.autograph.experimental.do_not_convert  # There is nothing to convert, and it would rewrite our messages.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs `call`, see there; its arguments may also be a mapping, or a list or tuple, as the first one."""
+        if args and type(args[0]) is DecoderInputs:
+            return super().__call__(*args, **kwargs)
+        arguments = self.named_arguments(args, kwargs)
+        try:
+            return super().__call__(**arguments)
+        except InputError as error:
+            # Keras buries the message in a listing of the arguments. Ours says all in one line.
+            ours = error.__context__ if isinstance(error.__context__, InputError) else error
+            raise ours from None
+
+    def named_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name; see `xglm_tf.inputs.named_arguments`."""
+        return named_arguments(*_parameters_of(type(self).call), args, kwargs)
+
+
+class TFXGLMPreTrainedModel(ModelSurface, NamedArguments, keras.Model):
     """Base of the model classes.
 
     Attributes:
@@ -66,21 +91,6 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
                 f"floats, and quantize({mode!r}) afterwards"
             )
         self.config = config
-
-    @tf.autograph.experimental.do_not_convert  # There is nothing to convert, and it would rewrite our messages.
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs `call`, see there; its arguments may also be a mapping, or a list or tuple, as the first one."""
-        arguments = self.named_arguments(args, kwargs)
-        try:
-            return super().__call__(**arguments)
-        except InputError as error:
-            # Keras buries the message in a listing of the arguments. Ours says all in one line.
-            ours = error.__context__ if isinstance(error.__context__, InputError) else error
-            raise ours from None
-
-    def named_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name; see `xglm_tf.inputs.named_arguments`."""
-        return named_arguments(*_parameters_of(type(self).call), args, kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.fit`; and `predict` for the checks."""
@@ -408,7 +418,7 @@ class TFXGLMPreTrainedModel(ModelSurface, keras.Model):
         return {"input_ids": tf.constant(DUMMY_IDS)}
 
     def get_decoder(self) -> keras.layers.Layer:
-        """The bare decoder: a layer that takes `DecoderInputs`, and checks nothing."""
+        """The bare decoder: a layer, called as `TFXGLMModel` is."""
         return self.model
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,47 +10,18 @@ import tensorflow as tf
 
 from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.scoring import engine
+from xglm_tf.selection import selection
 
 if TYPE_CHECKING:
     from xglm_tf.causal_lm import TFXGLMForCausalLM
 
-CompiledScorer = Callable[..., tuple[tf.Tensor, tf.Tensor]]
 
-
-def compile_scorer(model: TFXGLMForCausalLM) -> CompiledScorer:
-    """Prepares `_log_probabilities` of a model, to be compiled when it first meets a shape.
+def compile_scorer(model: TFXGLMForCausalLM) -> Any:
+    """The function of `xglm_core.scoring.engine.CompiledScorer`, compiled when it first meets a shape.
 
     Differs: PyTorch compiles nothing.
     """
     return tf.function(functools.partial(_log_probabilities, model), jit_compile=True, autograph=False)
-
-
-class TFScorer:
-    """Implements `xglm_core.scoring.engine.ScoringEngine`.
-
-    Differs: everything is compiled for fixed shapes, which `xglm_torch.scoring.TorchScorer` does not need.
-    """
-
-    bucket = 64
-
-    def __init__(self, compiled: CompiledScorer) -> None:
-        self._compiled = compiled
-
-    def log_probabilities(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `ScoringEngine.log_probabilities`."""
-        places, wanted = engine.in_chunks(sources, input_ids.size), engine.in_chunks(targets, input_ids.size)
-        filled = -(-len(targets) // places.shape[1])
-        found = self._compiled(
-            tf.constant(input_ids, tf.int32),
-            tf.constant(attention_mask, tf.int32),
-            tf.constant(places),
-            tf.constant(wanted),
-            tf.constant(filled),
-        )
-        scores, likeliest = (array.numpy().reshape(-1)[: len(targets)] for array in found)
-        return scores, likeliest
 
 
 def _log_probabilities(
@@ -63,7 +33,7 @@ def _log_probabilities(
     filled: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """See `ScoringEngine.log_probabilities`; [chunks, chunk], of which the first `filled` chunks count."""
-    results = model.model(DecoderInputs(input_ids, attention_mask), wanted=Wanted())
+    results = model.model(DecoderInputs(input_ids, attention_mask), None, Wanted())
     states = tf.reshape(results.last_hidden_state, (-1, model.config.d_model))
     head, tied = model.lm_head, model.lm_head is None
     matrix = tf.convert_to_tensor(model.model.embed_tokens.embeddings if head is None else head.kernel)
@@ -94,34 +64,15 @@ def _of_targets(matrix: tf.Tensor, tied: bool, states: tf.Tensor, targets: tf.Te
     vocab_size, width = matrix.shape if tied else matrix.shape[::-1]
     tile = min(engine.TILE_VOCABULARY, vocab_size)
 
-    def step(
-        index: tf.Tensor, log_sum_exp: tf.Tensor, own_logit: tf.Tensor, max_logit: tf.Tensor, likeliest: tf.Tensor
-    ) -> Any:
+    def step(index: tf.Tensor, *found: tf.Tensor) -> Any:
         # The last tile is a full one, too, and repeats some of the one before.
         begin = tf.minimum(index * tile, vocab_size - tile)
-        ids = begin + tf.range(tile)
         # All sizes are given: where XLA has to find one itself, it pads the whole matrix to twice its size.
         part = tf.slice(matrix, (begin, 0), (tile, width)) if tied else tf.slice(matrix, (0, begin), (width, tile))
         logits = tf.cast(tf.matmul(states, tf.cast(part, states.dtype), transpose_b=tied), tf.float32)
-        own_logit = tf.where(
-            (targets >= begin) & (targets < begin + tile),
-            tf.gather(logits, tf.clip_by_value(targets - begin, 0, tile - 1), batch_dims=1),
-            own_logit,
-        )
-        logits = tf.where(ids >= index * tile, logits, -np.inf)
-        max_of_tile = tf.reduce_max(logits, axis=1)
-        # Not `argmax`, which XLA does not vectorise on CPUs.
-        first = tf.reduce_min(tf.where(logits == max_of_tile[:, None], ids, vocab_size), axis=1)
-        likeliest = tf.where(max_of_tile > max_logit, first, likeliest)
-        log_sum_exp = _log_add_exp(log_sum_exp, tf.reduce_logsumexp(logits, axis=1))
-        return index + 1, log_sum_exp, own_logit, tf.maximum(max_logit, max_of_tile), likeliest
+        return index + 1, *engine.with_tile(selection, found, logits, targets, begin, index * tile)
 
     zeros, tiles = tf.zeros(targets.shape), -(-vocab_size // tile)
     begin = (0, zeros - np.inf, zeros, zeros - np.inf, tf.zeros_like(targets))
     _, log_sum_exp, own_logit, _, likeliest = tf.while_loop(lambda index, *_: index < tiles, step, begin)
     return own_logit - log_sum_exp, likeliest
-
-
-def _log_add_exp(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
-    """log(exp(first) + exp(second)), where only `first` may be -inf."""
-    return second + tf.math.softplus(first - second)

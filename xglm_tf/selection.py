@@ -6,13 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from xglm_core.generation.rules import Rules
-from xglm_core.generation.selection import DeviceRules, Selection
-
-
-def device_rules(rules: Rules) -> DeviceRules:
-    """The rules for compiled code."""
-    return DeviceRules.of(rules, tf.constant, compiled=True)
+from xglm_core.generation.selection import Selection
 
 
 def _put(array: tf.Tensor, ids: tf.Tensor, values: Any) -> tf.Tensor:
@@ -29,6 +23,16 @@ def _max(array: tf.Tensor) -> tf.Tensor:
     return tf.where(broken, float("nan"), tf.reduce_max(array, axis=-1, keepdims=True))
 
 
+def _argmax(array: tf.Tensor) -> tf.Tensor:
+    """The first maximum; XLA does not vectorise `tf.argmax` on CPUs."""
+    is_largest = array == tf.reduce_max(array, axis=-1, keepdims=True)
+    return tf.reduce_min(tf.where(is_largest, _iota(array), array.shape[1]), axis=-1)
+
+
+def _iota(array: tf.Tensor) -> tf.Tensor:
+    return tf.broadcast_to(tf.range(array.shape[1]), array.shape)
+
+
 selection = Selection(
     float32=lambda array: tf.cast(array, tf.float32),
     reshape=tf.reshape,
@@ -37,9 +41,9 @@ selection = Selection(
     where=tf.where,
     put=_put,
     take=lambda array, places: tf.gather(array, places, batch_dims=1),
-    iota=lambda array: tf.broadcast_to(tf.range(array.shape[1]), array.shape),
+    iota=_iota,
     max=_max,
-    argmax=lambda array: tf.argmax(array, axis=-1, output_type=tf.int32),
+    argmax=_argmax,
     top=tf.math.top_k,  # Of equal elements, the first comes first.
     argsort=lambda array: tf.argsort(array, stable=True),
     isnan=tf.math.is_nan,

@@ -36,17 +36,16 @@ class Perplexity(keras.metrics.Mean):
         return tf.exp(super().result())
 
 
-@dataclasses.dataclass(frozen=True)
 class TokenMetrics:
-    """Means over tokens. Not in a list, which Keras would save with the weights."""
+    """Means over tokens: loss, accuracy and perplexity. No list, which Keras would save with the weights."""
 
-    loss: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="loss"))
-    accuracy: keras.metrics.Mean = dataclasses.field(default_factory=lambda: keras.metrics.Mean(name="accuracy"))
-    perplexity: Perplexity = dataclasses.field(default_factory=lambda: Perplexity(name="perplexity"))
+    def __init__(self) -> None:
+        mean = keras.metrics.Mean
+        self.all = mean(name="loss"), mean(name="accuracy"), Perplexity(name="perplexity")
 
     def update(self, total: tf.Tensor, surprisal: tf.Tensor, correct: tf.Tensor, count: tf.Tensor) -> None:
         """Adds the sums over a batch with `count` tokens."""
-        for metric, value in ((self.loss, total), (self.perplexity, surprisal), (self.accuracy, correct)):
+        for metric, value in zip(self.all, (total, correct, surprisal), strict=True):
             metric.update_state(tf.math.divide_no_nan(value, count), sample_weight=count)
 
 
@@ -133,8 +132,7 @@ class Training(keras.Model):
         metrics = super().metrics
         if not self.compiled or self.loss is not None:
             return metrics
-        own = (getattr(self.token_metrics, field.name) for field in dataclasses.fields(TokenMetrics))
-        return [*own, *(metric for metric in metrics if metric is not self._loss_tracker)]
+        return [*self.token_metrics.all, *(metric for metric in metrics if metric is not self._loss_tracker)]
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """A step of `fit`."""
@@ -391,7 +389,7 @@ def decode_with_loss(
         both = table_and_head(embedding, inputs.input_ids)
     if both is not None:
         inputs = inputs._replace(input_ids=None, inputs_embeds=embedding.scaled(both[0]))
-    results = model.model(inputs, cache, wanted=wanted, training=training)
+    results = model.model(inputs, cache, wanted, training=training)
     if labels is None:
         return results, None
     return results, causal_lm_loss(

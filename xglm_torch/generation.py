@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from xglm_core.calls import DecoderInputs, Wanted
-from xglm_core.generation.engine import Processor, check_processed
+from xglm_core.generation.engine import Processor, processed
 from xglm_core.generation.rules import Rules
-from xglm_core.generation.selection import DeviceRules
 from xglm_torch.cache import XGLMCache, empty_cache, picked, reordered
 from xglm_torch.preparing import Preparation
 from xglm_torch.selection import device_rules, selection
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 class TorchEngine:
     """Implements `xglm_core.generation.engine.Engine`.
 
-    Differs: `TFEngine` and `FlaxEngine` compile for fixed shapes. Here they are free: `bucket` is 1, and the steps are
+    Differs: TF and Flax have a `CompiledEngine`, for fixed shapes. Here they are free: `bucket` is 1, and the steps are
     a Python loop.
 
     Args:
@@ -82,7 +81,8 @@ class TorchEngine:
     @torch.inference_mode()
     def select(self, rules: Rules, keys: np.ndarray) -> np.ndarray:
         """See `Engine.select`."""
-        return self._select(device_rules(rules, self._device), self._tensor(keys)).numpy(force=True)
+        on_device = device_rules(rules, self._device)
+        return selection.select(self.logits, self._seen, on_device, self._tensor(keys)).numpy(force=True)
 
     @torch.inference_mode()
     def advance(self, tokens: np.ndarray, rules: Rules, keys: np.ndarray) -> np.ndarray:
@@ -91,7 +91,7 @@ class TorchEngine:
         on_device = device_rules(rules, self._device)
         for step in range(keys.shape[1]):
             self._read(DecoderInputs(last[:, None]))
-            selected.append(self._select(on_device, keys_of_steps[:, step]))
+            selected.append(selection.select(self.logits, self._seen, on_device, keys_of_steps[:, step]))
             last = selected[-1].clamp(min=0)  # A code that stands for no token.
         return torch.stack(selected, dim=1).numpy(force=True)
 
@@ -101,16 +101,14 @@ class TorchEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine.candidates`."""
         on_device, sums = device_rules(rules, self._device), torch.from_numpy(totals).to(self._device)
-        scores = selection.apply_penalties(self.logits, self._seen, on_device)
-        sums, index = selection.choose_candidates(scores, on_device, sums, self._tensor(keys), count)
+        sums, index = selection.candidates(self.logits, self._seen, on_device, sums, self._tensor(keys), count)
         return sums.numpy(force=True), index.numpy(force=True)
 
     # Differs: `TFEngine` and `FlaxEngine` know no inference mode, whose tensors cannot enter autograd.
     @torch.no_grad()
     def scores(self, rules: Rules) -> torch.Tensor:
         """See `Engine.scores`."""
-        on_device = device_rules(rules, self._device)
-        return selection.filtered_logits(selection.apply_penalties(self.recorded(), self._seen, on_device), on_device)
+        return selection.scores(self.recorded(), self._seen, device_rules(rules, self._device))
 
     @torch.no_grad()
     def recorded(self) -> torch.Tensor:
@@ -132,14 +130,7 @@ class TorchEngine:
     @torch.no_grad()
     def process(self, processors: Sequence[Processor], sequences: np.ndarray) -> None:
         """See `Engine.process`."""
-        ids, logits = self.ids(sequences), self.recorded()  # Which a hook may write into.
-        for place, processor in enumerate(processors):
-            logits = processor(ids, logits)
-            check_processed(logits, tuple(self.logits.shape), place)
-        self.logits = logits
-
-    def _select(self, rules: DeviceRules, keys: torch.Tensor) -> torch.Tensor:
-        return selection.choose(selection.apply_penalties(self.logits, self._seen, rules), rules, keys)
+        self.logits = processed(processors, self.ids(sequences), self.recorded())  # Which a hook may write into.
 
     def _read(self, inputs: DecoderInputs) -> None:
         """Runs the model; afterwards `logits` are those of the last token of each row."""

@@ -31,7 +31,7 @@ def with_inner_door(forward: Forward) -> Forward:
     It is the module's own call for the sake of what acts on such calls: hooks, FSDP, which gathers parameters for them,
     accelerate, and compilers.
 
-    Differs: TF's decoder is a layer of its own, and Flax' module has the method `decode`.
+    Differs: TF has this in the `call` of `TFXGLMDecoderCall`, and Flax' module has the method `decode`.
     """
 
     @functools.wraps(forward)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class TorchScorer:
     """Implements `xglm_core.scoring.engine.ScoringEngine`.
 
-    Differs: `TFScorer` and `FlaxScorer` compile for fixed shapes. Here they are free: `bucket` is 1, and the chunks are
-    a Python loop.
+    Differs: TF and Flax have a `CompiledScorer`, for fixed shapes. Here they are free: `bucket` is 1, and the chunks
+    are a Python loop.
     """
 
     bucket = 1

@@ -13,7 +13,7 @@ from xglm_core.generation.selection import DeviceRules, Selection
 
 
 def device_rules(rules: Rules, device: torch.device) -> DeviceRules:
-    """The rules with their arrays on a device. Differs: nothing is compiled, unlike in TF and Flax."""
+    """The rules with their arrays on a device. Differs: TF and Flax have this in `CompiledEngine`."""
     return DeviceRules.of(rules, lambda value: _on(device, value), compiled=False)
 
 

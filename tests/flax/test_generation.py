@@ -8,9 +8,10 @@ import pytest
 from tests.helpers.models import CONFIG, CROSS_CONFIG, ENCODER, ENCODER_MASK, IDS, LEFT
 from xglm_core.errors import InputError
 from xglm_core.generation import randomness
+from xglm_core.generation.compiled import device_rules
 from xglm_core.generation.rules import Rules
 from xglm_flax import FlaxXGLMForCausalLM
-from xglm_flax.selection import device_rules, selection
+from xglm_flax.selection import selection
 
 NEW = {"max_new_tokens": 5, "stop_at_eos": False}
 

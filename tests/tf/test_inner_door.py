@@ -33,10 +33,10 @@ class TestDecoder:
     def test_it_returns_what_is_wanted(self, model, jit):
         decode = model.model
         if jit:
-            decode = tf.function(lambda inputs: model.model(inputs, wanted=Wanted(cache=True)), jit_compile=True)
+            decode = tf.function(lambda inputs: model.model(inputs, None, Wanted(cache=True)), jit_compile=True)
             results = decode(DecoderInputs(tf.constant(IDS), tf.constant(MASK)))
         else:
-            results = decode(DecoderInputs(IDS, MASK), wanted=Wanted(cache=True))
+            results = decode(DecoderInputs(IDS, MASK), None, Wanted(cache=True))
         expected = model(IDS, MASK, output_hidden_states=True)
         np.testing.assert_allclose(results.last_hidden_state, expected.hidden_states[-1], **SAME)
         assert int(results.past_key_values.length) == 11
@@ -47,8 +47,8 @@ class TestDecoder:
         assert not held[:, 11:].any()
 
     def test_a_cache_goes_on_without_a_mask(self, model):
-        first = model.model(DecoderInputs(IDS[:, :7], MASK[:, :7]), wanted=Wanted(cache=True))
-        second = model.model(DecoderInputs(IDS[:, 7:]), first.past_key_values, wanted=Wanted(attentions=True))
+        first = model.model(DecoderInputs(IDS[:, :7], MASK[:, :7]), None, Wanted(cache=True))
+        second = model.model(DecoderInputs(IDS[:, 7:]), first.past_key_values, Wanted(attentions=True))
         expected = model(IDS, MASK, output_hidden_states=True, output_attentions=True)
         np.testing.assert_allclose(second.last_hidden_state, expected.hidden_states[-1][:, 7:], **SAME)
         np.testing.assert_allclose(second.attentions[1], expected.attentions[1][:, :, 7:], **SAME)
@@ -69,6 +69,65 @@ class TestDecoder:
         ):
             with pytest.raises(InputError, match=message):
                 model(**arguments)
+
+
+class TestPublicDoor:
+    """`model.model` and `get_decoder()` are called as `TFXGLMModel` is."""
+
+    @pytest.mark.parametrize("kind", [TFXGLMModel, TFXGLMForCausalLM])
+    def test_the_results_are_those_of_the_bare_decoder(self, kind):
+        model = kind(CONFIG)
+        bare = model if kind is TFXGLMModel else TFXGLMModel(CONFIG)
+        bare.set_weights(model.get_weights())
+        expected = bare(IDS, MASK, output_hidden_states=True)
+        decoder = model.get_decoder()
+        assert decoder is model.model
+        for found in (
+            decoder(IDS, MASK, output_hidden_states=True),
+            decoder({"input_ids": IDS.tolist(), "attention_mask": MASK}, output_hidden_states=True),
+            decoder(attention_mask=MASK, inputs_embeds=decoder.embed_tokens(IDS), output_hidden_states=True),
+        ):
+            assert found.keys() == expected.keys()
+            np.testing.assert_allclose(found.last_hidden_state, expected.last_hidden_state, **SAME)
+            np.testing.assert_allclose(found.hidden_states[1], expected.hidden_states[1], **SAME)
+        states, cache = decoder(IDS[:, :7], MASK[:, :7], use_cache=True, return_dict=False)
+        again = decoder(IDS[:, 7:], past_key_values=cache).last_hidden_state
+        both, real = np.concatenate([states, again], axis=1), MASK == 1
+        np.testing.assert_allclose(both[real], expected.last_hidden_state.numpy()[real], **SAME)
+
+    def test_it_checks_and_says_so_in_one_line(self, model):
+        with pytest.raises(InputError) as caught:
+            model.model(IDS, MASK[:, :5])
+        assert str(caught.value) == "attention_mask is [2, 5], expected [2, 11]"
+        with pytest.raises(InputError, match="the argument 'ids' is unknown, expected some of input_ids"):
+            model.model(ids=IDS)
+
+    def test_dropout_acts_in_training(self, model):
+        states = model.model(IDS).last_hidden_state
+        assert np.array_equal(model.model(IDS).last_hidden_state, states)
+        assert abs(model.model(IDS, training=True).last_hidden_state - states).numpy().max() > 0.1
+
+    def test_inside_of_functions_and_functional_models(self, model):
+        expected = model.model(IDS, MASK).last_hidden_state
+        inside = tf.function(lambda ids: model.model(ids, MASK, return_dict=False)[0], jit_compile=True)
+        np.testing.assert_allclose(inside(tf.constant(IDS)), expected, **SAME)
+        inputs = keras.Input((None,), dtype="int32"), keras.Input((None,), dtype="int32")
+        outer = keras.Model(inputs, model.get_decoder()(*inputs).last_hidden_state)
+        np.testing.assert_allclose(outer([IDS, MASK]), expected, **SAME)
+        assert len(outer.trainable_variables) == len(model.model.trainable_variables)
+
+    def test_of_models_with_adapters_and_of_saved_ones(self, tmp_path):
+        model = TFXGLMForCausalLM(CONFIG)
+        model.enable_lora(2)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model.model(IDS, MASK).last_hidden_state ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        assert len(gradients) == 8  # Two projections in each of two blocks, of two factors each.
+        assert all(gradient is not None for gradient in gradients)
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")
+        found, expected = again.model(IDS, MASK).last_hidden_state, model.model(IDS, MASK).last_hidden_state
+        np.testing.assert_allclose(found, expected, **SAME)
 
 
 class OwnLoss(TFXGLMForCausalLM):

@@ -119,7 +119,7 @@ class Engine(Protocol):
             sequences: the tokens so far, int64 [rows, length], padded on the left.
 
         Raises:
-            InputError: see `check_processed`.
+            InputError: see `processed`.
         """
 
 
@@ -138,14 +138,22 @@ def check_not_overridden(model: object, base: type, *names: str) -> None:
             )
 
 
-def check_processed(result: Any, shape: tuple[int, ...], place: int) -> None:
-    """Raises `InputError` unless the result of hook number `place` has the shape of the logits."""
-    found = getattr(result, "shape", None)
-    if found is None or tuple(found) != shape:
-        raise InputError(
-            f"logits_processor[{place}] returned {type(result).__name__ if found is None else list(found)}, expected "
-            f"the logits {list(shape)}; return them from the function, also if it changes them in place"
-        )
+def processed(processors: Sequence[Processor], ids: Any, logits: Any) -> Any:
+    """What a user's hooks make of the logits.
+
+    Raises:
+        InputError: the result of a hook does not have the shape of the logits.
+    """
+    expected = list(logits.shape)
+    for place, processor in enumerate(processors):
+        logits = processor(ids, logits)
+        found = getattr(logits, "shape", None)
+        if found is None or list(found) != expected:
+            raise InputError(
+                f"logits_processor[{place}] returned {type(logits).__name__ if found is None else list(found)}, "
+                f"expected the logits {expected}; return them from the function, also if it changes them in place"
+            )
+    return logits
 
 
 def no_token(code: int, row: int, step: int) -> InputError:

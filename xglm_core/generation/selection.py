@@ -130,6 +130,20 @@ class Selection:
     low_bits: Callable[[Any], Any]
     right_shift: Callable[[Any, Any], Any]
 
+    def select(self, logits: Any, seen: Any, rules: DeviceRules, keys: Any) -> Any:
+        """See `choose`: of logits [rows, vocab_size] and `seen`, bool [rows, vocab_size]."""
+        return self.choose(self.apply_penalties(logits, seen, rules), rules, keys)
+
+    def candidates(
+        self, logits: Any, seen: Any, rules: DeviceRules, totals: Any, keys: Any, count: int
+    ) -> tuple[Any, Any]:
+        """See `choose_candidates`: of logits and `seen`."""
+        return self.choose_candidates(self.apply_penalties(logits, seen, rules), rules, totals, keys, count)
+
+    def scores(self, logits: Any, seen: Any, rules: DeviceRules) -> Any:
+        """See `filtered_logits`: of logits and `seen`."""
+        return self.filtered_logits(self.apply_penalties(logits, seen, rules), rules)
+
     def mark_seen(self, seen: Any, ids: Any) -> Any:
         """Marks ids [rows, any] in `seen`, bool [rows, vocab_size]; ids beyond the vocabulary are ignored."""
         return self.put(seen, ids, True)

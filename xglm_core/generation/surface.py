@@ -230,7 +230,7 @@ class GenerationSurface:
 
     def _to_numpy(self, array: Any) -> np.ndarray:
         """Converts an array of the framework, or anything that numpy takes, to a numpy array."""
-        raise NotImplementedError
+        return np.asarray(array)
 
     def _from_numpy(self, array: np.ndarray, like: Any) -> Any:
         """Converts a numpy array to an array of the framework, on the device of `like`, or of the model for None."""

@@ -7,11 +7,15 @@ largest logit with its id.
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
 from xglm_core.config import XGLMConfig
+from xglm_core.generation.selection import Selection
 from xglm_core.inputs import check_attention_mask, check_has_tokens, check_input_ids, check_positions
 from xglm_core.rounding import power_of_two, rounded_up
 
@@ -47,6 +51,31 @@ class ScoringEngine(Protocol):
             integers [targets].
         """
         ...
+
+
+class CompiledScorer:
+    """Implements `ScoringEngine` by a compiled function, for backends that compile.
+
+    Args:
+        compiled: (weights, ids, mask, sources, targets, chunks in use) -> the two results, [chunks, chunk] each, of
+            sources and targets as `in_chunks` has them.
+        weights: what it takes first, if weights are arguments.
+    """
+
+    bucket = 64
+
+    def __init__(self, compiled: Callable[..., Any], *weights: Any) -> None:
+        self._compiled = functools.partial(compiled, *weights)
+
+    def log_probabilities(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, sources: np.ndarray, targets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `ScoringEngine.log_probabilities`."""
+        places, wanted = in_chunks(sources, input_ids.size), in_chunks(targets, input_ids.size)
+        filled = np.array(-(-len(targets) // places.shape[1]), np.int32)
+        found = self._compiled(input_ids.astype(np.int32), attention_mask.astype(np.int32), places, wanted, filled)
+        scores, likeliest = (np.asarray(array).reshape(-1)[: len(targets)] for array in found)
+        return scores, likeliest
 
 
 def score(
@@ -99,6 +128,35 @@ def in_chunks(values: np.ndarray, positions: int) -> np.ndarray:
     chunks = np.zeros((-(-positions // chunk), chunk), np.int32)
     chunks.reshape(-1)[: len(values)] = values
     return chunks
+
+
+def with_tile(
+    ops: Selection, found: tuple[Any, ...], logits: Any, targets: Any, begin: Any, fresh: Any
+) -> tuple[Any, ...]:
+    """What is known of each target after one more tile of logits.
+
+    Args:
+        ops: the array operations of the framework.
+        found: after the tiles before, [positions] each: the logarithm of the sum of exponentials, the target's logit,
+            the largest logit, and its id.
+        logits: float32 [positions, tile], of the ids from `begin` on.
+        targets: int32 [positions].
+        begin: the first id of the tile.
+        fresh: the first id that no tile before has held.
+    """
+    log_sum_exp, own_logit, max_logit, likeliest = found
+    places = targets - begin
+    inside = (places >= 0) & (places < logits.shape[1])
+    own_logit = ops.where(inside, ops.take(logits, ops.where(inside, places, 0)[:, None])[:, 0], own_logit)
+    logits = ops.where(ops.iota(logits) + begin >= fresh, logits, -math.inf)
+    place = ops.argmax(logits)
+    highest = ops.take(logits, place[:, None])[:, 0]
+    likeliest = ops.where(highest > max_logit, begin + place, likeliest)
+    more = ops.logsumexp(logits)[:, 0]
+    # log(exp(log_sum_exp) + exp(more)), where only the former may be -inf.
+    larger = ops.where(log_sum_exp > more, log_sum_exp, more)
+    log_sum_exp = larger + ops.log1p(ops.exp(-abs(log_sum_exp - more)))
+    return log_sum_exp, own_logit, ops.where(highest > max_logit, highest, max_logit), likeliest
 
 
 def _padded(array: np.ndarray, bucket: int) -> np.ndarray:

@@ -10,24 +10,15 @@ Date: 2026-11-28. Command: `model.generate(ids, past_key_values=cache, max_new_t
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-
-import jax
-
 from xglm_core.plain import use_plain
 from xglm_flax.cache import FlaxXGLMCache
 
 
 def packed(cache: FlaxXGLMCache) -> FlaxXGLMCache:
     """The cache as it goes from step to step: keys and values of one row are [heads, capacity, head_dim]."""
-    return _mapped(cache, lambda states: states[0]) if cache.batch == 1 and not use_plain() else cache
+    return cache.mapped(lambda states: states[0]) if cache.batch == 1 and not use_plain() else cache
 
 
 def unpacked(cache: FlaxXGLMCache) -> FlaxXGLMCache:
     """The cache with the axis of rows again; itself if it has that."""
-    return _mapped(cache, lambda states: states[None]) if cache.keys[0].ndim == 3 else cache
-
-
-def _mapped(cache: FlaxXGLMCache, change: Callable[[jax.Array], jax.Array]) -> FlaxXGLMCache:
-    return dataclasses.replace(cache, keys=tuple(map(change, cache.keys)), values=tuple(map(change, cache.values)))
+    return cache.mapped(lambda states: states[None]) if cache.keys[0].ndim == 3 else cache

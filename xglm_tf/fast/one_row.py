@@ -9,12 +9,15 @@ Date: 2026-11-28. Command: `model.generate(ids, max_new_tokens=49)`, with and wi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
 
 from xglm_core.plain import use_plain
+
+if TYPE_CHECKING:
+    from xglm_tf.cache import TFXGLMCache
 
 
 def slice_update(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
@@ -24,15 +27,11 @@ def slice_update(storage: tf.Tensor, new: tf.Tensor, start: tf.Tensor) -> tf.Ten
     return keras.ops.slice_update(storage, (0, 0, start, 0), new)
 
 
-def packed(layers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`TFXGLMCache.layers` as they go from step to step: those of one row are [heads, capacity, head_dim]."""
-    if layers[0][0].shape[0] != 1 or use_plain():
-        return layers
-    return tuple(tuple(states[0] for states in layer) for layer in layers)
+def packed(cache: TFXGLMCache) -> TFXGLMCache:
+    """The cache as it goes from step to step: keys and values of one row are [heads, capacity, head_dim]."""
+    return cache.mapped(lambda states: states[0]) if cache.batch == 1 and not use_plain() else cache
 
 
-def unpacked(layers: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The layers with the axis of rows again; themselves if they have it."""
-    if layers[0][0].shape.rank == 4:
-        return layers
-    return tuple(tuple(states[None] for states in layer) for layer in layers)
+def unpacked(cache: TFXGLMCache) -> TFXGLMCache:
+    """The cache with the axis of rows again; itself if it has that."""
+    return cache.mapped(lambda states: states[None]) if cache.layers[0][0].shape.rank == 3 else cache
