@@ -10,7 +10,6 @@ from flax import linen as nn
 
 from xglm_core.config import XGLMConfig
 from xglm_flax.cache import Length
-from xglm_flax.fast.dropout import FlaxXGLMDropout
 from xglm_flax.layers import dense, precision
 
 
@@ -39,7 +38,7 @@ class FlaxXGLMAttention(nn.Module):
         self.v_proj = dense(config, width, *types)
         self.q_proj = dense(config, width, *types)
         self.out_proj = dense(config, config.d_model, *types)
-        self.dropout = FlaxXGLMDropout(config.attention_dropout)
+        self.dropout = nn.Dropout(config.attention_dropout)
 
     def keys_and_values(self, states: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[batch, length, d_model] -> what there is to attend to, each [batch, heads, length, head_dim]."""

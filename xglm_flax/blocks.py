@@ -13,7 +13,6 @@ from flax import linen as nn
 from xglm_core.config import XGLMConfig
 from xglm_flax.attention import FlaxXGLMAttention
 from xglm_flax.cache import KeyValue, Length, write
-from xglm_flax.fast.dropout import FlaxXGLMDropout
 from xglm_flax.layers import FlaxXGLMLayerNorm, dense
 from xglm_flax.remat import Remat, remat_policy
 from xglm_flax.stacking import check_layout, check_stackable, stacked, stacked_blocks, unstacked
@@ -120,8 +119,8 @@ class FlaxXGLMDecoderLayer(nn.Module):
         self.fc1 = dense(config, config.ffn_dim, *types)
         self.fc2 = dense(config, config.d_model, *types)
         self.final_layer_norm = FlaxXGLMLayerNorm(*types)
-        self.dropout = FlaxXGLMDropout(config.dropout)
-        self.activation_dropout = FlaxXGLMDropout(config.activation_dropout)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
 
     def __call__(self, states: jax.Array, own: OwnInputs, inputs: BlockInputs) -> tuple[jax.Array, BlockResults]:
         """Runs the block on states [batch, length, d_model]; returns the next states, and all results."""

@@ -18,7 +18,6 @@ from xglm_core.positions import POSITION_OFFSET, position_table
 from xglm_flax.attention import attention_mask_for
 from xglm_flax.blocks import BlockInputs, BlockResults, FlaxXGLMDecoderLayers, OwnInputs
 from xglm_flax.cache import FlaxXGLMCache, Length, extend_cache
-from xglm_flax.fast.dropout import FlaxXGLMDropout
 from xglm_flax.initialization import embedding_init
 from xglm_flax.layers import FlaxXGLMLayerNorm
 from xglm_flax.linen import FlaxXGLMLinenModule
@@ -66,7 +65,7 @@ class FlaxXGLMModule(FlaxXGLMLinenModule):
         self.embed_positions = FlaxXGLMSinusoidalPositionalEmbedding(config)
         self.layers = FlaxXGLMDecoderLayers(config, self.dtype, self.param_dtype, self.scan_layers, self.remat)
         self.layer_norm = FlaxXGLMLayerNorm(self.dtype, self.param_dtype)
-        self.dropout = FlaxXGLMDropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def decode(
         self, inputs: DecoderInputs, cache: FlaxXGLMCache | None, wanted: Wanted, *, deterministic: bool = True
