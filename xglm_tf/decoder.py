@@ -19,7 +19,8 @@ from xglm_tf.attention import attention_mask_for
 from xglm_tf.blocks import TFXGLMDecoderLayer, layer_norm
 from xglm_tf.cache import TFXGLMCache, as_cache, extend_cache
 from xglm_tf.inputs import check_arguments
-from xglm_tf.pretrained import NamedArguments, TFXGLMPreTrainedModel
+from xglm_tf.keras_steps import NamedArguments
+from xglm_tf.pretrained import TFXGLMPreTrainedModel
 
 
 class TFXGLMSinusoidalPositionalEmbedding(keras.layers.Layer):
