@@ -92,7 +92,7 @@ def _write(job: Job, name: str) -> None:
     model = transformers.XGLMForCausalLM.from_pretrained(job.checkpoint).eval()
     config = XGLMConfig.from_pretrained(job.checkpoint)
 
-    class Prefill(torch.nn.Module):  # type: ignore[misc]
+    class Prefill(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -109,7 +109,7 @@ def _write(job: Job, name: str) -> None:
             return logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
 
     class Step(Prefill):
-        def forward(self, ids: Any, positions: Any, past_keys: Any, past_values: Any) -> Any:
+        def forward(self, ids: Any, positions: Any, past_keys: Any, past_values: Any) -> Any:  # type: ignore[override]
             rows, keys, values = ids.shape[0], [], []
             states = model.model.embed_tokens(ids) + model.model.embed_positions.weights[positions + 2]
             for index, block in enumerate(model.model.layers):

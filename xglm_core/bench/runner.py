@@ -209,7 +209,7 @@ def _results(worker: _Worker, limits: dict[str, float]) -> dict[str, Any]:
         if turns[0][name] is not None
     }
     seconds, times = middle["seconds"], [turn["seconds"] for turn in turns]
-    count = middle.get("count", units(job, config))
+    count: Any = middle.get("count", units(job, config))
     line = {
         name: value for name, value in vars(job).items() if name not in ("checkpoint", "work", "vocabulary", "text")
     }

@@ -93,7 +93,7 @@ class Engine(base.Engine):
     def loss(self) -> Run:
         """The loss and the gradients of states and head."""
         states, head, labels = loss_inputs(self.job)
-        given = [self.torch.from_numpy(array).to(self.device).requires_grad_() for array in (states, head)]
+        given: Any = [self.torch.from_numpy(array).to(self.device).requires_grad_() for array in (states, head)]
         targets = self.torch.from_numpy(labels).to(self.device)
 
         def run() -> None:
