@@ -13,6 +13,7 @@ from xglm_core.inputs import (
     check_logits_to_keep,
     check_past_key_values,
     check_positions,
+    check_positions_of,
     check_shapes,
 )
 
@@ -93,6 +94,45 @@ class TestPositions:
         """It would silently read the padding row, or one from the other end."""
         with pytest.raises(InputError, match="position_ids hold -1, expected 0 or more"):
             check_positions(-1, 5, CONFIG)
+
+
+class TestPositionsOfACall:
+    """The table has 61 rows."""
+
+    ROW = np.array([[0] * 9 + [1] * 61])
+    SHORT = np.array([[0] * 10 + [1] * 60])
+
+    @pytest.mark.parametrize(
+        ("position_ids", "attention_mask", "length", "held", "seen"),
+        [
+            (np.array([[0, 60]]), None, 2, None, 0),
+            (None, None, 61, None, 0),
+            (None, ROW, 70, None, 0),  # Padding does not count.
+            (None, None, 1, SHORT, 70),
+            (None, None, 99, None, None),  # Unknown, while a framework traces.
+            (None, "hidden", 99, None, 0),
+        ],
+    )
+    def test_all_of_the_table(self, position_ids, attention_mask, length, held, seen):
+        check_positions_of(CONFIG, self.look, position_ids, attention_mask, length, held, seen)
+
+    @pytest.mark.parametrize(
+        ("position_ids", "attention_mask", "length", "held", "seen", "position"),
+        [
+            (np.array([[0, 61]]), None, 2, None, 0, 61),
+            (None, None, 62, None, 0, 61),
+            (None, np.ones((1, 70)), 70, None, 0, 69),
+            (None, None, 2, SHORT, 70, 61),
+            (None, None, 3, None, 60, 62),
+        ],
+    )
+    def test_past_the_limit(self, position_ids, attention_mask, length, held, seen, position):
+        with pytest.raises(InputError, match=f"position {position} is past the limit of 61 tokens"):
+            check_positions_of(CONFIG, self.look, position_ids, attention_mask, length, held, seen)
+
+    @staticmethod
+    def look(array):
+        return None if isinstance(array, str) else array
 
 
 class TestCache:
