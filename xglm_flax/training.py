@@ -227,7 +227,7 @@ def check_batch(model: FlaxXGLMForCausalLM, batch: Batch) -> None:
             check(part, model.config)
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     for part in _known_parts(mask if positions is None else positions):
-        given = (None, part) if positions is None else (part, None)
+        given: tuple[Any, Any] = (None, part) if positions is None else (part, None)
         check_positions_of(model.config, np.asarray, *given, shapes["input_ids"][1])
 
 
