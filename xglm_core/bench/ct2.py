@@ -111,8 +111,8 @@ class Engine(base.Engine):
         )
         return [result.sequences_ids[0] for result in results]
 
-    @staticmethod
-    def _named(rows: Any) -> list[list[str]]:
+    def _named(self, rows: Any) -> list[list[str]]:
+        assert self.model is not None  # It is loaded now, not in the first run.
         return [[f"t{token}" for token in row] for row in rows]
 
 
