@@ -19,6 +19,7 @@ from xglm_core.errors import InputError
 from xglm_core.keywords import writes
 from xglm_core.resizing import check_embeddings, take_sizes
 from xglm_core.surface import DUMMY_IDS, ModelSurface
+from xglm_torch.fast.frozen import freeze
 from xglm_torch.fast.linear import FastLinear, make_plain
 from xglm_torch.int8 import become_int8, is_int8, refuse_int8
 from xglm_torch.weights import (
@@ -82,6 +83,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         quantization: str | None = None,
         device_map: Any = None,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        inference: bool = False,
         **options: Any,
     ) -> Self:
         """Loads a checkpoint, in inference mode (`eval()`).
@@ -96,6 +98,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
             device_map: the one device to move the model to, also as `{"": device}`; "auto" is the accelerator, if there
                 is one, and the CPU otherwise.
             state_dict: the weights to take in place of the checkpoint's, by the names of `model.state_dict()`.
+            inference: whether to freeze the model, see `freeze`.
             options: which revision of a repository, and how it is downloaded: see `HubOptions`; a whole `config`, or
                 keys of the configuration whose value is to be another one; and what transformers takes: see
                 `xglm_core.keywords`.
@@ -117,7 +120,7 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
             model = cls(loading.config_of(pretrained_model_name_or_path))
             model.load_state_dict(state_dict)
             model.to(device, getattr(torch, float_type(loading.dtype or "float32").name))
-            return loading.with_info(model.eval())
+            return loading.with_info(model.freeze() if inference else model.eval())
         checkpoint = loading.open(pretrained_model_name_or_path)
         plan = plan_loading(
             checkpoint, with_head=cls.has_head, dtype=loading.dtype or "float32", int8=True if quantization else None
@@ -127,7 +130,18 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         model._follow_checkpoint(plan, str(pretrained_model_name_or_path))
         load_weights(model, plan)
         model.tie_weights()
-        return loading.with_info((model if device is None else model.to(device)).eval())
+        model = model if device is None else model.to(device)
+        return loading.with_info(model.freeze() if inference else model.eval())
+
+    def freeze(self) -> Self:
+        """Makes inference on a CPU faster, in place, and returns the model, in inference mode.
+
+        Weights move from the mapped file into memory, in pages of 2 MB where the system has them, and each
+        self-attention computes queries, keys and values by one product. Parameters, their names and values stay:
+        saving, resizing, and training after `train()`, work as before. It takes a second or two for 2 GB.
+        """
+        freeze(self)
+        return self.eval()
 
     @classmethod
     def _from_config(cls, config: Any, *, dtype: Any = None, **options: Any) -> Self:

@@ -31,7 +31,7 @@ def linear_layer(width: int, new_width: int, bias: bool = True) -> nn.Linear:
 def make_plain(model: nn.Module) -> None:
     """Makes all fast layers of a model plain ones, for tools that know linear layers by their exact type."""
     for module in model.modules():
-        if type(module) is FastLinear:
+        if isinstance(module, FastLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
