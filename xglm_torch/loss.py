@@ -95,7 +95,7 @@ def has_plain_weight(head: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _is_linear(head: nn.Module | torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer without bias, of no other class."""
-    return type(head) in (nn.Linear, FastLinear) and head.bias is None
+    return isinstance(head, nn.Linear) and type(head) in (nn.Linear, FastLinear) and head.bias is None
 
 
 def _by_weight(
