@@ -69,6 +69,11 @@ class XGLMScaledWordEmbedding(nn.Embedding):
         self.weight_scale: torch.Tensor | None
         self.register_buffer("weight_scale", None)  # That of each row, if the table is int8.
 
+    def reset_parameters(self) -> None:
+        """Draws a weight, unless it is on the meta device: see `XGLMPreTrainedModel.init_weights`."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, length, d_model] for ids [batch, length]."""
         rows = super().forward(input_ids)

@@ -364,7 +364,12 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws matrices from N(0, init_std) and zeroes biases and the padding row of the embedding."""
+        """Draws matrices from N(0, init_std) and zeroes biases and the padding row of the embedding.
+
+        Does nothing on the meta device, where PyTorch would import its compiler for the draws.
+        """
+        if next(self.parameters()).is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, self.config.init_std)

@@ -194,3 +194,15 @@ def test_unknown_backend():
     for function in (require_frameworks, load_backend):
         with pytest.raises(BackendError, match="no backend 'keras'; expected one of torch, tf, flax"):
             function("keras")
+
+
+def test_loading_in_pytorch_leaves_its_compiler_alone():
+    """Its import takes as long as that of PyTorch itself; a draw on the meta device would have it imported."""
+    needs("torch")
+    code = """
+import json, sys
+from xglm_torch import XGLMForCausalLM
+XGLMForCausalLM.from_pretrained("examples/tiny_model/checkpoint")
+print(json.dumps("torch._dynamo" in sys.modules))
+"""
+    assert run(code) is False
