@@ -163,7 +163,9 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     import matplotlib
 
     found = growths(lines)
-    with matplotlib.rc_context({"svg.hashsalt": "xglm", "font.size": 9, "axes.spines.top": False}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "xglm", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+    ):
         figure = _growth_figure(found) if found else _bar_figure(lines)
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
 
