@@ -64,7 +64,7 @@ def causal_lm_loss(
         more = tf.cast(tf.shape(states)[0] == 0, tf.int32)
         states = tf.pad(states, ((0, more), (0, 0)))
         targets, loss_weights = tf.pad(targets, ((0, more),)), tf.pad(loss_weights, ((0, more),))
-    loss, surprisal, correct = (_sums_eager if tf.executing_eagerly() else _sums_traced)(
+    sums = (_sums_eager if tf.executing_eagerly() else _sums_traced)(
         states,
         matrix,
         targets,
@@ -81,7 +81,8 @@ def causal_lm_loss(
         train_head=train_head,
         xla=compiles(),
     )
-    return LossOutput(loss, tf.stop_gradient(surprisal), tf.stop_gradient(correct), tf.stop_gradient(count))
+    surprisal, correct, count = map(tf.stop_gradient, (sums[1], sums[2], count))
+    return LossOutput(sums[0], surprisal, correct, count)
 
 
 def counted_labels(labels: tf.Tensor, attention_mask: tf.Tensor | None) -> tf.Tensor:
@@ -108,24 +109,30 @@ def targets_and_weights(labels: tf.Tensor, weights: tf.Tensor | None) -> tuple[t
 
 
 def _sums(
-    states: tf.Tensor, matrix: tf.Tensor, targets: tf.Tensor, loss_weights: tf.Tensor, scale: tf.Tensor, **static: Any
-) -> tuple[tf.Tensor, ...]:
-    """Loss, surprisal and number of correct predictions, with the gradients of the first; see `_in_chunks`."""
-    training = static.pop("training")
-    train_head = static.pop("train_head")
+    states: tf.Tensor,
+    matrix: tf.Tensor,
+    targets: tf.Tensor,
+    loss_weights: tf.Tensor,
+    scale: tf.Tensor,
+    *,
+    training: bool,
+    train_head: bool,
+    **static: Any,
+) -> tf.Tensor:
+    """Loss, surprisal and number of correct predictions [3], with the gradients of the first; see `_in_chunks`."""
 
     @tf.custom_gradient
-    def sums(states: tf.Tensor, matrix: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], Callable[..., Any]]:
+    def sums(states: tf.Tensor, matrix: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
         run = functools.partial(_in_chunks, states, matrix, targets, loss_weights, scale, **static)
-        results, gradients = run(with_gradients=training, with_head=training and train_head)
+        results, *gradients = run(with_gradients=training, with_head=training and train_head)
         # A persistent tape would keep what second derivatives of these need, all logits among it.
-        gradients = tuple(map(tf.stop_gradient, gradients))
+        gradients = list(map(tf.stop_gradient, gradients))
 
-        def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
-            grad_states, *grad_head = gradients or run(with_gradients=True, with_head=train_head)[1]
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
+            grad_states, *grad_head = gradients or run(with_gradients=True, with_head=train_head)[1:]
             # Scaled in float32: in float16 they might be 0 before a loss scale takes effect.
-            grad_states = tf.cast(grad_states * upstream, states.dtype)
-            return _final(grad_states), _final(tf.cast(grad_head[0] * upstream, matrix.dtype)) if grad_head else None
+            grad_states = tf.cast(grad_states * upstream[0], states.dtype)
+            return _final(grad_states), _final(tf.cast(grad_head[0] * upstream[0], matrix.dtype)) if grad_head else None
 
         return results, gradient
 
@@ -165,7 +172,7 @@ def _in_chunks(
     with_gradients: bool,
     with_head: bool,
     **options: float,
-) -> tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]:
+) -> tuple[tf.Tensor, ...]:
     """The sums over all positions, a chunk of them at a time.
 
     Args:
@@ -182,64 +189,56 @@ def _in_chunks(
         options: see `LossOptions`.
 
     Returns:
-        Loss, surprisal and correct predictions, float32 scalars; and the gradients that were asked for, in float32.
+        Loss, surprisal and correct predictions [3]; then the gradients that were asked for; all in float32.
     """
-    positions = keras.ops.shape(states)[0]
-    vocab_size, width = shape if tied else shape[::-1]
+    positions, width = keras.ops.shape(states)[0], shape[1 if tied else 0]
     # A product of bfloat16 with a float32 result is unknown to TensorFlow. (Nothing happens to a float32 matrix.)
     matrix = tf.cast(matrix, tf.float32)
-    needed = loss_weights != 0
     size = min(chunk, positions) if isinstance(positions, int) else tf.minimum(chunk, positions)
-    chunks = -(-positions // size)
-    # What counts comes first, in order; then the rest, which no chunk in use meets but the last.
-    numbers = tf.range(positions)
-    order = tf.sort(tf.where(needed, numbers, numbers + positions)) % positions
-    places = tf.reshape(tf.pad(order, ((0, chunks * size - positions),)), (chunks, size))
+    chunks, needed = -(-positions // size), loss_weights != 0
+    places = tf.reshape(tf.pad(_counting_first(needed), ((0, chunks * size - positions),)), (chunks, size))
     counting = tf.math.count_nonzero(needed, dtype=tf.int32)
 
-    def step(index: tf.Tensor, loss: tf.Tensor, surprisal: tf.Tensor, correct: tf.Tensor, *sums: tf.Tensor) -> Any:
-        """One chunk; the first is given no sums of gradients."""
-        with tf.control_dependencies(sums):  # Else two chunks' logits would be there at a time.
+    def step(index: tf.Tensor, sums: tf.Tensor, *gradients: tf.Tensor) -> Any:
+        """One chunk; the first is given no gradients."""
+        with tf.control_dependencies(gradients):  # Else two chunks' logits would be there at a time.
             place = places[index]
         counts = index * size + tf.range(size) < counting
         rows = tf.cast(tf.gather(states, place), tf.float32)
         # A state that does not count may be anything.
-        columns = tf.where(counts, tf.transpose(rows), 0.0)
-        rows = tf.where(counts[:, None], rows, 0.0)
+        columns, rows = tf.where(counts, tf.transpose(rows), 0.0), tf.where(counts[:, None], rows, 0.0)
         weights = tf.where(counts, tf.gather(loss_weights, place), 0.0)
         target = tf.gather(targets, place)
-        (of_loss, of_surprisal, of_correct), *gradients = _chunk(
-            matrix, columns, target, weights, scale, tied, vocab_size, with_gradients, **options
-        )
-        results = index + 1, loss + of_loss, surprisal + of_surprisal, correct + of_correct
+        new, *of_logits = _chunk(matrix, columns, target, weights, scale, tied, with_gradients, **options)
         if not with_gradients:
-            return results
-        grad_logits, grad_own, grad_rows = gradients
-        grad_states, *grad_head = sums or [tf.zeros((chunks, size, width))]
-        grad_states = tf.tensor_scatter_nd_update(grad_states, [[index]], grad_rows[None])
+            return index + 1, sums + new
+        grad_logits, grad_own, grad_rows = of_logits
+        grad_states, *grad_head = gradients or [tf.zeros((chunks, size, width))]
+        results = index + 1, sums + new, tf.tensor_scatter_nd_update(grad_states, [[index]], grad_rows[None])
         if not with_head:
-            return *results, grad_states
-        if grad_head:
-            grad_matrix = product_added(grad_head[0], grad_logits, rows, xla=xla)
-        else:
-            grad_matrix = tf.matmul(grad_logits, rows)
-        return *results, grad_states, rows_added(grad_matrix, target, grad_own * rows, xla=xla)
+            return results
+        added: Any = functools.partial(product_added, grad_head[0], xla=xla) if grad_head else tf.matmul
+        grad_matrix = added(grad_logits, rows)
+        return *results, rows_added(grad_matrix, target, grad_own * rows, xla=xla)
 
-    nothing = tf.constant(0.0)
-    results = step(tf.constant(0), nothing, nothing, nothing)
+    results = step(tf.constant(0), tf.zeros(3))
     if not isinstance(chunks, int) or chunks > 1:
         used = -(-counting // size)
         results = tf.while_loop(lambda index, *_: index < used, step, results, parallel_iterations=1)
-    _, loss, surprisal, correct, *sums = results
-    if not with_gradients:
-        return (loss, surprisal, correct), ()
-    # Back in the order of the positions.
-    rank = tf.maximum(tf.cumsum(tf.cast(needed, tf.int32)) - 1, 0)
-    grad_states = tf.gather(tf.reshape(sums[0], (chunks * size, width)), rank)
-    computed = [tf.where(needed[:, None], grad_states, 0.0)]
-    if with_head:
-        computed.append(sums[1] if tied else tf.transpose(sums[1]))
-    return (loss, surprisal, correct), tuple(computed)
+    _, sums, *gradients = results
+    if with_gradients:  # Back in the order of the positions.
+        rank = tf.maximum(tf.cumsum(tf.cast(needed, tf.int32)) - 1, 0)
+        grad_states = tf.gather(tf.reshape(gradients[0], (chunks * size, width)), rank)
+        gradients[0] = tf.where(needed[:, None], grad_states, 0.0)
+    if with_head and not tied:
+        gradients[1] = tf.transpose(gradients[1])
+    return sums, *gradients
+
+
+def _counting_first(needed: tf.Tensor) -> tf.Tensor:
+    """The positions, int32: first those that are needed, in order; then the rest, which only the last chunk meets."""
+    numbers, positions = tf.range(tf.size(needed)), tf.size(needed)
+    return tf.sort(tf.where(needed, numbers, numbers + positions)) % positions
 
 
 def _chunk(
@@ -249,12 +248,11 @@ def _chunk(
     weights: tf.Tensor,
     scale: tf.Tensor,
     tied: bool,
-    vocab_size: int,
     with_gradients: bool,
     *,
     smoothing: float,
     z_loss: float,
-) -> tuple[Any, ...]:
+) -> tuple[tf.Tensor, ...]:
     """The sums over one chunk.
 
     Args:
@@ -262,14 +260,12 @@ def _chunk(
         columns: states, float32 [d_model, size]. TensorFlow would undo a transpose right before the product.
         target: int32 [size].
         weights: of the targets, float32 [size].
-        vocab_size: rows of the logits.
         with_gradients: whether to return more than sums.
         smoothing, z_loss: see `LossOptions`.
 
     Returns:
-        Loss, surprisal and correct predictions, float32 scalars. `with_gradients` also the gradient of the logits
-        [vocab_size, size], but for what is due to the target's own; this [size, 1]; and that of the states
-        [size, d_model].
+        Loss, surprisal and correct predictions [3]. `with_gradients` also the gradient of the logits [vocab_size,
+        size], but for what is due to the target's own; this [size, 1]; and that of the states [size, d_model].
     """
     # The vocabulary comes first, for which the products are faster, and parts of it lie together in memory.
     logits = tf.matmul(matrix, columns, transpose_a=not tied)
@@ -282,17 +278,15 @@ def _chunk(
     sum_exp = tf.reduce_sum(exp_logits, axis=0)
     log_sum_exp = max_logit + tf.math.log(sum_exp)
     losses = log_sum_exp - (1 - smoothing) * own_logit - smoothing * mean + z_loss * log_sum_exp**2
-    sums = (
-        scale * tf.reduce_sum(weights * losses),
-        tf.reduce_sum(weights * (log_sum_exp - own_logit)),
-        tf.reduce_sum(tf.where(own_logit == max_logit, weights, 0.0)),
-    )
+    correct = tf.cast(own_logit == max_logit, tf.float32)
+    of_positions = tf.stack([losses, log_sum_exp - own_logit, correct])
+    sums = tf.reduce_sum(weights * of_positions, axis=1) * tf.stack([scale, 1.0, 1.0])
     if not with_gradients:
         return (sums,)
     weights *= scale
     grad_logits = exp_logits * (weights * (1 + 2 * z_loss * log_sum_exp) / sum_exp)
     if smoothing:
-        grad_logits -= weights * smoothing / vocab_size
+        grad_logits -= weights * smoothing / tf.cast(tf.shape(logits)[0], tf.float32)
     # What is due to the target's own logit is added in rows: to change single elements would copy all of them.
     grad_own = (weights * (smoothing - 1))[:, None]
     own_rows = tf.gather(matrix, target) if tied else tf.transpose(tf.gather(matrix, target, axis=1))

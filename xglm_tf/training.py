@@ -23,7 +23,7 @@ from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_tf.cache import TFXGLMCache, as_cache
 from xglm_tf.inputs import are_arrays, batches_in_tuples, check_arguments, check_batch, check_head_arguments
 from xglm_tf.loss import causal_lm_loss, counted_labels, targets_and_weights
-from xglm_tf.tying import table_and_head
+from xglm_tf.tying import with_one_gradient
 
 _BUILT_IN = ("accuracy", "acc", "perplexity")  # In `compile`, the names of what is there in any case.
 
@@ -382,27 +382,24 @@ def decode_with_loss(
 
     In training, the two uses of a tied matrix have one gradient. Nothing is checked.
     """
-    embedding, head = model.model.embed_tokens, model.lm_head
-    matrix = embedding.embeddings if head is None else head.kernel
-    both = None
-    if training and labels is not None and head is None and inputs.inputs_embeds is None:
-        both = table_and_head(embedding, inputs.input_ids)
-    if both is not None:
-        inputs = inputs._replace(input_ids=None, inputs_embeds=embedding.scaled(both[0]))
-    results = model.model(inputs, cache, wanted, training=training)
     if labels is None:
-        return results, None
-    return results, causal_lm_loss(
+        return model.model(inputs, cache, wanted, training=training), None
+    mask, head = inputs.attention_mask, model.model.embed_tokens.embeddings if model.lm_head is None else model.lm_head
+    if training:
+        inputs, head = with_one_gradient(model, inputs)
+    results = model.model(inputs, cache, wanted, training=training)
+    loss = causal_lm_loss(
         results.last_hidden_state,
-        both[1] if both is not None else matrix if head is None else head,
-        counted_labels(labels, inputs.attention_mask),
+        head,
+        counted_labels(labels, mask),
         num_items_in_batch,
         options=model.loss_options,
         weights=weights,
         training=training,
         # With an adapter, the matrix is a sum.
-        train_head=getattr(matrix, "trainable", True),
+        train_head=getattr(getattr(head, "kernel", head), "trainable", True),
     )
+    return results, loss
 
 
 def _by_name(method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

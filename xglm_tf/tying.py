@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import keras
 import tensorflow as tf
 
+from xglm_core.calls import DecoderInputs
 from xglm_tf.fast.adding import compiles, rows_added
 
 
-def table_and_head(embedding: keras.layers.Embedding, ids: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor] | None:
-    """Rows of the matrix for ids [batch, length], and the matrix as the loss of the same call is to read it.
+def with_one_gradient(model: Any, inputs: DecoderInputs) -> tuple[DecoderInputs, Any]:
+    """The inputs of a training call with labels, and what its loss is to read: a `Dense` head, or the tied matrix.
 
-    The gradient of the rows is then added in place to that of the loss. None where each use is to have a gradient of
-    its own.
+    If the matrix is tied, the gradient of the rows that are looked up is added in place to that of the loss.
 
     Differs: each use has a gradient of its own in two cases more than in `xglm_torch.tying.with_one_gradient`: outside
     a `tf.function`, where the tape holds the gradient of the loss, which thus cannot be written to; and in other types
     than float32, where the lookup reads another matrix than the loss.
     """
-    if ids is None or tf.executing_eagerly() or embedding.lora_enabled or not embedding.embeddings.trainable:
-        return None
-    if embedding.compute_dtype != "float32" or embedding.variable_dtype != "float32":
-        return None
-    rows, head = _both(tf.convert_to_tensor(embedding.embeddings), tf.cast(ids, tf.int32), xla=compiles())
-    return rows, head
+    embedding, ids = model.model.embed_tokens, inputs.input_ids
+    if model.lm_head is not None:
+        return inputs, model.lm_head
+    is_plain = embedding.compute_dtype == embedding.variable_dtype == "float32" and not embedding.lora_enabled
+    if ids is None or tf.executing_eagerly() or not is_plain or not embedding.embeddings.trainable:
+        return inputs, embedding.embeddings
+    rows, matrix = _both(tf.convert_to_tensor(embedding.embeddings), tf.cast(ids, tf.int32), xla=compiles())
+    return inputs._replace(input_ids=None, inputs_embeds=embedding.scaled(rows)), matrix
 
 
 def _uses(matrix: tf.Tensor, ids: tf.Tensor, *, xla: bool) -> tuple[tf.Tensor, tf.Tensor]:
