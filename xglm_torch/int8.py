@@ -8,6 +8,7 @@ Differs: TF and Flax make floats of such a matrix when they load it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +16,37 @@ import torch.nn.functional as F
 from torch import nn
 
 from xglm_core.errors import InputError
-from xglm_torch.fast.int8 import int8_product, rows_at_a_time
+from xglm_torch.fast.int8 import Packed, int8_product, rows_at_a_time
 from xglm_torch.recording import is_watched
 
 
 class Int8Linear(nn.Linear):
-    """A linear layer with `weight`, int8 [out, in], and `weight_scale` [out, 1]. See `become_int8`."""
+    """A linear layer with `weight`, int8 [out, in], and `weight_scale` [out, 1]. See `become_int8`.
+
+    Attributes:
+        packed: the matrix as the fast form for few rows reads it, or None.
+    """
 
     weight_scale: torch.Tensor
+    packed: Packed | None = None
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return int8_linear(states, self.weight, self.weight_scale, self.bias)
+        product = int8_linear(states, self.weight, self.weight_scale, self.bias, self.packed)
+        self.release()
+        return product
+
+    def release(self) -> None:
+        """Frees the memory of the matrix, if that is a view of a file and there is another form of it."""
+        if self.packed is not None and self.packed.is_of(self.weight):
+            self.packed.release()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """Moves or converts the layer; the fast form is for float32 on a CPU."""
+        super()._apply(fn, recurse)
+        if not self.weight.is_cpu or self.weight_scale.dtype != torch.float32:
+            self.packed = None
+        return self
 
 
 def become_int8(layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> None:
@@ -58,15 +78,19 @@ def refuse_int8(model: nn.Module, action: str) -> None:
 
 
 def int8_linear(
-    states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """`F.linear` with a matrix of int8 whose rows have scales. Only the states and the bias have gradients."""
     if is_watched():
         return F.linear(states, weight.to(scale.dtype) * scale, bias)
     if torch.is_grad_enabled() and states.requires_grad:
-        product = _Product.apply(states, weight, scale)
+        product = _Product.apply(states, weight, scale, packed)
     else:
-        product = int8_product(states, weight, scale)
+        product = int8_product(states, weight, scale, packed)
     return product if bias is None else product + bias
 
 
@@ -74,9 +98,11 @@ class _Product(torch.autograd.Function):
     """The product without its bias; nothing but the int8 matrix is kept for the gradient of the states."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, packed: Packed | None
+    ) -> torch.Tensor:
         ctx.save_for_backward(weight, scale)
-        return int8_product(states, weight, scale)
+        return int8_product(states, weight, scale, packed)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -86,4 +112,4 @@ class _Product(torch.autograd.Function):
         for begin in range(0, len(weight), step):
             rows = slice(begin, begin + step)
             total += grad[..., rows] @ (weight[rows].to(grad.dtype) * scale[rows].to(grad.dtype))
-        return total, None, None
+        return total, None, None, None

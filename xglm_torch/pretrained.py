@@ -29,6 +29,7 @@ from xglm_torch.weights import (
     first_process_reads,
     load_weights,
     local_name,
+    pack_weights,
     parameters_dtype,
     read_weight,
     reshard,
@@ -130,6 +131,8 @@ class XGLMPreTrainedModel(ModelSurface, nn.Module):
         model._follow_checkpoint(plan, str(pretrained_model_name_or_path))
         load_weights(model, plan)
         model.tie_weights()
+        if device is None or device.type == "cpu":
+            pack_weights(model, plan)
         model = model if device is None else model.to(device)
         return loading.with_info(model.freeze() if inference else model.eval())
 

@@ -85,6 +85,7 @@ def _logit_blocks(head: nn.Module, states: torch.Tensor) -> Iterator[tuple[int, 
         for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
             rows = slice(begin, begin + engine.TILE_VOCABULARY)
             yield begin, int8_linear(states, head.weight[rows], head.weight_scale[rows]).float()
+            head.release()
     elif has_plain_weight(head):
         for begin in range(0, len(head.weight), engine.TILE_VOCABULARY):
             yield begin, product(states, head.weight[begin : begin + engine.TILE_VOCABULARY]).float()

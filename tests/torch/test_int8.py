@@ -15,7 +15,7 @@ from xglm_core.compare.oracle import checkpoint_reader, forward
 from xglm_core.errors import InputError
 from xglm_core.weight_names import EMBEDDING, HEAD
 from xglm_torch import XGLMForCausalLM, XGLMModel
-from xglm_torch.fast.int8 import int8_product, plain_product
+from xglm_torch.fast.int8 import Packed, int8_product, plain_product
 
 UNTIED = changed(CONFIG, tie_word_embeddings=False)
 TENSOR = torch.from_numpy(IDS)
@@ -212,3 +212,85 @@ class TestTheModel:
         found = safetensors.numpy.load_file(tmp_path / "int8" / "model.safetensors")
         assert found[HEAD].dtype == np.int8
         assert not np.array_equal(found[HEAD], found[EMBEDDING])
+
+
+class TestPacked:
+    """The form for few rows: three digits of 7 bits for each state."""
+
+    @staticmethod
+    def layer(rows, width):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randint(-127, 128, (rows, width), dtype=torch.int8, generator=generator)
+        return weight, torch.rand(rows, 1, generator=generator) / 1000, generator
+
+    @pytest.mark.parametrize("rows", [1, 2, 16])
+    @pytest.mark.parametrize("shape", [(53, 35), (131, 35), (64, 1024), (1000, 4096), (9, 3)])
+    def test_as_good_as_floats(self, rows, shape):
+        weight, scale, generator = self.layer(*shape)
+        states = torch.randn(rows, shape[1], generator=generator)
+        states[:, 1] *= 20
+        states[0, 0] = 0
+        expected = states.double() @ (weight.double() * scale.double()).T
+        found = int8_product(states, weight, scale, Packed(weight))
+        assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+    def test_extremes(self):
+        weight = torch.full((8, 4096), 127, dtype=torch.int8)
+        weight[1::2] *= -1
+        states = torch.ones(2, 4096)
+        states[1] = -1
+        found = int8_product(states, weight, torch.ones(8, 1), Packed(weight))
+        expected = states.double() @ weight.double().T
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert torch.equal(
+            int8_product(torch.zeros(2, 4096), weight, torch.ones(8, 1), Packed(weight)), torch.zeros(2, 8)
+        )
+        tiny = int8_product(states * 1e-30, weight, torch.ones(8, 1), Packed(weight))
+        np.testing.assert_allclose(tiny, expected * 1e-30, rtol=1e-5)
+
+    def test_what_is_not_finite_is_seen(self):
+        weight, scale, _ = self.layer(8, 16)
+        states = torch.ones(2, 16)
+        states[0, 3] = torch.nan
+        found = int8_product(states, weight, scale, Packed(weight))
+        assert found[0].isnan().all()
+        assert found[1].isfinite().all()
+
+    def test_in_parts(self, monkeypatch):
+        monkeypatch.setattr("xglm_torch.fast.int8._PART_ELEMENTS", 350)
+        weight, scale, generator = self.layer(53, 35)
+        states = torch.randn(2, 3, 35, generator=generator)
+        packed = Packed(weight)
+        assert len(packed.parts) == 6
+        torch.testing.assert_close(
+            int8_product(states, weight, scale, packed), plain_product(states, weight, scale), rtol=0, atol=1e-5
+        )
+
+    def test_it_is_left_alone_once_the_matrix_has_changed(self, model):
+        layer = model.model.layers[0].fc1
+        assert layer.packed.is_of(layer.weight)
+        states = torch.randn(1, 35)
+        with torch.no_grad():
+            before = layer(states)
+            layer.weight.neg_()
+            torch.testing.assert_close(layer(states) - layer.bias, layer.bias - before, rtol=0, atol=1e-5)
+        assert not layer.packed.is_of(layer.weight)
+
+    def test_copies_and_pickles(self, model, tmp_path):
+        expected = logits(model)
+        torch.save(model, tmp_path / "model.pt")
+        for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            np.testing.assert_allclose(logits(other), expected, rtol=0, atol=2e-5)
+            assert other.generate(TENSOR, max_new_tokens=3).shape == (2, 14)
+
+    def test_frozen(self, model, folders):
+        expected = logits(model)
+        frozen = XGLMForCausalLM.from_pretrained(folders[1], inference=True)
+        assert frozen.lm_head.packed.is_of(frozen.lm_head.weight)
+        np.testing.assert_allclose(logits(frozen), expected, rtol=0, atol=2e-5)
+
+    def test_plain_forms(self, folders, monkeypatch, model):
+        monkeypatch.setenv("XGLM_PLAIN", "1")
+        plain = XGLMForCausalLM.from_pretrained(folders[1])
+        assert plain.lm_head.packed is None
+        np.testing.assert_allclose(logits(plain), logits(model), rtol=0, atol=2e-5)

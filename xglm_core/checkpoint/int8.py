@@ -68,7 +68,8 @@ def row_scales(rows: np.ndarray) -> np.ndarray:
     """The scales of float32 rows [rows, in]: float32 [rows, 1], positive, or not finite where a row is not."""
     largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
     # Of rows of zeros, any positive scale does. With smaller ones, integers would not fit into 8 bits.
-    return np.maximum(largest / np.float32(_LARGEST), np.finfo(np.float32).tiny)[:, None]
+    scales: np.ndarray = np.maximum(largest / np.float32(_LARGEST), np.finfo(np.float32).tiny)
+    return scales[:, None]
 
 
 def converted_by_rows(
@@ -84,5 +85,6 @@ def converted_by_rows(
     if scales is None:
         return convert(values, source, target)
     if target is INT8:
-        return np.rint(convert(values, source, FLOAT32) / scales).astype(np.int8)
+        integers: np.ndarray = np.rint(convert(values, source, FLOAT32) / scales)
+        return integers.astype(np.int8)
     return convert(np.multiply(values, scales, dtype=np.float32), FLOAT32, target)

@@ -41,7 +41,8 @@ def freeze(model: nn.Module) -> None:
             if all(_is_plain(layer) for layer in layers):
                 moved |= _join(layers)
     for parameter in set(model.parameters()) - moved:
-        if parameter.is_cpu and type(parameter) is nn.Parameter:
+        is_ours = type(parameter) is nn.Parameter and parameter.is_floating_point()  # Those of int8 have another form.
+        if parameter.is_cpu and is_ours:
             parameter.data = _in_large_pages(parameter.data)
 
 
