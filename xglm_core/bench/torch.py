@@ -93,11 +93,11 @@ class Engine(base.Engine):
     def loss(self) -> Run:
         """The loss and the gradients of states and head."""
         states, head, labels = loss_inputs(self.job)
-        given: Any = [self.torch.from_numpy(array).to(self.device).requires_grad_() for array in (states, head)]
+        given = [self.torch.from_numpy(array).to(self.device).requires_grad_() for array in (states, head)]
         targets = self.torch.from_numpy(labels).to(self.device)
 
         def run() -> None:
-            self.loss_of(*given, targets).backward()
+            self.loss_of(given[0], given[1], targets).backward()
             for tensor in given:
                 tensor.grad = None
             self._wait()
