@@ -295,5 +295,4 @@ def position_ids_for(mask: tf.Tensor, past: tf.Tensor, length: int | tf.Tensor) 
     """Counts each row's tokens that are not padding: [batch, length]; padding repeats the position before it."""
     counts = tf.maximum(tf.cumsum(tf.cast(mask, tf.int32), axis=1) - 1, 0)
     # A slice would do, but XLA would compile it anew for each value of `past`.
-    new = past + tf.range(length)
-    return tf.gather(counts, tf.minimum(new, keras.ops.shape(mask)[1] - 1), axis=1)
+    return tf.gather(counts, tf.minimum(past + tf.range(length), keras.ops.shape(mask)[1] - 1), axis=1)
