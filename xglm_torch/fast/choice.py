@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ def _ratio(kind: str) -> float:
 def _measured(rows: int) -> float:
     """The quotient of the best of three times, taken in turn."""
     states, weights = torch.ones(rows, _WIDTH), torch.ones(_MATRICES if rows <= _FEW else 1, _HEIGHT, _WIDTH)
-    best = {}
+    best: dict[Any, float] = {}
     for turn in range(4):  # The first one prepares.
         for product in (F.linear, _onednn):
             start = time.perf_counter()
