@@ -1,6 +1,7 @@
 """Models with matrices of int8: what they compute, and which operations work on them or are refused."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -288,6 +289,11 @@ class TestPacked:
         frozen = XGLMForCausalLM.from_pretrained(folders[1], inference=True)
         assert frozen.lm_head.packed.is_of(frozen.lm_head.weight)
         np.testing.assert_allclose(logits(frozen), expected, rtol=0, atol=2e-5)
+
+    def test_loading_leaves_the_filters_of_warnings_alone(self, folders):
+        before = list(warnings.filters)
+        XGLMForCausalLM.from_pretrained(folders[1])
+        assert warnings.filters == before
 
     def test_plain_forms(self, folders, monkeypatch, model):
         monkeypatch.setenv("XGLM_PLAIN", "1")

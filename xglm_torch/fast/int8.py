@@ -15,6 +15,7 @@ Command: `xglm bench decode-1 --backend torch --quantization int8`, with and wit
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ from xglm_torch.fast.linear import linear
 _CPU_ELEMENTS, _GPU_ELEMENTS = 2**20, 2**26
 _FEW_ROWS = 16
 _PART_ELEMENTS = 2**25  # In FBGEMM's order at a time, as the copies in between take memory.
+_ALONE = threading.Lock()  # Filters of warnings are those of all threads.
 _ZERO = 64  # What stands for 0 in a digit: FBGEMM takes those from 1 to 127.
 _MULTIPLY = "linear_with_input_q_dq_qweight_dq_output_fp32"
 _BASE, _LARGEST = 126.0, 63.0  # Digits are from -63 to 63.
@@ -51,7 +53,7 @@ class Packed:
         if weight is not None:
             self.version = weight._version
             for rows in weight.split(max(1, _PART_ELEMENTS // weight.shape[1])):
-                with warnings.catch_warnings():  # That PyTorch means to remove them; `can_pack` then says no.
+                with _ALONE, warnings.catch_warnings():  # That PyTorch means to remove them; `can_pack` then says no.
                     warnings.simplefilter("ignore")
                     integers = torch._make_per_tensor_quantized_tensor(rows, 1.0, 0)
                 self.parts.append(torch.ops.quantized.linear_prepack(integers, None))
