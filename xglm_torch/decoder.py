@@ -64,15 +64,11 @@ class XGLMScaledWordEmbedding(nn.Embedding):
     """
 
     def __init__(self, config: XGLMConfig) -> None:
-        super().__init__(config.vocab_size, config.d_model)
+        # Zeros, as `XGLMPreTrainedModel.init_weights` draws; not on the meta device, see there.
+        super().__init__(config.vocab_size, config.d_model, _weight=torch.zeros(config.vocab_size, config.d_model))
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.weight_scale: torch.Tensor | None
         self.register_buffer("weight_scale", None)  # That of each row, if the table is int8.
-
-    def reset_parameters(self) -> None:
-        """Draws a weight, unless it is on the meta device: see `XGLMPreTrainedModel.init_weights`."""
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, length, d_model] for ids [batch, length]."""
