@@ -155,7 +155,7 @@ class TFXGLMMainLayer(TFXGLMDecoderCall):
     def build(self, input_shape: Any = None) -> None:
         """Creates the variables, in the order of the weights in a checkpoint."""
         for layer in self._flatten_layers(include_self=False, recursive=False):
-            layer.build((None, None, self.config.d_model))
+            layer.build((None, None) if layer is self.embed_tokens else (None, None, self.config.d_model))
 
     def decode(
         self, inputs: DecoderInputs, cache: TFXGLMCache | None, wanted: Wanted, *, training: bool = False
