@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xglm_torch.fast import choice
+from xglm_torch.fast.linear import linear
 
 LARGE, SMALL = choice._SMALL, choice._SMALL - 1  # Elements of a matrix.
 
@@ -24,6 +25,7 @@ def fresh(monkeypatch, tmp_path):
 def forget():
     """As in another process."""
     choice.takes_onednn.cache_clear()
+    choice.takes_turned.cache_clear()
     choice._ratio.cache_clear()
 
 
@@ -32,7 +34,7 @@ def measured(monkeypatch):
     """The rows that were measured; oneDNN takes half of MKL's time for one row, about as much for more."""
     found = []
 
-    def measure(rows):
+    def measure(rows, *forms):
         found.append(rows)
         return 0.5 if rows == 1 else 0.95
 
@@ -69,11 +71,11 @@ def test_another_number_of_threads_is_another_machine(measured, monkeypatch):
     assert measured == [1, 1]
 
 
-@pytest.mark.parametrize("library", ["mkl", "onednn"])
+@pytest.mark.parametrize("library", ["mkl", "onednn", "turned"])
 def test_the_environment_decides(measured, monkeypatch, library):
     monkeypatch.setenv("XGLM_PRODUCTS", library)
     assert [choice.takes_onednn(rows, elements) for rows in (1, 512) for elements in (LARGE, SMALL)] == [
-        library == "onednn"
+        library != "mkl"
     ] * 4
     assert measured == []
 
@@ -96,5 +98,27 @@ def test_no_folder_to_write_into(measured, monkeypatch, tmp_path):
     assert choice.takes_onednn(1, LARGE)
 
 
-def test_what_is_measured():
-    assert 0.05 < choice._measured(1) < 20
+@pytest.mark.parametrize("kind", choice._KINDS)
+def test_what_is_measured(kind):
+    assert 0.05 < choice._measured(*choice._KINDS[kind]) < 20
+
+
+def test_factors_in_the_other_order_for_few_rows_of_a_high_matrix(monkeypatch):
+    monkeypatch.setattr(choice, "_measured", lambda rows, *forms: 0.5)
+    assert choice.takes_turned(2, 1024, 256)
+    assert choice.takes_turned(32, 512, 512)
+    for rows, height, width in ((1, 1024, 256), (33, 1024, 256), (2, 256, 1024), (2, 64, 64)):
+        assert not choice.takes_turned(rows, height, width)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(2, 7), (3, 5, 7)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_factors_in_the_other_order_give_the_same(monkeypatch, shape, with_bias):
+    monkeypatch.setenv("XGLM_PRODUCTS", "turned")
+    generator = torch.Generator().manual_seed(1)
+    states, weight, bias = (torch.randn(size, generator=generator) for size in (shape, (11, 7), (11,)))
+    assert choice.takes_turned(states.numel() // 7, 11, 7)
+    result = linear(states, weight, bias if with_bias else None)
+    assert result.is_contiguous()
+    torch.testing.assert_close(result, torch.nn.functional.linear(states, weight, bias if with_bias else None))
