@@ -40,6 +40,7 @@ class TorchEngine:
         self._model = model
         self._cache = past
         self._preparation = preparation
+        self.shows_rows = preparation is not None
         self._device = model.device
         self._seen: torch.Tensor | None = None
 

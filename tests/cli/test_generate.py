@@ -93,6 +93,32 @@ class TestOutput:
         texts = [f"{row['prompt']}{row['text']}\n" for row in self.rows(tmp_path / "out.jsonl")]
         assert texts == [run(prompt, "--max-new-tokens", 7)[1] for prompt in self.PROMPTS]
 
+    def test_copies_differ_also_after_an_interruption(self, run, tmp_path):
+        """More than a batch, so that copies are in several."""
+        path = tmp_path / "out.jsonl"
+        prompts = ("Every", *self.PROMPTS, *self.PROMPTS, "Every")
+        options = (
+            "--output",
+            path,
+            "--max-new-tokens",
+            7,
+            "--do-sample",
+            "--seed",
+            3,
+            "--temperature",
+            2,
+            "--top-k",
+            0,
+        )
+        assert run(*prompts, *options)[:2] == (0, "")
+        rows = self.rows(path)
+        assert [row["prompt"] for row in rows] == [*prompts]
+        assert len({row["text"] for row in rows if row["prompt"] == "Every"}) == 4
+        whole = path.read_bytes()
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:7]))
+        assert run(*prompts, *options)[0] == 0
+        assert path.read_bytes() == whole
+
     def test_other_texts_are_not_mixed(self, run, tmp_path):
         path = tmp_path / "out.jsonl"
         run("The little", "--output", path, "--max-new-tokens", 4)

@@ -37,6 +37,7 @@ class FakeEngine:
     """Continues rows by `next_token`, records what it is asked, and knows nothing but ids and mask."""
 
     logits = None
+    shows_rows = False
 
     def __init__(self, bucket=1):
         self.bucket = bucket

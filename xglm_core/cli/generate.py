@@ -19,6 +19,7 @@ from xglm_core.cli.outputs import Output
 from xglm_core.compare.report import json_line
 from xglm_core.errors import InputError
 from xglm_core.generation.config import GenerationConfig
+from xglm_core.generation.many import generate_many
 from xglm_core.generation.randomness import drawn_seed
 from xglm_core.generation.streaming import GrowingText
 from xglm_core.scoring.texts import Item
@@ -26,7 +27,6 @@ from xglm_core.tokenization.base import Tokenizer
 from xglm_core.tokenization.sentencepiece import XGLMTokenizer
 
 _NEW_TOKENS = 50
-_BATCH = 8  # How many texts are continued at a time if they are written to a file. Texts do not depend on each other.
 
 # The arguments for options of `GenerationConfig`, and their settings for argparse.
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -123,12 +123,11 @@ def _text(item: Item, where: str) -> str:
 
 
 def _write(continuer: _Continuer, texts: Iterator[str], output: Output) -> None:
-    """Writes a row of JSON for each text, in batches, beginning with the first line that `output` lacks."""
-    numbered = itertools.islice(enumerate(texts, start=1), output.first - 1, None)
-    while batch := list(itertools.islice(numbered, _BATCH)):
-        prompts = [prompt for _, prompt in batch]
-        for (number, prompt), text in zip(batch, continuer.continued(prompts), strict=True):
-            output.write(number, [json_line({"line": number, "prompt": prompt, "text": text}, ensure_ascii=False)])
+    """Writes a row of JSON for each text, beginning with the first line that `output` lacks."""
+    prompts, again = itertools.tee(texts)
+    numbered = itertools.islice(enumerate(again, start=1), output.first - 1, None)
+    for (number, prompt), text in zip(numbered, continuer.continued(prompts, output.first - 1), strict=True):
+        output.write(number, [json_line({"line": number, "prompt": prompt, "text": text}, ensure_ascii=False)])
         output.flush()
 
 
@@ -143,32 +142,27 @@ class _Continuer:
 
     def show(self, prompt: str) -> None:
         """Prints a text, and its continuation while it grows."""
-        inputs = self._inputs([prompt])
+        ids = np.array([self._encoded(prompt)])
+        mask = np.ones_like(ids)
         if self._options["generation_config"].num_beams > 1:  # In beam search, no token is final before the end.
-            tokens = iter(self._new_tokens(inputs))
+            tokens = iter(np.asarray(self._model.generate(ids, mask, **self._options))[:, ids.shape[1] :])
         else:
-            tokens = self._model.stream(**inputs, **self._options)
+            tokens = self._model.stream(ids, mask, **self._options)
         text = GrowingText(self._tokenizer, newline=self._newline)
-        print(text.add(inputs["input_ids"][0]), end="", flush=True)
+        print(text.add(ids[0]), end="", flush=True)
         for new in tokens:
             print(text.add(new), end="", flush=True)
         print(text.rest(), flush=True)
 
-    def continued(self, prompts: list[str]) -> list[str]:
-        """The continuations of some texts, without the texts."""
-        inputs = self._inputs(prompts)
-        continuations = []
-        for ids, new in zip(inputs["input_ids"], self._new_tokens(inputs), strict=True):
+    def continued(self, prompts: Iterator[str], begin: int) -> Iterator[str]:
+        """The continuations of texts from number `begin` on, without the texts."""
+        encoded, again = itertools.tee(map(self._encoded, prompts))
+        found = generate_many(self._model, encoded, begin=begin, **self._options)
+        for ids, new in zip(itertools.islice(again, begin, None), found, strict=True):
             text = GrowingText(self._tokenizer, newline=self._newline)
             text.add(ids)
-            continuations.append(text.add(new) + text.rest())
-        return continuations
+            yield text.add(new) + text.rest()
 
-    def _inputs(self, prompts: list[str]) -> dict[str, np.ndarray]:
-        return self._tokenizer(
-            prompts, padding=True, padding_side="left", return_tensors="np", newline=self._newline, verbose=False
-        ).data
-
-    def _new_tokens(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        rows = np.asarray(self._model.generate(**inputs, **self._options))
-        return rows[:, inputs["input_ids"].shape[1] :]
+    def _encoded(self, prompt: str) -> list[int]:
+        ids: list[int] = self._tokenizer(prompt, newline=self._newline, verbose=False)["input_ids"]
+        return ids

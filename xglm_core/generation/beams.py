@@ -97,7 +97,7 @@ def search(engine: Engine, request: Request, record: dict[str, list[Any]]) -> tu
     count, groups = generation.num_beams, len(prompts.tokens)
     # So many that `count` go on even if every beam could end with every end id.
     kept = request.maker.min_tokens_to_keep * count
-    keys = Keys(request.seed, prompts.fingerprints)
+    keys = Keys(request.seed, prompts.fingerprints, request.numbers)
     searches = [_Search(generation, request.limit) for _ in range(groups)]
     read = prompts.as_read(generation.pad_id)
     engine.reorder(np.repeat(np.arange(groups), count))

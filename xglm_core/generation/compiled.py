@@ -54,6 +54,7 @@ class CompiledEngine:
     """
 
     bucket: int
+    shows_rows = False
     logits: Any
 
     def __init__(self, compiled: Compiled, past: Any = None, *weights: Any) -> None:

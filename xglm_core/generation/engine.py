@@ -27,10 +27,12 @@ class Engine(Protocol):
     Attributes:
         bucket: prompt lengths and capacities are multiples of this many tokens, so that compiled code is reused; 1 if
             nothing is compiled.
+        shows_rows: whether a user's method sees each step of all rows, so that none may leave before the end.
         logits: the logits of the last token of each row, the framework's tensor [rows, vocab_size].
     """
 
     bucket: int
+    shows_rows: bool
     logits: Any
 
     def prefill(self, tokens: np.ndarray, attention_mask: np.ndarray, capacity: int, seen: np.ndarray | None) -> None:

@@ -21,7 +21,7 @@ from xglm_core.generation.rules import PrefixFunction, RuleMaker, allowed_ids
 from xglm_core.generation.stopping import Criterion, StopStrings, stopped
 from xglm_core.inputs import check_positions
 from xglm_core.outputs import GenerateOutput
-from xglm_core.rounding import rounded_up
+from xglm_core.rounding import power_of_two, rounded_up
 
 
 class Streamer(Protocol):
@@ -47,6 +47,8 @@ class Request:
         criteria: functions that end rows.
         prefix: a function that gives the ids that may follow a text; None allows all.
         draw: draws a seed if the options have none.
+        numbers: which copy of its prompt each row is, where the prompts are a part of many, see `generate_many`. None
+            counts the copies among these prompts.
         seed: the seed of this call; None if nothing is sampled.
 
     Raises:
@@ -62,6 +64,7 @@ class Request:
     criteria: Sequence[Criterion] = ()
     prefix: PrefixFunction | None = None
     draw: Callable[[], int] = drawn_seed
+    numbers: Sequence[int] | None = None
     seed: int | None = field(init=False)
     limit: int = field(init=False)
     maker: RuleMaker = field(init=False)
@@ -105,6 +108,32 @@ class Request:
     def copies(self) -> int:
         """The number of rows for each prompt."""
         return 1 if self.generation.num_beams > 1 else self.generation.num_return_sequences
+
+    def remaining(self, engine: Engine, held: np.ndarray, ended: np.ndarray) -> np.ndarray:
+        """Lets rows that have ended leave the engine, unless somebody looks at all of them.
+
+        Compiled code is there for certain numbers of rows. So powers of two remain, and only where other prompts will
+        use the programs again: to compile one takes as long as it saves in a hundred steps.
+
+        Args:
+            engine: the engine.
+            held: the rows that it holds, integers [places].
+            ended: which rows have ended, bool [rows].
+
+        Returns:
+            The rows that it holds now.
+        """
+        generation, compiles = self.generation, engine.bucket > 1
+        is_seen = generation.return_dict_in_generate or self.stepwise or engine.shows_rows
+        if is_seen or (compiles and self.numbers is None):
+            return held
+        order = np.argsort(ended[held], kind="stable")  # Those that go on come first.
+        count = int((~ended[held]).sum())
+        count = power_of_two(count) if compiles else count
+        if count >= len(held):
+            return held
+        engine.reorder(order[:count])
+        return held[order[:count]]
 
     def prefill(self, engine: Engine) -> None:
         """Lets `engine` read the prompts."""
@@ -209,31 +238,37 @@ def steps(
         engine.reorder(np.repeat(np.arange(len(prompts.tokens)), copies))
     sequences = [list(sequence) for sequence in prompts.sequences for _ in range(copies)]
     begins = [len(sequence) for sequence in sequences]
-    keys = Keys(request.seed, [fingerprint for fingerprint in prompts.fingerprints for _ in range(copies)])
+    fingerprints = [fingerprint for fingerprint in prompts.fingerprints for _ in range(copies)]
+    keys = Keys(request.seed, fingerprints, request.numbers)
     blocks = [np.repeat(prompts.as_read(generation.pad_id), copies, axis=0)]  # What the model has read of each row.
     ended = np.zeros(len(sequences), bool)
+    held = np.arange(len(sequences))  # The row in each place of the engine.
     eos = generation.eos_ids
     one_by_one = one_by_one or request.stepwise or bool(record)
     last, done = None, 0
     while done < request.limit and not ended.all():
+        held = request.remaining(engine, held, ended)
         count = 1 if one_by_one or last is None else min(BLOCK, request.maker.steps_without_change(done))
         read = np.concatenate(blocks, axis=1) if request.stepwise else blocks[0]
         asked = [None if end else row for row, end in enumerate(ended.tolist())]
-        rules = request.maker.rules(sequences, done, request.allowed(engine, read, asked))
-        noise = keys.of_steps(done, count)
+        texts = [sequences[row] for row in held]
+        rules = request.maker.rules(texts, done, request.allowed(engine, read, asked))
+        noise = keys.of_steps(done, count)[held]
         if last is None or one_by_one:
             if last is not None:
-                engine.feed(last)
+                engine.feed(last[held])
             if "logits" in record:
                 record["logits"].append(engine.recorded())
             if request.processors:
                 engine.process(request.processors, read)
             if "scores" in record:
                 record["scores"].append(engine.scores(rules))
-            block = engine.select(rules, noise[:, 0])[:, None]
+            selected = engine.select(rules, noise[:, 0])[:, None]
         else:
-            block = engine.advance(last, rules, noise)
-        block = np.where(ended[:, None], generation.pad_id, block)
+            selected = engine.advance(last[held], rules, noise)
+        block = np.full((len(sequences), selected.shape[1]), generation.pad_id, np.int64)
+        block[held] = selected
+        block[ended] = generation.pad_id
         last = block[:, -1].copy()
         for row in np.flatnonzero(~ended):
             for place, token in enumerate(block[row].tolist()):

@@ -12,9 +12,10 @@ row depends neither on its place in the batch nor on its neighbours.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -53,21 +54,30 @@ def drawn_seed() -> int:
     return secrets.randbits(63)
 
 
+def numbered(prompts: Iterable[bytes]) -> Iterator[int]:
+    """Yields for each prompt how many equal ones were before it."""
+    seen: collections.Counter[bytes] = collections.Counter()
+    for prompt in prompts:
+        yield seen[prompt]
+        seen[prompt] += 1
+
+
 class Keys:
     """The keys of the rows of a batch.
 
     Args:
         seed: the seed of the call; None if nothing is drawn.
-        prompts: the prompt of each row, as bytes. Equal prompts get different keys, by their order.
+        prompts: the prompt of each row, as bytes. Equal prompts get different keys, by their numbers.
+        numbers: which copy of its prompt each row is; None counts them in order.
     """
 
-    def __init__(self, seed: int | None, prompts: Sequence[bytes]) -> None:
+    def __init__(self, seed: int | None, prompts: Sequence[bytes], numbers: Sequence[int] | None = None) -> None:
         seed = 0 if seed is None else seed
-        seen: dict[bytes, int] = {}
-        self._bases = []
-        for prompt in prompts:
-            copy = seen[prompt] = seen.get(prompt, -1) + 1
-            self._bases.append(hashlib.blake2b(b"%d %d %b" % (seed, copy, prompt)))
+        numbers = [*numbered(prompts)] if numbers is None else numbers
+        self._bases = [
+            hashlib.blake2b(b"%d %d %b" % (seed, number, prompt))
+            for number, prompt in zip(numbers, prompts, strict=True)
+        ]
 
     def of_steps(self, begin: int, count: int) -> np.ndarray:
         """The keys of `count` steps from `begin` on, uint32 [rows, count, 2]."""
