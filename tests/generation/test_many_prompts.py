@@ -133,8 +133,9 @@ class TestModels:
         options = {**options, "max_new_tokens": 40}
 
         def alone(**more):
-            ids = (np.array([prompt]) for prompt in self.PROMPTS)
-            return [fw.generate(model, row, **options, **more)[0, row.shape[1] :].tolist() for row in ids]
+            ids = [np.array([prompt]) for prompt in self.PROMPTS]
+            texts = [fw.generate(model, row, np.ones_like(row), **options, **more)[0] for row in ids]
+            return [text[len(prompt) :].tolist() for text, prompt in zip(texts, self.PROMPTS, strict=True)]
 
         free = alone(stop_at_eos=False)
         ends = {"eos_token_id": [free[0][2], free[4][9], free[6][20]]}
@@ -164,8 +165,7 @@ class TestModels:
     def test_beams(self, fw, model):
         options = {"num_beams": 2, "max_new_tokens": 7}
         ids = [np.array([prompt]) for prompt in self.PROMPTS[:3]]
-        eos = fw.generate(model, ids[0], **options, stop_at_eos=False)[0, 13]
-        options["eos_token_id"] = int(eos)
-        expected = [fw.generate(model, row, **options)[0, 11:].tolist() for row in ids]
+        options["eos_token_id"] = int(fw.generate(model, ids[0], **options, stop_at_eos=False)[0, 13])
+        expected = [fw.generate(model, row, np.ones_like(row), **options)[0, 11:].tolist() for row in ids]
         found = [row.tolist() for row in generate_many(model, self.PROMPTS[:3], 3, **options)]
         assert found == expected

@@ -9,8 +9,8 @@ from tests.generation.test_loop import PAD, TEXTS, FakeEngine, continuation, pad
 from tests.helpers.models import IDS
 from xglm_core.generation.loop import generate, stream
 
-# Where each text ends: in the first block, right after it, in the third one, and never.
-STEPS = (3, 17, 35)
+# Where each text ends: in the first block, in the second, in the third, and never.
+STEPS = (3, 18, 35)
 EOS = tuple(continuation(text, step)[-1] for text, step in zip(TEXTS, STEPS, strict=False))
 COUNT = 50
 NEW = [continuation(text, COUNT, EOS) for text in TEXTS]
