@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.generation.test_loop import CONFIG, FakeEngine, continuation
-from tests.helpers.models import IDS
+from tests.helpers.models import IDS, core_decides
 from xglm_core import GenerationConfig
 from xglm_core.errors import InputError
 from xglm_core.generation.many import generate_many
@@ -115,12 +115,12 @@ class TestErrors:
 
 
 class TestModels:
-    """Texts of models, in batches of four; compiled programs are for 4, 2 and 1 rows."""
+    """Texts of models; compiled programs are for powers of two."""
 
     PROMPTS = tuple(row[: 11 - cut].tolist() for cut in range(3) for row in (*IDS, (IDS[0] * 7 + 5) % 131))
 
-    @pytest.mark.parametrize("options", [{}, {**SAMPLE, "seed": 3}], ids=["greedy", "sampled"])
-    def test_are_those_of_each_prompt_alone(self, fw, model, options, monkeypatch):
+    @pytest.mark.parametrize(("size", "options"), [(2, {}), (4, {**SAMPLE, "seed": 3})], ids=["greedy", "sampled"])
+    def test_are_those_of_each_prompt_alone(self, fw, model, size, options, monkeypatch):
         engine = type(fw.engine(model))
         steps = []
         advance = engine.advance
@@ -142,18 +142,21 @@ class TestModels:
         expected = alone(**ends)
         assert len({-(-(len(row) - 1) // 16) for row in expected}) > 1, "rows end in different blocks"
         steps.clear()
-        found = [row.tolist() for row in generate_many(model, self.PROMPTS, 4, **options, **ends)]
+        found = [row.tolist() for row in generate_many(model, self.PROMPTS, size, **options, **ends)]
         assert found == expected
         work = sum(rows * count for rows, count in steps)
         # Without leaving: each batch is computed until its last row has ended.
         order = sorted(range(len(expected)), key=lambda place: -len(self.PROMPTS[place]))
-        batches = [[len(expected[place]) for place in order[begin : begin + 4]] for begin in range(0, len(order), 4)]
+        batches = [
+            [len(expected[place]) for place in order[begin : begin + size]] for begin in range(0, len(order), size)
+        ]
         assert work < sum(len(batch) * (min(40, -(-(max(batch) - 1) // 16) * 16 + 1) - 1) for batch in batches)
         if fw.name != "torch":
             assert {rows for rows, _ in steps} <= {4, 2, 1}
 
     def test_copies_of_a_prompt_are_those_of_one_batch(self, fw, model):
         """Wherever they are, and also if the first ones were continued before."""
+        core_decides(fw)
         prompts = [self.PROMPTS[0]] * 3 + [self.PROMPTS[1]] + [self.PROMPTS[0]]
         options = {**SAMPLE, "seed": 3, "max_new_tokens": 5, "stop_at_eos": False}
         together = fw.generate(model, np.array(prompts), **options)[:, 11:].tolist()
@@ -163,6 +166,7 @@ class TestModels:
             assert [row.tolist() for row in found] == together[begin:]
 
     def test_beams(self, fw, model):
+        core_decides(fw)
         options = {"num_beams": 2, "max_new_tokens": 7}
         ids = [np.array([prompt]) for prompt in self.PROMPTS[:3]]
         options["eos_token_id"] = int(fw.generate(model, ids[0], **options, stop_at_eos=False)[0, 13])
