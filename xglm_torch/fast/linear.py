@@ -2,9 +2,9 @@
 
 Hardware: x86 CPUs; which products, `choice.py` measures.
 Gain: on an Intel Xeon (Sapphire Rapids, two cores, 2026-11-28) decoding of eight rows takes 6.1 to 6.8 s in place of
-9.4 to 9.8; on an AMD EPYC (Zen 3) 12 tokens after 32 take 4.8 s in place of 5.3 for eight rows, and 3.2 in place of 4.0 for
-two, by factors in the other order; one row takes 4.8 to 5.1 s in place of 6.5 to 7.2, and on two cores of another (Zen
-5) a training step of 2 x 256 tokens takes 5.4 s, where transformers takes 14.5 through MKL.
+9.4 to 9.8. On an AMD EPYC (Zen 3) one row takes 4.8 to 5.1 s in place of 6.5 to 7.2; factors in the other order make
+12 tokens of eight rows 4.8 s in place of 5.3, and of two rows 3.2 in place of 4.0. On two cores of another (Zen 5) a
+training step of 2 x 256 tokens takes 5.4 s, where transformers takes 14.5 through MKL.
 Command: `xglm bench decode-8 --backend torch`, with and without `XGLM_PLAIN=1`.
 """
 
