@@ -1,28 +1,15 @@
 """A further block of tokens is a short walk, where steps are compiled. (PyTorch, step by step: tests/torch.)"""
 
-import collections
-import sys
-
 import pytest
 
 from tests.helpers.models import IDS
+from tests.helpers.walk import calls
 from xglm_core.generation.engine import BLOCK
 
 
-def calls(fw, model, count, **options):
-    """How often each of our functions is called, by file and name, for so many new tokens."""
-    found = collections.Counter()
-
-    def note(frame, event, _):
-        if event == "call" and "/xglm_" in frame.f_code.co_filename:
-            found[frame.f_code.co_filename, frame.f_code.co_name] += 1
-
-    sys.setprofile(note)
-    try:
-        fw.generate(model, IDS, max_new_tokens=count, stop_at_eos=False, **options)
-    finally:
-        sys.setprofile(None)
-    return found
+def walk(fw, model, count, **options):
+    """The calls for so many new tokens."""
+    return calls(lambda: fw.generate(model, IDS, max_new_tokens=count, stop_at_eos=False, **options))
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}], ids=["greedy", "sampled"])
@@ -35,8 +22,8 @@ def test_a_further_block_is_a_short_walk(fw, model, options):
         pytest.skip("it has no blocks")
     counts = 1 + BLOCK, 1 + 2 * BLOCK
     for count in counts:
-        calls(fw, model, count, **options)
-    before, after = (calls(fw, model, count, **options) for count in counts)
+        walk(fw, model, count, **options)
+    before, after = (walk(fw, model, count, **options) for count in counts)
     more = after - before
     assert more, "no call of ours for a further block"
     assert not [name for _, name in more if "check" in name]

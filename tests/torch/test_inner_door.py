@@ -1,13 +1,13 @@
 """What generation does for a further token: no check, few calls of ours, and the modules' own calls."""
 
 import collections
-import sys
 
 import pytest
 import torch
 
 from tests.helpers import models
 from tests.helpers.models import CONFIG
+from tests.helpers.walk import calls
 from xglm_core.calls import DecoderInputs, Wanted
 from xglm_core.outputs import CausalLMOutputWithCrossAttentions
 from xglm_torch import XGLMForCausalLM
@@ -20,26 +20,15 @@ def model(folder):
     return XGLMForCausalLM.from_pretrained(folder)
 
 
-def calls(model, ids, count):
-    """How often each of our functions is called, by file and name, for so many new tokens."""
-    found = collections.Counter()
-
-    def note(frame, event, _):
-        if event == "call" and "/xglm_" in frame.f_code.co_filename:
-            found[frame.f_code.co_filename, frame.f_code.co_name] += 1
-
-    sys.setprofile(note)
-    try:
-        model.generate(ids, max_new_tokens=count, stop_at_eos=False)
-    finally:
-        sys.setprofile(None)
-    return found
+def walk(model, ids, count):
+    """The calls for so many new tokens."""
+    return calls(lambda: model.generate(ids, max_new_tokens=count, stop_at_eos=False))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_further_token_is_a_short_walk(model, rows):
-    calls(model, IDS[:rows], 3)
-    before, after = calls(model, IDS[:rows], 3), calls(model, IDS[:rows], 11)
+    walk(model, IDS[:rows], 3)
+    before, after = walk(model, IDS[:rows], 3), walk(model, IDS[:rows], 11)
     more = after - before
     assert not [name for _, name in more if "check" in name]
     assert len({file for file, _ in more}) <= 12
