@@ -25,6 +25,7 @@ from xglm_core.cli.bench import write_random_checkpoint
 from xglm_core.compare.run import installed_backends
 from xglm_core.config import XGLMConfig
 from xglm_core.errors import BackendError, InputError
+from xglm_core.tokenization.sentencepiece import XGLMTokenizer
 
 # Defaults for the processes, which the environment may replace. The CPU alone computes, unless a GPU is asked for.
 _ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow", "HF_HUB_OFFLINE": "1"}
@@ -191,6 +192,8 @@ def _checkpoint(arguments: argparse.Namespace, layers: int | None) -> Path:
     folder = Path(arguments.work) / (arguments.size if layers is None else f"{arguments.size}-{layers}")
     if not folder.exists():
         config = XGLMConfig.from_preset(arguments.size, **({} if layers is None else {"num_layers": layers}))
+        if arguments.vocabulary.exists():  # Ids that it lacks are not to be generated, as they have no text.
+            config.padding_rows = max(0, config.vocab_size - XGLMTokenizer(str(arguments.vocabulary)).vocab_size)
         with tempfile.TemporaryDirectory(dir=arguments.work) as unfinished:
             write_random_checkpoint(Path(unfinished) / "model", config, FLOAT32, 0, max_shard_size="100GB")
             if arguments.vocabulary.exists():
